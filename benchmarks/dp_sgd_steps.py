@@ -51,17 +51,17 @@ def way_of(setting: Setting, model: nn.Module) -> GradientMethod:
 
 def fedcore_sum(setting: Setting, model: nn.Module) -> Tensor:
     """The sum of clipped gradients, without noise, as one vector."""
-    way, loss = way_of(setting, model), setting.task.loss
+    method, loss = way_of(setting, model), setting.task.loss
     assert loss is not None
     batches = read_batch(_examples(setting), torch.arange(len(setting.inputs)), _CPU, seed=0)
     found = clipped_sum(
-        way,
+        method,
         nn.Identity(),
         model,
         loss,
         batches,
         clip_norm=CLIP_NORM,
-        physical=way.rows(MEMORY_BYTES),
+        physical=method.rows(MEMORY_BYTES),
     )
     return torch.cat([one.flatten() for one in found.sums])
 
@@ -105,13 +105,13 @@ def _plain(setting: Setting, model: nn.Module) -> Steps:
 
 def _private(setting: Setting, model: nn.Module) -> Steps:
     """Training as a device runs it; every example is in every batch, so that all are as large."""
-    way, examples, loss = way_of(setting, model), _examples(setting), setting.task.loss
+    method, examples, loss = way_of(setting, model), _examples(setting), setting.task.loss
     assert loss is not None
 
     def take(count: int) -> None:
         plan = PrivatePlan(Charge(1, NOISE, 1.0, count), CLIP_NORM)
         train_private(
-            nn.Identity(), model, examples, loss, _CLIENT, plan, way=way, draws=SystemDraws()
+            nn.Identity(), model, examples, loss, _CLIENT, plan, method=method, draws=SystemDraws()
         )
 
     return take

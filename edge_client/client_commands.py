@@ -18,22 +18,23 @@ def _kit(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="where this machine keeps its key and kit, as --kit /var/lib/fedcore/kit",
+        help="folder for this machine's key and kit, e.g. --kit /var/lib/fedcore/kit",
     )
     json_option(parser)
 
 
 def _enrol_arguments(parser: argparse.ArgumentParser) -> None:
     _kit(parser)
-    parser.add_argument("name", metavar="NAME", help="as edge-017; unique in the project")
+    parser.add_argument(
+        "name", metavar="NAME", help="name of this machine, e.g. edge-017; unique in the project"
+    )
 
 
 def _enrol(options: argparse.Namespace) -> int:
     done = enrol(options.kit, options.name)
     text = (
-        f"Key:     made in {options.kit}, where it stays\n"
-        f"Request: {done.request}; send it to the operator, who answers with a kit\n"
-        f"SHA-256: {done.fingerprint} (of the key)"
+        f"Key:     created in {options.kit}; never send it to anyone\nRequest: {done.request}; "
+        f"send it to the operator, who sends back a kit\nSHA-256: {done.fingerprint} (of the key)"
     )
     value = {"request": str(done.request), "fingerprint": done.fingerprint}
     return show(options, text, value)
@@ -41,12 +42,12 @@ def _enrol(options: argparse.Namespace) -> int:
 
 def _install_arguments(parser: argparse.ArgumentParser) -> None:
     _kit(parser)
-    parser.add_argument("file", type=Path, metavar="FILE", help="what the operator sent back")
+    parser.add_argument("file", type=Path, metavar="FILE", help="kit file from the operator")
     parser.add_argument(
         "--authority",
         metavar="SHA256",
-        help="the authority's fingerprint as the operator told it, on another way than the kit "
-        "came; without it, whoever brings the kit is trusted",
+        help="the authority's fingerprint, received from the operator over another channel than "
+        "the kit; without it, the source of the kit is trusted unchecked",
     )
 
 
@@ -54,7 +55,7 @@ def _install(options: argparse.Namespace) -> int:
     now = datetime.now(UTC)
     kit = install(options.kit, options.file, authority_sha256=options.authority, now=now)
     subject, sha256 = kit.subject, certificate_sha256(kit.authority)
-    checked = "as told" if options.authority else "compare it with what the operator tells you"
+    checked = "as given" if options.authority else "compare it with the operator's"
     text = (
         f"Installed: {subject.role} {subject.name} of project {subject.project}, valid until "
         f"{subject.not_after:%Y-%m-%d}\n"
@@ -75,13 +76,13 @@ def _install(options: argparse.Namespace) -> int:
 client = group(
     {
         "enrol": Command(
-            "Make this machine's key, and a request for the operator.",
+            "Create this machine's key, and a request for the operator.",
             _enrol_arguments,
             _enrol,
             "fedcore client enrol edge-017 --kit kit",
         ),
         "install": Command(
-            "Take the kit that the operator sent back, or a renewed one.",
+            "Install the kit that the operator sent back, or a renewed one.",
             _install_arguments,
             _install,
             "fedcore client install edge-017.kit --kit kit --authority 3f9a...",

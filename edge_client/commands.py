@@ -38,13 +38,15 @@ def _store(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="this device's folder, as --store /var/lib/fedcore",
+        help="this device's folder, e.g. --store /var/lib/fedcore",
     )
     json_option(parser)
 
 
 def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--model", required=True, metavar="NAME", help="as --model digits")
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="name of the model, e.g. --model digits"
+    )
 
 
 def _threads(parser: argparse.ArgumentParser) -> None:
@@ -53,14 +55,14 @@ def _threads(parser: argparse.ArgumentParser) -> None:
         type=_thread_count,
         default=Serving().threads,
         metavar="N",
-        help="threads of one inference, as --threads 2 (default: %(default)s)",
+        help="threads per inference, e.g. --threads 2 (default: %(default)s)",
     )
 
 
 def _thread_count(text: str) -> int:
     if not text.isdecimal() or len(text) > 4 or not 1 <= int(text) <= _MAX_THREADS:
         raise argparse.ArgumentTypeError(
-            f"expected a whole number from 1 on, {_MAX_THREADS} at most, got {text!r}"
+            f"expected a whole number from 1 to {_MAX_THREADS}, got {text!r}"
         )
     return int(text)
 
@@ -71,14 +73,17 @@ def _limits_arguments(parser: argparse.ArgumentParser) -> None:
         type=_seconds,
         default=ModelLimits().seconds,
         metavar="S",
-        help="the model is ended after so long, as --max-seconds 600 (default: %(default)g)",
+        help=(
+            "time limit of the model's process, in seconds, e.g. --max-seconds 600 (default: "
+            "%(default)g)"
+        ),
     )
     parser.add_argument(
         "--max-memory-mib",
         type=_memory,
         metavar="MIB",
-        help="address space that the model may take, as --max-memory-mib 4096 (default: 1024, 160 "
-        "a thread, and six times the model's file)",
+        help="address space that the model may use, e.g. --max-memory-mib 4096 (default: 1024, "
+        "160 per thread, and six times the model's file)",
     )
 
 
@@ -109,7 +114,7 @@ def _memory(text: str) -> int:
 def _count(text: str) -> int:
     if not text.isdecimal() or len(text) > 9 or not 1 <= int(text) <= MAX_RUNS:
         raise argparse.ArgumentTypeError(
-            f"expected a whole number from 1 on, {MAX_RUNS} at most, got {text!r}"
+            f"expected a whole number from 1 to {MAX_RUNS}, got {text!r}"
         )
     return int(text)
 
@@ -124,13 +129,16 @@ def _update_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of the signed repository, as --repository /mnt/releases",
+        help="folder of the signed repository, e.g. --repository /mnt/releases",
     )
     parser.add_argument(
         "--root",
         type=Path,
         metavar="FILE",
-        help="the root.json to trust, as --root root.json; needed once, then pinned in the store",
+        help=(
+            "the root.json to trust, e.g. --root root.json; needed for the first update, which "
+            "pins it in the store"
+        ),
     )
 
 
@@ -146,7 +154,7 @@ def _update(options: argparse.Namespace) -> int:
     if done.clock:
         say(f"warning: {done.clock}", to=sys.stderr)
     if done.damage:
-        say(f"warning: what was installed before was damaged: {done.damage}", to=sys.stderr)
+        say(f"warning: the previously installed version was damaged: {done.damage}", to=sys.stderr)
     if not done.changed:
         text = f"{done.model}: version {done.version} is already current"
     else:
@@ -176,7 +184,7 @@ def _infer_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         metavar="FILE",
-        help="a JSON list of inputs, as --input x.json; - reads it from standard input",
+        help="a JSON list of inputs, e.g. --input x.json; - reads it from standard input",
     )
 
 
@@ -223,8 +231,8 @@ def _row(store: Path, model: str) -> dict[str, Any]:
 
 def _line(row: dict[str, Any]) -> str:
     if row["version"] is None:
-        return f"{row['model']}: nothing serves: {row['damage']}"
-    damaged = f"\n  the active version does not serve: {row['damage']}" if row["damage"] else ""
+        return f"{row['model']}: no version can be served: {row['damage']}"
+    damaged = f"\n  the active version cannot be served: {row['damage']}" if row["damage"] else ""
     return (
         f"{row['model']}: version {row['version']} of {row['created']} serves, {row['candidate']}, "
         f"{row['bytes']} bytes, sha256 {row['sha256']}{damaged}"
@@ -240,7 +248,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
         type=_count,
         default=2000,
         metavar="N",
-        help="timed inferences, as --runs 10000 (default: %(default)s)",
+        help="timed inferences, e.g. --runs 10000 (default: %(default)s)",
     )
 
 
@@ -270,7 +278,7 @@ def _serving(store: Path, model: str) -> Installed:
     version = installed.serving(store, model)
     if version.damage:
         say(
-            f"warning: version {version.manifest.version} serves in place of the active one: "
+            f"warning: version {version.manifest.version} serves instead of the active one: "
             f"{version.damage}",
             to=sys.stderr,
         )
@@ -293,7 +301,7 @@ device = group(
             "fedcore device infer --store store --model digits --input x.json",
         ),
         "status": Command(
-            "Say which versions serve, and whether they are whole.",
+            "Show which versions serve, and whether they are intact.",
             _status_arguments,
             _status,
             "fedcore device status --store store --json",

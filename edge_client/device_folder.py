@@ -25,8 +25,8 @@ from fedcore.config.run import Section
 from fedcore.errors import DataError, DeviceError
 from fedcore.files import (
     disk_errors,
-    is_there,
     lock_folder,
+    name_exists,
     read_bytes,
     read_if_exists,
     remove,
@@ -59,11 +59,11 @@ class _Identity(Section):
 
 @dataclass(frozen=True)
 class DeviceFolder:
-    """A device's folder, used by one process at a time (see `own`)."""
+    """A device's folder, used by one process at a time (see `lock_device_folder`)."""
 
     path: Path
 
-    def let_in_before(self, public: bytes) -> bool:
+    def was_admitted(self, public: bytes) -> bool:
         """Returns whether a server has admitted the identity with the key ``public`` before.
 
         Versions of fedcore without ``identity.json`` left states of runs and no owner: such a
@@ -77,7 +77,7 @@ class DeviceFolder:
                 would pass for this one's.
         """
         if not self.belongs_to(public, so="Nothing was started"):
-            return bool(self.runs()) and _holder(self._replies_of) in (None, sha256_hex(public))
+            return bool(self.runs()) and _owner_key(self._replies_of) in (None, sha256_hex(public))
         return True
 
     def belongs_to(self, public: bytes, *, so: str) -> bool:
@@ -94,21 +94,21 @@ class DeviceFolder:
             DeviceError: the folder belongs to another identity.
         """
         path, own_sha256 = self.path / IDENTITY, sha256_hex(public)
-        found = _holder(path)
+        found = _owner_key(path)
         if found in (None, own_sha256):
             return found is not None
-        whose = "an identity that cannot be read"
+        whose = "an unreadable identity"
         if found != _UNREADABLE:
-            whose = f"the identity whose key has the SHA-256 {found[:16]}"
+            whose = f"the identity with the key of SHA-256 {found[:16]}"
         raise DeviceError(
-            f"{path}: this folder keeps the replies and the ledger of {whose}, and this device's "
-            f"has {own_sha256[:16]}. {so}; name this device's own folder with --state, or the kit "
-            f"that this one belongs to with --kit. Only if this device has enrolled again with a "
-            f"new key, remove {IDENTITY}, and no other file: the replies are dropped then, and "
-            "what was spent stays in the ledger and counts."
+            f"{path}: this folder holds the replies and the ledger of {whose}, but this device's "
+            f"key has {own_sha256[:16]}. {so}; pass this device's own folder with --state, or "
+            "the kit to which this folder belongs with --kit. Only if this device has enrolled "
+            f"again with a new key, remove {IDENTITY} and no other file: the replies are then "
+            "dropped, and the privacy spent stays in the ledger and counts."
         )
 
-    def note_let_in(self, public: bytes) -> None:
+    def record_admission(self, public: bytes) -> None:
         """Assigns the folder to the identity with the key ``public``, if it belongs to none yet.
 
         Removes stored replies of another identity, which this one must not sign. ``spool`` has an
@@ -119,14 +119,14 @@ class DeviceFolder:
         """
         own_sha256 = sha256_hex(public)
         raw = _Identity(key_sha256=own_sha256).model_dump_json().encode() + b"\n"
-        theirs = _holder(self._replies_of)
+        theirs = _owner_key(self._replies_of)
         if theirs not in (None, own_sha256):
             with disk_errors(self.path):
                 for reply in (self.path / "spool").glob("*.reply"):
                     remove(reply)
         if theirs != own_sha256:
             write_atomic(self._replies_of, raw, mode=0o600)
-        if not is_there(self.path / IDENTITY):
+        if not name_exists(self.path / IDENTITY):
             write_atomic(self.path / IDENTITY, raw, mode=0o600)
 
     def state(self, run: str) -> RecordDict:
@@ -143,12 +143,13 @@ class DeviceFolder:
             return read_record(raw, where=str(path))
         except DataError:
             raise DataError(
-                f"{path}: this file holds no record of a run, so what it charged is not known. "
-                "Nothing was trained; put it back from a backup, or, where there is none, remove "
-                "it: its charges are mended from ledger.json, and what it answered is done again."
+                f"{path}: this file does not contain the record of a run, so its charges are "
+                "unknown. Nothing was trained; restore it from a backup, or, if there is none, "
+                "remove it: its charges are then restored from ledger.json, and its replies are "
+                "computed again."
             ) from None
 
-    def keep(self, run: str, state: RecordDict, key: str, reply: RecordDict) -> None:
+    def store_reply(self, run: str, state: RecordDict, key: str, reply: RecordDict) -> None:
         """Writes a reply and then the run's state durably, before the reply is sent.
 
         The reply becomes valid only with the state that lists its digest. So every reply that can
@@ -209,29 +210,29 @@ class DeviceFolder:
         path, digest = self._reply_path(key), _answered(state).get(key)
         if digest is None:
             return None
-        if not is_there(path):
+        if not name_exists(path):
             log.warning(
-                "%s: this finished reply is gone; what it answered is done again, and charged "
-                "again where there is a budget.",
+                "%s: this finished reply is gone; it is computed again, and charged again if "
+                "there is a privacy budget.",
                 path,
             )
             return None
         try:
             raw = read_bytes(path, max_bytes=_MAX_REPLY_BYTES, what="a finished reply")
             if sha256_hex(raw) != digest:
-                raise DataError(f"{path}: a finished reply is damaged: its SHA-256 is another.")
+                raise DataError(f"{path}: a finished reply is damaged: its SHA-256 does not match.")
             return read_record(raw, where=str(path))
         except DataError as error:
-            aside = self._put_aside(path)
+            aside = self._move_aside(path)
             log.warning(
-                "%s It was put aside as %s and is not sent; what it answered is done again, and "
-                "charged again where there is a budget.",
+                "%s It was moved aside to %s and is not sent; it is computed again, and charged "
+                "again if there is a privacy budget.",
                 error,
                 aside.name,
             )
             return None
 
-    def _put_aside(self, path: Path) -> Path:
+    def _move_aside(self, path: Path) -> Path:
         """Renames a damaged reply, and returns its new path; only the latest one is kept."""
         aside = path.with_suffix(".damaged")
         with disk_errors(path):
@@ -260,9 +261,9 @@ class DeviceFolder:
         return self.path / "spool" / f"{key}.reply"
 
 
-def _holder(path: Path) -> str | None:
+def _owner_key(path: Path) -> str | None:
     """Returns the key's SHA-256 in an ``identity.json``; None if no such file exists."""
-    raw = read_if_exists(path, max_bytes=_MAX_IDENTITY_BYTES, what="whose folder this is")
+    raw = read_if_exists(path, max_bytes=_MAX_IDENTITY_BYTES, what="the owner of this folder")
     if raw is None:
         return None
     try:
@@ -287,7 +288,7 @@ def _answered(state: RecordDict) -> dict[str, str]:
 
 
 @contextmanager
-def own(path: Path) -> Iterator[DeviceFolder]:
+def lock_device_folder(path: Path) -> Iterator[DeviceFolder]:
     """Locks a device's folder for this process, and creates it if it is missing.
 
     Raises:
@@ -296,8 +297,8 @@ def own(path: Path) -> Iterator[DeviceFolder]:
     with disk_errors(path):
         path.mkdir(parents=True, exist_ok=True, mode=0o700)
     refused = DeviceError(
-        f"{path}: another process of this device is at work in this folder. Nothing was started; "
-        "stop that one, or give this one a folder and an identity of its own."
+        f"{path}: another process of this device is using this folder. Nothing was started; stop "
+        "that process, or give this one its own folder and identity."
     )
     with lock_folder(path, refused):
         with disk_errors(path):

@@ -46,10 +46,13 @@ def _kit(options: argparse.Namespace) -> Iterator[Finding]:
             "kit",
             "fail",
             str(error),
-            "`fedcore client enrol` makes a request, `client install` takes the operator's kit",
+            "create a request with `fedcore client enrol`, install the operator's kit with "
+            "`client install`",
         )
     else:
-        remedy = "ask the operator to renew it, and `fedcore client install` what comes back"
+        remedy = (
+            "ask the operator to renew it, and install the new kit with `fedcore client install`"
+        )
         yield expiry(f"{kit.role} {kit.name} of {kit.project}", kit.not_after, remedy=remedy)
         yield from _connection(kit)
     yield disk(options.kit)
@@ -60,7 +63,7 @@ def _connection(kit: Kit) -> Iterator[Finding]:
     try:
         check_proxies(os.environ)
     except ConfigError as error:
-        remedy = "name an HTTP proxy in that variable, or unset it; nothing else was tried"
+        remedy = "set that variable to an HTTP proxy, or unset it; nothing else was checked"
         yield Finding("proxy", "fail", str(error), remedy)
         return
     yield _proxies(kit)
@@ -99,10 +102,10 @@ def _server(kit: Kit, server: str, dates: list[datetime]) -> Finding:
         return Finding(
             "server",
             "fail",
-            f"{host}:{port} does not let this device in: it is no member, or no longer",
+            f"{host}:{port} refuses this device: it is not, or no longer, a member",
             "ask the operator: `fedcore provision list` shows who was revoked or has expired",
         )
-    return Finding("server", "ok", f"{host}:{port} answers over TLS 1.3, both sides known")
+    return Finding("server", "ok", f"{host}:{port} answers over TLS 1.3, both sides authenticated")
 
 
 def _target(server: str) -> tuple[str, int]:
@@ -121,15 +124,15 @@ def _wake_up(kit: Kit, host: str, port: int, proxy: str | None) -> Finding:
         return Finding(
             "wake-up",
             "warn",
-            f"{host}:{port}: {error}; the device will ask now and then instead",
-            "let this port through firewalls and proxies, unless the server has another",
+            f"{host}:{port}: {error}; the device will poll instead",
+            "allow this port in firewalls and proxies, unless the server uses another",
         )
 
 
 def _clock(theirs: datetime) -> Finding:
     off_s = (datetime.now(UTC) - theirs).total_seconds()
-    told = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the server's"
-    remedy = "set the clock; NTP keeps it right (timedatectl set-ntp true)"
+    told = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'is_slow'} the server's"
+    remedy = "set the clock; NTP keeps it correct (timedatectl set-ntp true)"
     if abs(off_s) > _SKEW_S:
         return Finding("clock", "fail", f"{told}, more than the {_SKEW_S:.0f} s allowed", remedy)
     return Finding("clock", "warn" if abs(off_s) > _SKEW_S / 5 else "ok", told, remedy)
@@ -138,22 +141,22 @@ def _clock(theirs: datetime) -> Finding:
 def _releases_clock(store: Path, now: datetime | None = None) -> Finding:
     """Compares the clock with the store's time floor, and checks that its metadata is current."""
     judged = ClockReading(now or datetime.now(UTC), read_floor(store / "trust"))
-    floor, remedy = judged.floor, "set the clock; NTP keeps it right (timedatectl set-ntp true)"
+    floor, remedy = judged.floor, "set the clock; NTP keeps it correct (timedatectl set-ntp true)"
     if floor.at is None:
-        remedy = "`fedcore device update --root` fetches the first release"
+        remedy = "fetch the first release with `fedcore device update --root`"
         return Finding("store", "warn", f"{store}: no release has been verified here yet", remedy)
-    if (complaint := judged.complaint()) is not None:
-        return Finding("store", "fail" if judged.behind else "warn", complaint, remedy)
+    if (clock_warning := judged.clock_warning()) is not None:
+        return Finding("store", "fail" if judged.is_slow else "warn", clock_warning, remedy)
     if floor.until is not None and floor.until <= judged.at:
         return Finding(
             "store",
             "warn",
-            f"what was verified last was signed until {shown_time(floor.until)}; this device's "
-            f"clock says {shown_time(judged.now)}",
-            "`fedcore device update` fetches what is current; if that is refused, whoever "
-            "publishes runs `fedcore release refresh`",
+            f"the metadata verified last was valid until {shown_time(floor.until)}; this "
+            f"device's clock says {shown_time(judged.now)}",
+            "run `fedcore device update`; if it is refused, the publisher must run `fedcore "
+            "release refresh`",
         )
-    return Finding("store", "ok", f"the clock is not before {shown_time(floor.at)}, signed time")
+    return Finding("store", "ok", f"the clock is later than {shown_time(floor.at)}, signed time")
 
 
 def _unreachable(host: str, port: int, proxy: str | None, error: Exception) -> Finding:
@@ -162,11 +165,13 @@ def _unreachable(host: str, port: int, proxy: str | None, error: Exception) -> F
     if isinstance(error, ssl.SSLCertVerificationError):
         remedy = "this is not the kit's server, or its certificate has expired: ask the operator"
     elif isinstance(error, ssl.SSLError):
-        remedy = "ask the operator for a new kit: the server does not take this certificate"
+        remedy = "ask the operator for a new kit: the server refuses this certificate"
     elif isinstance(error, socket.gaierror):
-        remedy = "see that the name resolves here; the operator may provision another name"
+        remedy = (
+            "check that the name resolves on this machine; the operator may provision another name"
+        )
     else:
-        remedy = "see that the server runs and that firewalls and proxies let this port through"
+        remedy = "check that the server runs and that firewalls and proxies allow this port"
     return Finding("server", "fail", told, remedy)
 
 

@@ -24,7 +24,7 @@ from fedcore.crypto.kit import (
     write_kit,
 )
 from fedcore.errors import CertificateRefused, ConfigError, DataError
-from fedcore.files import disk_errors, is_there, read_bytes, write_atomic
+from fedcore.files import disk_errors, name_exists, read_bytes, write_atomic
 
 
 @dataclass(frozen=True)
@@ -51,16 +51,16 @@ def enrol(folder: Path, name: str) -> Enrolled:
         CertificateRefused: other users can read the existing key, or the file is not a key.
         DiskFull: there was no room.
     """
-    if is_there(folder / KIT):
+    if name_exists(folder / KIT):
         raise ConfigError(
             f"{folder}: an identity is installed in this folder already. Nothing was written; "
             "choose another folder, or have its certificate renewed by the operator."
         )
-    key = load_key(folder / KEY) if is_there(folder / KEY) else new_key()
+    key = load_key(folder / KEY) if name_exists(folder / KEY) else new_key()
     request = make_request(key, name)
     with disk_errors(folder):
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-    if not is_there(folder / KEY):
+    if not name_exists(folder / KEY):
         save_key(folder / KEY, key)
     write_atomic(folder / REQUEST, request)
     return Enrolled(folder / REQUEST, fingerprint(public_bytes(key)))
@@ -86,28 +86,29 @@ def install(
     """
     raw = read_bytes(file, max_bytes=MAX_KIT_BYTES, what="a kit")
     kit = parse_kit(raw, now=now, where=str(file))
-    if not is_there(folder / KEY):
+    if not name_exists(folder / KEY):
         raise DataError(
-            f"{folder}: there is no key in this folder. Nothing was installed; name the folder "
-            "that `fedcore client enrol` made for this request."
+            f"{folder}: there is no key in this folder. Nothing was installed; use the folder "
+            "that `fedcore client enrol` created for this request."
         )
     if public_bytes(load_key(folder / KEY)) != kit.subject.public:
         raise CertificateRefused(
-            f"{file}: this kit is for another key than the one in {folder}. Nothing was installed; "
-            f"name the folder in which {kit.subject.name!r} enrolled, or send its request again."
+            f"{file}: this kit was issued for another key than the one in {folder}. Nothing was "
+            f"installed; use the folder in which {kit.subject.name!r} enrolled, or send its "
+            "request again."
         )
     if kit.subject.role == "server":
         raise CertificateRefused(
-            f"{file}: this kit is a server's, expected a member's. Nothing was installed."
+            f"{file}: this is a server's kit, expected a member's. Nothing was installed."
         )
     got = certificate_sha256(kit.authority)
     if authority_sha256 is not None and not hmac.compare_digest(got, _plain(authority_sha256)):
         raise CertificateRefused(
             f"{file}: its authority has SHA-256 {got}, expected {_plain(authority_sha256)}. "
-            "Nothing was installed: whoever made this kit is not the one you were told of; get it "
-            "again from the operator."
+            "Nothing was installed, because the kit does not come from the authority that you "
+            "expect; ask the operator for it again."
         )
-    if is_there(folder / KIT):
+    if name_exists(folder / KIT):
         _check_successor(kit, folder, where=str(file))
     write_kit(folder, kit.file)
     with disk_errors(folder):
@@ -127,9 +128,9 @@ def _check_successor(new: VerifiedKit, folder: Path, *, where: str) -> None:
     before = parse_certificate(old.certificate.encode(), where=str(path))
     if pem(new.authority) != old.authority.encode() or new.certificate.subject != before.subject:
         raise CertificateRefused(
-            f"{where}: this kit is for {new.certificate.subject.rfc4514_string()}, and {folder} "
-            f"belongs to {before.subject.rfc4514_string()} of its own authority. Nothing was "
-            "installed; enrol in another folder."
+            f"{where}: this kit is for {new.certificate.subject.rfc4514_string()}, but {folder} "
+            f"belongs to {before.subject.rfc4514_string()}, certified by another authority. "
+            "Nothing was installed; enrol in another folder."
         )
     if new.certificate.not_valid_before_utc < before.not_valid_before_utc:
         raise CertificateRefused(

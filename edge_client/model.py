@@ -116,8 +116,9 @@ class EdgeModel:
         """
         if self.manifest.kind != "classification":
             raise DeviceError(
-                f"model {self.name!r} version {self.version}: it is for {self.manifest.kind}, "
-                "which has no labels. Nothing was answered; predict() gives its outputs."
+                f"model {self.name!r} version {self.version}: its kind is "
+                f"{self.manifest.kind}, which has no labels. Nothing was answered; predict() "
+                "gives its outputs."
             )
         batch, alone = self._batch(x)
         found = labels(self.manifest, self.predict(batch))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import os
 import sys
 
-_STOPPED = "Interrupted: stopped where it was; nothing half-written was left."
+_STOPPED = "Interrupted: stopped at once; no partial file was left."
 try:
     import argparse
     import json
@@ -76,7 +76,7 @@ def group(verbs: dict[str, Command], help: str) -> Command:
 
 def json_option(parser: argparse.ArgumentParser) -> None:
     """Adds the option ``--json``, which `show` obeys."""
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
 
 def show(options: argparse.Namespace, text: str, value: Any) -> int:
@@ -135,8 +135,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if extra is None:
             raise
         say(
-            f"ResourceError: this verb needs {error.name}, which is not installed here. "
-            f"Nothing was run; `pip install 'fedcore[{extra}]'` brings it.",
+            f"ResourceError: this command needs {error.name}, which is not installed. Nothing "
+            f"was run; install it with `pip install 'fedcore[{extra}]'`.",
             to=sys.stderr,
         )
         return 7
@@ -146,8 +146,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except OSError as error:  # no step handled it: a device removed, a path that is a folder
         where = f"{error.filename}: " if error.filename else ""
         say(
-            f"ResourceError: {where}{error.strerror or error}. The command was stopped; see that "
-            "the path is there and may be used by this user, and run again.",
+            f"ResourceError: {where}{error.strerror or error}. The command was stopped; check "
+            "that the path exists and that this user may access it, and run it again.",
             to=sys.stderr,
         )
         return 7
@@ -156,8 +156,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
             raise
         say(
             f"InsufficientMemory: memory ran out ({foreign(error) or type(error).__name__}). The "
-            "command was stopped; give it more, or make the model, the batches or the number of "
-            "processes smaller.",
+            "command was stopped; provide more memory, or reduce the model, the batches or the "
+            "number of processes.",
             to=sys.stderr,
         )
         return InsufficientMemory.exit_code

@@ -56,7 +56,7 @@ class DurableLedger:
 
     others: OtherRuns
     """What other runs have spent on the same data."""
-    keep: Callable[[], None]
+    commit: Callable[[], None]
     """Makes the node's state durable on disk before it returns. Called once a round is charged and
     before training starts, so that the charge survives however training ends."""
 
@@ -101,16 +101,17 @@ def client_app(
     if durable is None and client.run.private and randomness.origin == "system":
         raise PrivacyError(
             f"run {run.name!r}: training with privacy needs a ledger that outlives this process, "
-            "and Flower keeps a node's state in memory: after a restart the whole budget would "
-            "be there again. Nothing was trained; `fedcore client start` keeps one on disk, and a "
-            "simulation takes `fedcore.seeds.Simulated`, which protects nobody."
+            "but Flower keeps a node's state in memory only, so a restart would reset the "
+            "privacy budget. Nothing was trained; run `fedcore client start`, which keeps the "
+            "ledger on disk, or, in a simulation, pass `fedcore.seeds.Simulated`, which protects "
+            "nobody."
         )
     app = ClientApp()
 
     @app.train(mods=list(mods))
     def on_train(message: Message, context: Context) -> Message:
         def work(client: Client, name: str, message: Message, context: Context) -> RecordDict:
-            return train_client(client, name, message, context, durable.keep if durable else None)
+            return train_client(client, name, message, context, durable.commit if durable else None)
 
         return _answer(work, client, message, context)
 
@@ -140,9 +141,9 @@ def client_name(context: Context, task: Task) -> str:
     place = context.node_config.get("partition-id")
     if place is None or not 0 <= int(place) < len(clients):
         raise ConfigError(
-            f"node {context.node_id}: partition-id = {place!r}, and the task has "
-            f"{counted(len(clients), 'client')}. It has nothing to train on; run as many nodes as "
-            "clients, or set `client` in the node's configuration."
+            f"node {context.node_id}: partition-id = {place!r}, but the task has only "
+            f"{counted(len(clients), 'client')}. This node has no data to train on; run as many "
+            "nodes as clients, or set `client` in the node's configuration."
         )
     return clients[int(place)]
 
@@ -177,7 +178,7 @@ def error_of(name: str, error: Exception | SystemExit, *, hide: bool) -> tuple[i
     if hide:
         level = logging.WARNING if code in DECLINES else logging.ERROR
         log.log(level, "%s: %s", type(error).__name__, error)
-        return code, f"client {name!r}: {kind.__name__}; its log says more"
+        return code, f"client {name!r}: {kind.__name__}; the client's log has the details"
     if code in DECLINES:
         return code, str(error)
     if isinstance(error, FedcoreError):
@@ -190,7 +191,7 @@ def train_client(
     name: str,
     message: Message,
     context: Context,
-    keep: Callable[[], None] | None = None,
+    commit: Callable[[], None] | None = None,
 ) -> RecordDict:
     """Trains one client as a message requests, and lets every exception pass.
 
@@ -199,15 +200,15 @@ def train_client(
         name: The client whose data is trained on.
         message: The server's instruction.
         context: The node's context, whose state contains the ledger.
-        keep: Called once the state contains the charge, before training starts.
+        commit: Called once the state contains the charge, before training starts.
     """
     instruction = read_instruction(message.content)
     ledger = read_ledger(context) if client.run.private else Ledger()
 
     def on_spend(spent: Ledger) -> None:
         write_ledger(context, spent)
-        if keep is not None:
-            keep()
+        if commit is not None:
+            commit()
 
     return update_content(learn(client, name, instruction, ledger, on_spend=on_spend))
 
@@ -220,7 +221,7 @@ def _evaluate(client: Client, name: str, message: Message, context: Context) -> 
         )
     _, held_out = local_data(client, name)
     if not size_of(held_out):
-        raise InvalidUpdate("evaluation: this client holds no data back; set federation.holdout.")
+        raise InvalidUpdate("evaluation: this client has no held-out data; set federation.holdout.")
     model = model_of(client, instruction).to(available(client.run.client.device))
     values = evaluate(model, held_out, client.task.metrics, between=bounds.check)
     return RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: size_of(held_out), **values})})

@@ -101,7 +101,7 @@ def disk(folder: Path) -> Finding:
     told = f"{free / 2**30:.1f} GiB free at {there}"
     remedy = f"free space there, or put the folder {folder} on another disk"
     if not os.access(there, os.W_OK):
-        return Finding("disk", "fail", f"{there} may not be written by this user", remedy)
+        return Finding("disk", "fail", f"{there} is not writable by this user", remedy)
     if free < _TOO_LITTLE_BYTES:
         return Finding("disk", "fail", told, remedy)
     return Finding("disk", "warn" if free < _LITTLE_BYTES else "ok", told, remedy)
@@ -112,7 +112,7 @@ def gpu() -> Finding:
     try:
         import torch
     except ModuleNotFoundError:
-        return Finding("gpu", "ok", "torch is not installed; nothing trains here")
+        return Finding("gpu", "ok", "torch is not installed; this machine cannot train")
     if torch.cuda.is_available():
         names = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
         free = torch.cuda.mem_get_info()[0] / 2**30
@@ -121,8 +121,8 @@ def gpu() -> Finding:
         return Finding(
             "gpu",
             "warn",
-            f"torch {torch.__version__} sees none, though NVIDIA's driver is installed",
-            "install the CUDA build of torch, and see that `nvidia-smi` lists a GPU",
+            f"torch {torch.__version__} finds no GPU, though NVIDIA's driver is installed",
+            "install the CUDA build of torch, and check that `nvidia-smi` lists a GPU",
         )
     return Finding("gpu", "ok", "none; training runs on the CPU")
 
@@ -155,7 +155,7 @@ def task_layers(path: Path) -> Finding:
             "task",
             "warn",
             f"{task.name}: {error}",
-            "needed with privacy.unit = 'example' alone: replace the layers that are named",
+            "only needed with privacy.unit = 'example': replace the layers listed",
         )
     return Finding("task", "ok", f"{task.name}: every layer can be trained with privacy")
 
@@ -163,26 +163,29 @@ def task_layers(path: Path) -> Finding:
 def _arguments(parser: argparse.ArgumentParser) -> None:
     side = parser.add_mutually_exclusive_group()
     side.add_argument(
-        "--kit", type=Path, metavar="DIR", help="look at a device, whose kit is here, as --kit kit"
+        "--kit",
+        type=Path,
+        metavar="DIR",
+        help="check a device, given the folder of its kit, e.g. --kit kit",
     )
     side.add_argument(
         "--identity",
         type=Path,
         metavar="DIR",
-        help="look at a server, whose identity is here, as --identity authority/server",
+        help="check a server, given the folder of its identity, e.g. --identity authority/server",
     )
     parser.add_argument(
         "--store",
         type=Path,
         metavar="DIR",
-        help="look at a device's released models, too, as --store /var/lib/fedcore",
+        help="also check a device's released models, e.g. --store /var/lib/fedcore",
     )
-    parser.add_argument("--task", type=Path, help="look at a task, too, as --task churn/task.py")
+    parser.add_argument("--task", type=Path, help="also check a task, e.g. --task churn/task.py")
     parser.add_argument(
         "--runs",
         type=Path,
         default=Path("runs"),
-        help="where a server's results go (default: runs)",
+        help="folder for a server's results (default: runs)",
     )
     json_option(parser)
 
@@ -190,20 +193,20 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 def _doctor(options: argparse.Namespace) -> int:
     if (options.kit or options.store or options.identity) is None:
         raise ConfigError(
-            "doctor: expected --kit or --store for a device, or --identity for a server; got none. "
-            "Nothing was looked at."
+            "doctor: expected --kit or --store for a device, or --identity for a server; got "
+            "none. Nothing was checked."
         )
     if options.store is not None and options.identity is not None:
         raise ConfigError(
-            "doctor: --store is a device's, --identity a server's. Nothing was looked at; run it "
-            "once for each."
+            "doctor: --store is for a device, --identity for a server. Nothing was checked; run "
+            "it once for each."
         )
     side = "device" if options.identity is None else "server"
     (entry,) = entry_points(group="fedcore.doctors", name=side)
     examine: Examine = entry.load()
     findings = [versions(), *examine(options), gpu(), providers()]
     if options.task:
-        remedy = "`fedcore check` says more of a task"
+        remedy = "`fedcore check` gives details about a task"
         findings.append(guarded("task", lambda: task_layers(options.task), remedy=remedy))
     failed = any(finding.verdict == "fail" for finding in findings)
     if options.json:
@@ -218,7 +221,7 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 doctor = Command(
-    help="look for what would keep a server or a device from its work, and say what to do",
+    help="find what would stop a server or a device from working, and say how to fix it",
     arguments=_arguments,
     run=_doctor,
     example="fedcore doctor --kit kit --task task.py",

@@ -40,13 +40,12 @@ def disk_errors(path: Path) -> Iterator[None]:
     except OSError as error:
         if error.errno in _FULL:
             raise DiskFull(
-                f"{path}: the disk has no room for this file ({error.strerror}). "
-                "Nothing half-written was left; free space there, or choose another folder, "
-                "and run again."
+                f"{path}: the disk has no room for this file ({error.strerror}). No partial file "
+                "was left; free some space there, or choose another folder, and run again."
             ) from error
         if error.errno in _REFUSED:
             raise ResourceError(
-                f"{path}: this file cannot be written ({error.strerror}). Nothing was; choose "
+                f"{path}: cannot write this file ({error.strerror}). Nothing was written; choose "
                 "another place, or make this one writable, and run again."
             ) from error
         raise
@@ -94,8 +93,8 @@ def check_file(path: Path, *, option: str) -> None:
     """
     if path.is_dir():
         raise ResourceError(
-            f"{option} {path}: a folder has this name, and a file is to be written. Nothing was "
-            "done; name a file in it."
+            f"{option} {path}: expected a file to write, got a folder. Nothing was done; give "
+            "the path of a file in it."
         )
     _check_place(path.parent, f"{option} {path}")
 
@@ -126,8 +125,8 @@ def check_picture(path: Path, *, option: str) -> None:
     """
     if path.suffix.lower() not in PICTURES:
         raise ConfigError(
-            f"{option} {path}: the name of a picture ends in .png, .pdf or .svg, and its format "
-            "follows from that. Nothing was drawn; name it so."
+            f"{option} {path}: expected a file name that ends in .png, .pdf or .svg, which "
+            "selects the format of the plot. Nothing was drawn; choose such a name."
         )
     check_file(path, option=option)
 
@@ -139,8 +138,8 @@ def _check_place(folder: Path, named: str) -> None:
         there = there.parent
     if not there.is_dir():
         raise ResourceError(
-            f"{named}: {there} is a file, and a folder is needed there. Nothing was done; name "
-            "another place, or move that file away."
+            f"{named}: {there} is a file, expected a folder. Nothing was done; choose another "
+            "place, or move that file away."
         )
     try:
         with tempfile.TemporaryFile(dir=there) as stream:
@@ -148,8 +147,8 @@ def _check_place(folder: Path, named: str) -> None:
     except OSError as error:
         kind = DiskFull if error.errno in _FULL else ResourceError
         raise kind(
-            f"{named}: nothing can be written into {there} ({error.strerror}). Nothing was done; "
-            "name another place, or make room and have it writable by this user."
+            f"{named}: cannot write into {there} ({error.strerror}). Nothing was done; choose "
+            "another place, or free some space and make it writable by this user."
         ) from None
 
 
@@ -191,14 +190,16 @@ def read_bytes(path: Path, *, max_bytes: int, what: str, otherwise: str = "") ->
                 )
             raw = stream.read(size + 1)
     except (FileNotFoundError, NotADirectoryError):
-        gone = "leads nowhere: it is a link" if path.is_symlink() else "does not exist"
+        gone = "is a broken symbolic link" if path.is_symlink() else "does not exist"
         raise DataError(f"{path}: {what} {gone}.{more}") from None
     except PermissionError:
-        raise DataError(f"{path}: {what} may not be read by this user.{more}") from None
+        raise DataError(f"{path}: this user may not read {what}.{more}") from None
     except OSError as error:
-        raise DataError(f"{path}: {what} cannot be read ({error.strerror}).{more}") from error
+        raise DataError(f"{path}: cannot read {what} ({error.strerror}).{more}") from error
     if len(raw) != size:
-        raise DataError(f"{path}: {what} changed while it was read. It was not used; try again.")
+        raise DataError(
+            f"{path}: {what} changed while it was being read. It was not used; try again."
+        )
     return raw
 
 
@@ -209,12 +210,12 @@ def read_if_exists(path: Path, *, max_bytes: int, what: str, otherwise: str = ""
         DataError: the file cannot be read, see `read_bytes`. A broken or circular link counts as
             present.
     """
-    if not is_there(path):
+    if not name_exists(path):
         return None
     return read_bytes(path, max_bytes=max_bytes, what=what, otherwise=otherwise)
 
 
-def is_there(path: Path) -> bool:
+def name_exists(path: Path) -> bool:
     """Returns whether anything has that name, even a broken or circular link.
 
     Use it where a missing file means "nothing happened yet": `Path.exists` also returns False for
@@ -268,9 +269,7 @@ def _open_regular(path: Path, flags: int, what: str, more: str, mode: int = 0o60
 
 
 def _no_file(path: Path, what: str, more: str) -> DataError:
-    return DataError(
-        f"{path}: {what} cannot be read: a folder or something else has its name.{more}"
-    )
+    return DataError(f"{path}: cannot read {what}: it is a folder or another kind of file.{more}")
 
 
 def remove(path: Path) -> None:
@@ -300,7 +299,7 @@ def lock_file(path: Path, otherwise: FedcoreError | None = None) -> Iterator[Non
             path,
             os.O_RDWR | os.O_CREAT,
             what="the lock",
-            otherwise="Nothing was done; remove it, it holds nothing, and run again.",
+            otherwise="Nothing was done; remove it (it is empty) and run again.",
             mode=0o644,
         )
     with _locked(held, otherwise):

@@ -273,7 +273,7 @@ def _fine_tuned(
     if tuned.kept:
         write_atomic(folder / "finetuned.safetensors", checkpoint_bytes(tuned.model))
     if tuned.clients or not tuned.kept:
-        story.note(f"The gate behind fine-tuning: {gate_note(tuned, task.primary)}.")
+        story.note(f"Gate after fine-tuning: {gate_note(tuned, task.primary)}.")
     return tuned
 
 
@@ -311,12 +311,13 @@ def gate_note(tuned: Finetuned, primary: Metric) -> str:
     verdict = "kept" if tuned.kept else "not kept"
     cloud = f"on held-out cloud data {tuned.before:.4g} before, {tuned.after:.4g} after"
     if tuned.unjudged:
-        return f"{primary.name} {cloud}; no client judged it ({tuned.unjudged}): {verdict}"
+        return f"{primary.name} {cloud}; no client evaluated it ({tuned.unjudged}): {verdict}"
     if (asked := tuned.clients) is None:
         return f"{primary.name} {cloud}: {verdict}"
     return (
-        f"{primary.name} on what {counted(asked.clients, 'client')} hold back {asked.before:.4g} "
-        f"before, {asked.after:.4g} after (to {asked.margin:.2g}); {cloud}: {verdict}"
+        f"{primary.name} on held-out data of {counted(asked.clients, 'client')} "
+        f"{asked.before:.4g} before, {asked.after:.4g} after (to {asked.margin:.2g}); {cloud}: "
+        f"{verdict}"
     )
 
 

@@ -33,12 +33,12 @@ from server.compression.export import export_onnx
 from server.compression.runtime import answer, open_session
 from server.preflight import check_strategy
 
-_MOST_EXAMPLES = 64
+_MAX_EXAMPLES = 64
 _FIRST_STEPS = ("training", "privacy")
 _WAYS = {
-    "chain": "the quickest way, a chain of dense layers and convolutions",
+    "chain": "fastest method, for a chain of dense layers and convolutions",
     "vmap": "all examples of a batch at once",
-    "alone": "one example after the other, which is slow",
+    "alone": "one example at a time, which is slow",
 }
 
 
@@ -137,14 +137,14 @@ class _State:
         self.examples: Examples | None = None
         self.model: FullModel | None = None
 
-    def some(self) -> tuple[Tensor, Tensor]:
+    def sample_batch(self) -> tuple[Tensor, Tensor]:
         """Returns a batch of the client's examples, at most 64."""
         examples = cast(Examples, self.examples)
-        return gather(examples, list(range(min(size_of(examples), _MOST_EXAMPLES))))
+        return gather(examples, list(range(min(size_of(examples), _MAX_EXAMPLES))))
 
     def few(self) -> Examples:
-        """Returns the batch of `some` as a dataset, so that large clients take no longer."""
-        return torch.utils.data.TensorDataset(*self.some())  # type: ignore[return-value]
+        """Returns `sample_batch` as a dataset, so that large clients take no longer."""
+        return torch.utils.data.TensorDataset(*self.sample_batch())  # type: ignore[return-value]
 
 
 Step = tuple[str, bool, Callable[[], str]]
@@ -171,7 +171,7 @@ def _steps(state: _State) -> list[Step]:
 def _clients(state: _State) -> str:
     names = list(state.task.clients(data_folder()))
     if not names:
-        raise TaskError("clients() names none; at least one is needed.")
+        raise TaskError("clients() returned none, expected at least one.")
     if state.client is not None and state.client not in names:
         raise TaskError(f"client {state.client!r}: not among the {counted(len(names), 'client')}.")
     state.client, state.names = state.client or names[0], names
@@ -183,7 +183,7 @@ def _client_data(state: _State) -> str:
     state.examples = read_examples(
         lambda: state.task.client_data(name, data_folder()), what=f"data of client {name!r}"
     )
-    inputs, targets = state.some()
+    inputs, targets = state.sample_batch()
     return (
         f"{counted(size_of(state.examples), 'example')}: inputs {inputs.dtype} "
         f"{tuple(inputs.shape[1:])}, targets {targets.dtype} {tuple(targets.shape[1:])}"
@@ -197,7 +197,7 @@ def _model(state: _State) -> str:
 
 
 def _schema(state: _State) -> str:
-    inputs, targets = state.some()
+    inputs, targets = state.sample_batch()
     example = state.task.example_input
     if inputs.shape[1:] != example.shape or inputs.dtype != example.dtype:
         raise TaskError(
@@ -205,7 +205,7 @@ def _schema(state: _State) -> str:
             f"{inputs.dtype} {tuple(inputs.shape[1:])}: the exported model would refuse them."
         )
     if not torch.isfinite(inputs.float()).all():
-        raise TaskError("the client's inputs hold values that are not finite.")
+        raise TaskError("the client's inputs contain values that are not finite.")
     outputs = _outputs(state, inputs)
     if state.task.kind == "regression":
         if outputs[0].numel() != targets[0].numel():
@@ -232,10 +232,10 @@ def _outputs(state: _State, inputs: Tensor) -> Tensor:
 
 
 def _loss(state: _State) -> str:
-    inputs, targets = state.some()
+    inputs, targets = state.sample_batch()
     value = state.task.loss_of(_outputs(state, inputs), targets)
     if value.ndim or not torch.isfinite(value):
-        raise TaskError(f"the loss is {value.tolist()}; it must be one finite number, the mean.")
+        raise TaskError(f"the loss is {value.tolist()}, expected one finite number, the mean.")
     return f"{value.item():.4g} before training"
 
 
@@ -250,7 +250,7 @@ def _training(state: _State) -> str:
         batch_size=run.client.batch_size,
         rng=torch.Generator().manual_seed(run.seed),
     )
-    return f"one epoch on at most {_MOST_EXAMPLES} examples, mean loss {value:.4g}"
+    return f"one epoch on at most {_MAX_EXAMPLES} examples, mean loss {value:.4g}"
 
 
 def _metrics(state: _State) -> str:
@@ -266,7 +266,7 @@ def _strategy(state: _State) -> str:
 def _privacy(state: _State) -> str:
     """Runs one private step, even if privacy is off, so that enabling it later can't surprise."""
     model, run = build_model(state.task, state.run), state.run
-    way = choose_method(state.task, model)
+    method = choose_method(state.task, model)
     if run.private:  # rejects a delta that protects nobody on a client of this size
         count = size_of(cast(Examples, state.examples))
         plan_for(count, run.client, run.privacy, round=1, participations=run.federation.rounds)
@@ -279,17 +279,19 @@ def _privacy(state: _State) -> str:
         state.task.loss_of,
         state.run.client,
         PrivatePlan(charge, clip_norm=state.run.privacy.clip_norm),
-        way=way,
+        method=method,
         draws=SystemDraws(),
     )
-    said = f"example-level privacy: {_WAYS[way.name]}" + (f" ({way.why})" if way.why else "")
+    said = f"example-level privacy: {_WAYS[method.name]}" + (
+        f" ({method.why})" if method.why else ""
+    )
     if skipped:
         said += f"; {counted(skipped, 'example')} without a finite gradient counted as zero"
     return said
 
 
 def _export(state: _State) -> str:
-    inputs, _ = state.some()
+    inputs, _ = state.sample_batch()
     model = cast(FullModel, state.model).eval()
     example = torch.stack([state.task.example_input] * 2)
     onnx = export_onnx(model, example, labels=state.task.labels, kind=state.task.kind)
@@ -301,7 +303,7 @@ def _export(state: _State) -> str:
 def _cloud(state: _State) -> str:
     loader = state.task.cloud_data
     if loader is None:
-        return "none: fine-tuning, its gate and every candidate but fp32 are left out"
+        return "none: fine-tuning, its gate and every candidate except fp32 are skipped"
     return _other(state, "cloud data", loader)
 
 

@@ -33,24 +33,34 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
             "identity",
             "fail",
             str(error),
-            "`fedcore provision server HOST` makes one, `provision renew server` extends it",
+            "create one with `fedcore provision server HOST`, extend it with `provision "
+            "renew server`",
         )
     else:
         remedy = "`fedcore provision renew server`, and start the server again"
         yield expiry("the server's certificate", identity.kit.not_after, remedy=remedy)
         yield _clock(identity)
-        remedy = "do what this says; copy roster.json again where the authority is elsewhere"
+        remedy = (
+            "follow the message; if the authority is on another machine, copy roster.json from "
+            "it again"
+        )
         yield guarded("roster", lambda: _roster(identity), remedy=remedy)
-        remedy = "remove drained.json, and drain again who should be"
+        remedy = "remove drained.json, and drain the devices again that should be"
         yield guarded("drained", lambda: _drained(identity), remedy=remedy)
         yield _ports(identity)
-        yield guarded("audit", lambda: _audit(options.identity), remedy="look who may write to it")
+        yield guarded(
+            "audit", lambda: _audit(options.identity), remedy="check who has write access to it"
+        )
         if (options.identity.absolute().parent / AUTHORITY).is_file():
             log = options.identity.absolute().parent / AUDIT
-            yield guarded("authority", lambda: _log(log), remedy="look who may write to it")
+            yield guarded("authority", lambda: _log(log), remedy="check who has write access to it")
     yield disk(options.runs)
     proxy = proxy_for("https://", os.environ)
-    told = f"{shown(proxy)}; a server needs none, operators who ask it may" if proxy else "none"
+    told = (
+        f"{shown(proxy)}; a server does not need a proxy, but operators who connect to it may"
+        if proxy
+        else "none"
+    )
     yield Finding("proxy", "ok", told)
 
 
@@ -63,7 +73,7 @@ def _clock(identity: ServerIdentity) -> Finding:
             "clock",
             "fail",
             f"{told}, before the certificate was issued ({begins:%Y-%m-%d %H:%M})",
-            "set the clock; NTP keeps it right (timedatectl set-ntp true)",
+            "set the clock; NTP keeps it correct (timedatectl set-ntp true)",
         )
     return Finding("clock", "ok", told)
 
@@ -73,11 +83,11 @@ def _roster(identity: ServerIdentity) -> Finding:
     roster = Roster(identity.roster_path, identity.kit.authority_pem)
     had = read_seen(identity.kit.folder / SEEN)
     if roster.version < had.version:
-        was = f"version {roster.version}, and version {had.version} was in force"
+        was = f"version {roster.version}, but version {had.version} was in force before"
         told = f"{was}: the server refuses it"
         remedy = (
-            "copy the newest roster.json from the authority; where that is lost, revoke again whom "
-            f"it lacks, and remove {SEEN}"
+            "copy the newest roster.json from the authority; if that is lost, revoke again "
+            f"everyone missing from it, and remove {SEEN}"
         )
         return Finding("roster", "fail", told, remedy)
     members = roster.members()
@@ -88,24 +98,27 @@ def _roster(identity: ServerIdentity) -> Finding:
     told = f"version {roster.version}: {counted(devices, 'device')}, {others}"
     if had.restored is not None and roster.version <= had.version:
         told = (
-            f"{told}; it came back from a backup of {had.restored:%Y-%m-%d %H:%M} UTC, and whoever "
-            "was revoked since is in force again"
+            f"{told}; it was restored from a backup of {had.restored:%Y-%m-%d %H:%M} UTC, so "
+            "members revoked since then are in force again"
         )
-        remedy = "`fedcore provision revoke NAME` for each; with the next change this goes away"
+        remedy = (
+            "run `fedcore provision revoke NAME` for each of them; the next change of the roster "
+            "clears this warning"
+        )
         return Finding("roster", "warn", told, remedy)
     if not devices:
         return Finding("roster", "warn", told, "`fedcore provision device NAME --request FILE`")
     if soon:
         names = ", ".join(soon[:5]) + (", ..." if len(soon) > 5 else "")
         told = f"{told}; {len(soon)} expire within {_SOON_DAYS} days: {names}"
-        remedy = "`fedcore provision renew NAME`, and install what it makes"
+        remedy = "run `fedcore provision renew NAME`, and install the new kit"
         return Finding("roster", "warn", told, remedy)
     return Finding("roster", "ok", told)
 
 
 def _log(path: Path) -> Finding:
     lines = counted(verify_audit(path, begun_loose=True), "line")
-    return Finding("authority", "ok", f"{lines} in its audit log, each follows the last")
+    return Finding("authority", "ok", f"{lines} in its audit log, in an unbroken chain")
 
 
 def _drained(identity: ServerIdentity) -> Finding:
@@ -113,7 +126,7 @@ def _drained(identity: ServerIdentity) -> Finding:
     strangers = unknown(drained, Roster(identity.roster_path, identity.kit.authority_pem))
     told = f"{counted(len(drained), 'device')} {is_or_are(len(drained))} left out of rounds"
     if strangers:
-        told = f"{told}; no device in force is called {', '.join(strangers[:5])}"
+        told = f"{told}; there is no device in force named {', '.join(strangers[:5])}"
         return Finding("drained", "warn", told, "`fedcore server drain NAME --undo`")
     return Finding("drained", "ok", told)
 
@@ -132,10 +145,11 @@ def _ports(identity: ServerIdentity) -> Finding:
         return Finding(
             "ports",
             "fail",
-            f"port {' and '.join(map(str, taken))} is in use by something else, or forbidden",
-            "stop what uses it (ss -ltnp), or choose others with --listen and --wake-port",
+            f"port {' and '.join(map(str, taken))} is in use by another program, or forbidden",
+            "stop the program that uses it (ss -ltnp), or choose others with --listen and "
+            "--wake-port",
         )
-    told = f"{' and '.join(map(str, wanted))}: free; let them through firewalls"
+    told = f"{' and '.join(map(str, wanted))}: free; allow them in firewalls"
     return Finding("ports", "ok", told)
 
 
@@ -152,9 +166,11 @@ def _is_free(port: int) -> bool:
 def _audit(folder: Path) -> Finding:
     if not any((folder / name).exists() for name in (AUDIT, MARK)):
         if (folder / SEEN).exists():
-            told = f"{folder / AUDIT} is gone, though a server has run with this identity ({SEEN})"
-            remedy = "put it back, or look who may write here: the next server begins a new log"
+            told = f"{folder / AUDIT} is missing, but a server has run with this identity ({SEEN})"
+            remedy = (
+                "restore it, or check who has write access here: the next server starts a new log"
+            )
             return Finding("audit", "fail", told, remedy)
         return Finding("audit", "ok", "no server has run with this identity yet")
     lines = verify_audit(folder / AUDIT)
-    return Finding("audit", "ok", f"{counted(lines, 'line')}, each follows the one before")
+    return Finding("audit", "ok", f"{counted(lines, 'line')}, in an unbroken chain")

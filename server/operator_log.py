@@ -21,13 +21,20 @@ from pydantic import Field, ValidationError
 
 from fedcore.config.run import Section
 from fedcore.errors import DataError
-from fedcore.files import disk_errors, is_there, open_regular, read_bytes, sync_folder, write_atomic
+from fedcore.files import (
+    disk_errors,
+    name_exists,
+    open_regular,
+    read_bytes,
+    sync_folder,
+    write_atomic,
+)
 
 AUDIT, MARK = "audit.jsonl", "audit.mark"
 _MAX_MARK_BYTES = 1 << 10
 _START = "0" * 64
 """Digest that the first line names as its predecessor."""
-_MOST_LINE_BYTES = 1 << 20
+_MAX_LINE_BYTES = 1 << 20
 """Maximum bytes of one line; real lines have less than a thousandth of that."""
 _PIECE_BYTES = 1 << 16
 
@@ -64,16 +71,18 @@ class Audit:
         self._lock = threading.Lock()
         check_regular(path)
         mark = _read_mark(path)
-        if mark is not None and not is_there(path):
-            raise _gone(path)
+        if mark is not None and not name_exists(path):
+            raise _missing_error(path)
         with disk_errors(path):
             flags = os.O_RDWR | os.O_APPEND | os.O_CREAT
             self._file = open_regular(path, flags, what="the audit log")
             sync_folder(path.parent)
             end = os.fstat(self._file).st_size
-            if mark is not None and not (_reaches(self._file, mark) and end <= _furthest(mark)):
+            if mark is not None and not (
+                _contains_mark(self._file, mark) and end <= _max_end(mark)
+            ):
                 os.close(self._file)
-                raise _cut(path, mark)
+                raise _truncated_error(path, mark)
             self._last, whole = _digest_before(self._file, end)
             if not whole:  # ends a line that a power cut left unfinished
                 os.write(self._file, b"\n")
@@ -98,7 +107,7 @@ class Audit:
             with disk_errors(self._path):
                 end = os.fstat(self._file).st_size
                 if not self._in_place() or end < self._end:
-                    raise _meanwhile(self._path)
+                    raise _replaced_error(self._path)
                 try:
                     if os.write(self._file, line + b"\n") <= len(line):
                         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
@@ -139,12 +148,12 @@ def verify_audit(path: Path, *, begun_loose: bool = False) -> int:
     reached = mark is None
     try:
         with os.fdopen(open_regular(path, what="the audit log"), "rb") as stream:
-            if mark is not None and os.fstat(stream.fileno()).st_size > _furthest(mark):
-                raise _cut(path, mark)
-            for number, line in enumerate(iter(lambda: stream.readline(_MOST_LINE_BYTES), b""), 1):
-                if len(line) == _MOST_LINE_BYTES:
-                    raise _endless(path, number)
-                before = _before(line)
+            if mark is not None and os.fstat(stream.fileno()).st_size > _max_end(mark):
+                raise _truncated_error(path, mark)
+            for number, line in enumerate(iter(lambda: stream.readline(_MAX_LINE_BYTES), b""), 1):
+                if len(line) == _MAX_LINE_BYTES:
+                    raise _overlong_error(path, number)
+                before = _predecessor_digest(line)
                 if before is None and begun_loose:
                     torn = False
                 elif before is None and not torn:
@@ -152,8 +161,8 @@ def verify_audit(path: Path, *, begun_loose: bool = False) -> int:
                 elif before != last:
                     raise DataError(
                         f"{path}: line {number} does not follow the line before it: one of them "
-                        "was changed, taken out or put in. What stands before it is sound; look "
-                        "who may write to this file."
+                        "was changed, removed or inserted. The lines before it are intact; check "
+                        "who has write access to this file."
                     )
                 else:
                     torn, begun_loose = False, False
@@ -163,11 +172,11 @@ def verify_audit(path: Path, *, begun_loose: bool = False) -> int:
                     mark is not None and (end, last) == (mark.end_bytes, mark.last)
                 )
     except FileNotFoundError:
-        raise _gone(path) from None
+        raise _missing_error(path) from None
     except OSError as error:
-        raise DataError(f"{path}: the audit log cannot be read ({error.strerror}).") from None
+        raise DataError(f"{path}: cannot read the audit log ({error.strerror}).") from None
     if mark is not None and not reached:
-        raise _cut(path, mark)
+        raise _truncated_error(path, mark)
     return number
 
 
@@ -177,11 +186,11 @@ def check_regular(path: Path) -> None:
     Raises:
         DataError: the path is a folder, a pipe or another special file.
     """
-    if is_there(path) and not path.is_file():
+    if name_exists(path) and not path.is_file():
         raise DataError(
-            f"{path}: expected the audit log, found a folder, a pipe or something else of that "
-            "name. Nothing was done, since nothing could be recorded; remove it, put the log back "
-            "where there was one, and see who may write to this folder."
+            f"{path}: expected the audit log, found a folder, a pipe or another kind of file. "
+            "Nothing was done, because it could not be recorded; remove it, restore the log if "
+            "there was one, and check who has write access to this folder."
         )
 
 
@@ -199,40 +208,42 @@ def _read_mark(path: Path) -> _Mark | None:
         return _Mark.model_validate_json(raw)
     except (DataError, ValidationError):
         raise DataError(
-            f"{mark}: this does not tell how far {path.name} went. No server starts with it, since "
-            f"a log that was cut would not show; look who may write here. {_KEEP}"
+            f"{mark}: this file does not state the length of {path.name}. A server refuses to "
+            "start with it, because a truncated log would go unnoticed; check who has write "
+            f"access here. {_KEEP}"
         ) from None
 
 
 _KEEP = (
-    f"Then put {AUDIT} and {MARK} away together, and keep them: the next server begins a new log."
+    f"Then move {AUDIT} and {MARK} away together, and keep them: the next server starts a new log."
 )
 
 
-def _gone(path: Path) -> DataError:
+def _missing_error(path: Path) -> DataError:
     return DataError(
-        f"{path}: the audit log is gone; {MARK} beside it says that there was one. No server "
-        f"starts without it; put it back, or look who may write here. {_KEEP}"
+        f"{path}: the audit log is missing; {MARK} beside it shows that there was one. A server "
+        f"refuses to start without it; restore it, or check who has write access here. {_KEEP}"
     )
 
 
-def _cut(path: Path, mark: _Mark) -> DataError:
+def _truncated_error(path: Path, mark: _Mark) -> DataError:
     return DataError(
-        f"{path}: the audit log was cut or changed: expected a line that ends at byte "
-        f"{mark.end_bytes}, as {MARK} beside it says, and there is none, or another. No server "
-        f"starts with it; put the whole log back, or look who may write here. {_KEEP}"
+        f"{path}: the audit log was truncated or changed: expected a line that ends at byte "
+        f"{mark.end_bytes}, as recorded in {MARK} beside it, found none, or another line. A "
+        "server refuses to start with it; restore the complete log, or check who has write "
+        f"access here. {_KEEP}"
     )
 
 
-def _meanwhile(path: Path) -> DataError:
+def _replaced_error(path: Path) -> DataError:
     return DataError(
-        f"{path}: the audit log was removed, replaced or cut while the server runs. Nothing is "
-        "done unrecorded; put it back as it was, or look who may write here, and stop the server "
-        f"with SIGTERM. {_KEEP}"
+        f"{path}: the audit log was removed, replaced or truncated while the server runs. "
+        "Requests are refused while they cannot be recorded; restore the log, or check who has "
+        f"write access here, and stop the server with SIGTERM. {_KEEP}"
     )
 
 
-def _before(line: bytes) -> str | None:
+def _predecessor_digest(line: bytes) -> str | None:
     """Returns the digest that a line names as its predecessor; None for an incomplete line."""
     try:
         return str(json.loads(line)["before"])
@@ -240,21 +251,21 @@ def _before(line: bytes) -> str | None:
         return None
 
 
-def _reaches(file: int, mark: _Mark) -> bool:
+def _contains_mark(file: int, mark: _Mark) -> bool:
     """Returns whether the log contains the line that its mark refers to."""
     there = os.fstat(file).st_size >= mark.end_bytes
     return there and _digest_before(file, mark.end_bytes) == (mark.last, True)
 
 
-def _furthest(mark: _Mark) -> int:
+def _max_end(mark: _Mark) -> int:
     """Returns the largest valid size: a crash may leave one line after the marked one."""
-    return mark.end_bytes + _MOST_LINE_BYTES
+    return mark.end_bytes + _MAX_LINE_BYTES
 
 
-def _endless(path: Path, number: int) -> DataError:
+def _overlong_error(path: Path, number: int) -> DataError:
     return DataError(
-        f"{path}: line {number} has no end within {_MOST_LINE_BYTES} bytes, and no line of a log "
-        "is as long. What stands before it is sound; look who may write to this file."
+        f"{path}: line {number} has no end within {_MAX_LINE_BYTES} bytes, longer than any line "
+        "of a log. The lines before it are intact; check who has write access to this file."
     )
 
 
@@ -269,9 +280,10 @@ def _digest_before(file: int, end: int) -> tuple[str, bool]:
         step = min(_PIECE_BYTES, start)
         start -= step
         found = os.pread(file, step, start) + found
-        if len(found) > _MOST_LINE_BYTES:
+        if len(found) > _MAX_LINE_BYTES:
             raise DataError(
-                f"the audit log has no line that ends within {_MOST_LINE_BYTES} bytes before byte "
-                f"{end}: it was changed. No server starts with it; look who may write to it."
+                f"the audit log has no line that ends within {_MAX_LINE_BYTES} bytes before "
+                f"byte {end}: it was changed. A server refuses to start with it; check who has "
+                "write access to it."
             )
     return hashlib.sha256(found.rpartition(b"\n")[2]).hexdigest(), whole

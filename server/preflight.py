@@ -206,13 +206,14 @@ def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
         ) from error
     if odd is not None:
         raise DataError(
-            f"task {task.name!r}: it names a client {odd!r} of type {type(odd).__name__}; names "
-            "are strings. Nothing was trained."
+            f"task {task.name!r}: clients() returned {odd!r} of type {type(odd).__name__}, "
+            "expected strings. Nothing was trained."
         )
     if not clients or different < len(clients):
         raise DataError(
-            f"task {task.name!r}: it names {counted(len(clients), 'client')}, {different} of them "
-            "different; at least one, each once, is needed. Nothing was trained."
+            f"task {task.name!r}: clients() returned {counted(len(clients), 'client')}, "
+            f"{different} of them different, expected at least one, each once. Nothing was "
+            "trained."
         )
     if (run.federation.cohort or 1) > len(clients):
         raise ConfigError(

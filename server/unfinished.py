@@ -30,9 +30,9 @@ def require_no_progress(folder: Path) -> None:
         return
     if is_begun(folder / JOURNAL_FOLDER):
         raise ConfigError(
-            f"{folder}: `fedcore server start` began this run over devices, and it is not "
-            "complete; starting this one would drop it. Nothing was run; choose another `name`, "
-            "or begin again with --fresh."
+            f"{folder}: `fedcore server start` started this run over devices, and it is not "
+            "complete; starting this one would discard it. Nothing was run; choose another "
+            "`name`, or start over with --fresh."
         )
     require_no_simulated_progress(folder)
 
@@ -52,7 +52,7 @@ def require_no_simulated_progress(folder: Path) -> None:
     last = read_checkpoint(folder / CHECKPOINT).progress.round
     if last:
         raise ConfigError(
-            f"{folder}: this simulation was interrupted after round {last}, and starting it would "
-            "drop that. Nothing was run; go on with `fedcore simulate --resume`, or begin again "
-            "with --fresh (from Python, resume=True or fresh=True)."
+            f"{folder}: this simulation was interrupted after round {last}, and starting it "
+            "would discard that. Nothing was run; continue with `fedcore simulate --resume`, or "
+            "start over with --fresh (from Python, resume=True or fresh=True)."
         )

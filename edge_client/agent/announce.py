@@ -11,7 +11,7 @@ import threading
 from collections.abc import Callable
 from pathlib import Path
 
-from edge_client.agent.wake import hold_stream
+from edge_client.agent.wake import open_stream
 from edge_client.device_folder import DeviceFolder
 from fedcore.crypto.kit import Kit
 from fedcore.errors import FedcoreError, TrustError
@@ -58,7 +58,7 @@ def announce(
         kit,
         headers=hello_of(name, task).headers(instance),
         stop=late,
-        let_in_before=folder.let_in_before(kit.public),
+        was_admitted=folder.was_admitted(kit.public),
         passed=passed,
     )
     # A server that stays busy must not keep this device from loading torch.
@@ -67,10 +67,10 @@ def announce(
     ending.start()
     try:
         link.activate()
-        folder.note_let_in(kit.public)
+        folder.record_admission(kit.public)
         log.info("authenticated as node %d", link.node_id)
         if link.wake_port:
-            hold_stream(link, instance, passed)
+            open_stream(link, instance, passed)
     except TrustError:
         raise
     except (FedcoreError, NotActivated, Unreachable) as error:

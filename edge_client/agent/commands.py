@@ -21,7 +21,7 @@ from fedcore.crypto.kit import Kit, load_kit
 from fedcore.errors import CertificateRefused
 from fedcore.observability.patience import report_loading
 from fedcore.rpc.proxy import check_proxies
-from fedcore.rpc.tls import only_tls_1_3, silence_grpc_core
+from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
 
 if TYPE_CHECKING:
     from edge_client.agent.wake import Signals
@@ -36,29 +36,31 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="the folder that `fedcore client install` put the kit into, as --kit kit",
+        help="folder into which `fedcore client install` put the kit, e.g. --kit kit",
     )
     parser.add_argument(
         "--task",
         type=Path,
         required=True,
-        help="the task installed here, the same file as the server's, as --task task.py",
+        help="the task installed here, the same file as the server's, e.g. --task task.py",
     )
     parser.add_argument(
-        "--owner", type=Path, help="what the owner of this device allows, as --owner owner.toml"
+        "--owner",
+        type=Path,
+        help="file with the limits set by the owner of this device, e.g. --owner owner.toml",
     )
     parser.add_argument(
         "--state",
         type=Path,
         metavar="DIR",
-        help="where this device keeps its ledger and finished updates, as --state "
+        help="folder for this device's ledger and finished updates, e.g. --state "
         "/var/lib/fedcore/device (default: `device` in the folder of the kit)",
     )
     parser.add_argument(
         "--log",
         type=Path,
         metavar="FILE",
-        help="write the log here, in files of 10 MiB of which six are kept, as --log device.log "
+        help="file for the log, rotated at 10 MiB, the last six kept, e.g. --log device.log "
         "(default: standard error)",
     )
 
@@ -72,7 +74,7 @@ def _start(options: argparse.Namespace) -> int:
             if not told():
                 raise
             if not isinstance(error, KeyboardInterrupt):  # an import may turn it into another error
-                log.info("stopped, and met: %s: %s", type(error).__name__, error)
+                log.info("stopped; error while stopping: %s: %s", type(error).__name__, error)
     return 0
 
 
@@ -86,14 +88,14 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
         )
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     check_proxies(os.environ)
-    only_tls_1_3()  # before Flower, which imports grpc
+    require_tls_1_3()  # before Flower, which imports grpc
     silence_grpc_core()
     from fedcore.observability.lines import log_lines
 
     with report_loading():  # on standard error: Flower would replace a logger set up before it
         from edge_client.agent.announce import announce
         from edge_client.agent.policy import RateLimit, check_task, reason_to_pause, run_sessions
-        from edge_client.device_folder import own
+        from edge_client.device_folder import lock_device_folder
         from fedcore.flower.quiet import quiet
 
     quiet()
@@ -101,13 +103,13 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     check_task(owner, options.task)
     rate = owner.max_bandwidth_bytes_per_s
     passed = RateLimit(rate).passed if rate else None
-    with own(options.state or options.kit / "device") as folder:
+    with lock_device_folder(options.state or options.kit / "device") as folder:
         folder.belongs_to(kit.public, so="Nothing was started")  # even if the policy pauses it now
         instance = secrets.token_hex(16)
         if reason_to_pause(owner) is None:
             # Before torch is imported, which takes seconds: a running round soon gives up waiting.
             announce(kit, options.task, folder, instance, passed)
-        log.info("loading torch, and its compiler with it: some seconds, more the first time")
+        log.info("loading torch and its compiler: a few seconds, longer the first time")
         loading.set()
         with report_loading(log.info):
             import edge_client.agent.loop
@@ -146,7 +148,7 @@ def _sessions(
 
 
 start = Command(
-    help="take part in training with the task installed here, until stopped",
+    help="take part in training with the installed task, until stopped",
     arguments=_start_arguments,
     run=_start,
     example="fedcore client start --kit kit --task task.py",

@@ -35,7 +35,7 @@ def message_limit_bytes(task: Task, run: RunConfig, owner: OwnerPolicy) -> int:
         model_bytes = sum(max(one.element_size(), 4) * one.numel() for one in state)
         usual_bytes = _COPIES * model_bytes + _ROOM_BYTES
     except FedcoreError as error:  # training reports it to the server
-        log.debug("the size of messages is not known: %s", error)
+        log.debug("the size of messages is unknown: %s", error)
         usual_bytes = _UNKNOWN_BYTES
     limits = (usual_bytes, owner.max_round_bytes, owner.max_memory_bytes)
     return min(limit for limit in limits if limit is not None)
@@ -44,8 +44,8 @@ def message_limit_bytes(task: Task, run: RunConfig, owner: OwnerPolicy) -> int:
 def reason_to_stop(signals: Signals) -> str | None:
     """Returns why the work on a message must be aborted now; None while it may continue."""
     if signals.stop.is_set():
-        return "this device takes part no longer, by its owner's hours or battery"
+        return "the owner's limits on hours or battery stop this device from taking part"
     lost = signals.lost
     if lost is not None and time.monotonic() - lost > GONE_S:
-        return f"the server has not been heard of for {GONE_S:.0f} s"
+        return f"no sign of the server for {GONE_S:.0f} s"
     return None

@@ -12,7 +12,7 @@ import torch
 from flwr.app import Error, Message, MessageType
 
 from edge_client.agent.run import DeviceSetup, OpenRun, open_run
-from edge_client.agent.wake import Signals, TokenBucket, watch
+from edge_client.agent.wake import Signals, TokenBucket, keep_stream_open
 from fedcore.client_app import error_of
 from fedcore.crypto.keys import load_key
 from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
@@ -58,17 +58,20 @@ def run_device(device: DeviceSetup, signals: Signals) -> None:
         device.kit,
         headers=hello_of(device.task.name, device.task_path).headers(instance),
         stop=signals.stop,
-        let_in_before=device.folder.let_in_before(device.kit.public),
+        was_admitted=device.folder.was_admitted(device.kit.public),
         passed=device.passed,
     )
     watcher = threading.Thread(
-        target=watch, args=(instance, link, signals, device.passed), name="wake", daemon=True
+        target=keep_stream_open,
+        args=(instance, link, signals, device.passed),
+        name="wake",
+        daemon=True,
     )
     runs: dict[int, OpenRun] = {}
     messages = TokenBucket(MESSAGE_S, MESSAGE_BURST)
     try:
         _retry(lambda: _activate(link, signals), signals)
-        device.folder.note_let_in(device.kit.public)
+        device.folder.record_admission(device.kit.public)
         watcher.start()
         while not signals.stop.is_set():
             _retry(lambda: _answer_messages(device, link, signals, runs, messages), signals)
@@ -101,7 +104,7 @@ def _retry(work: Callable[[], None], signals: Signals) -> None:
         except (Unreachable, InvalidUpdate) as error:
             refused = isinstance(error, Refused | InvalidUpdate)
             if type(error) not in told:
-                what = "this device keeps trying" if refused else "the server cannot be reached"
+                what = "retrying" if refused else "the server cannot be reached"
                 log.warning("%s: %s", what, error)
             told.add(type(error))
             if refused:
@@ -169,7 +172,7 @@ def _answer_or_reject(
     try:
         return _answer(device, link, signals, runs, found)
     except InvalidUpdate as error:
-        reason = f"client {device.kit.name!r}: its reply was rejected by the server: {error}"
+        reason = f"client {device.kit.name!r}: the server rejected its reply: {error}"
         link.answer(Message(Error(REFUSED + error.exit_code, reason), reply_to=found.message))
         log.warning("update rejected by server: %s", error)
         return False
@@ -194,13 +197,13 @@ def _answer(
     run_id = found.message.metadata.run_id
     try:
         run = runs.get(run_id) or open_run(device, link, signals, run_id)
-        if run.ledger is not None and run.ledger.look():  # new files: more charges may count
+        if run.ledger is not None and run.ledger.scan_data():  # new files: more charges may count
             run = open_run(device, link, signals, run_id)
-        message = link.fetch(found, limit_bytes=run.most_bytes)
+        message = link.fetch(found, limit_bytes=run.max_bytes)
     except FedcoreError as error:
         if isinstance(error, InvalidUpdate):
             raise
-        log.warning("run %d: takes no part: %s", run_id, error)
+        log.warning("run %d: does not take part: %s", run_id, error)
         # Only errors about the server's own settings go to it in full. Others may quote file names
         # (which may name people), the privacy spent or the owner's policy.
         hide = not isinstance(error, ConfigError)
@@ -212,9 +215,9 @@ def _answer(
     key = sha256_hex(f"{run.digest} {kind} {message.content.object_id}".encode())
     content, again = device.folder.reply(key, run.context.state), True
     if content is None:
-        reply, again = _by_app(device, run, message), False
-        _keep(device, run, key, reply)
-        if run.ledger is not None and run.ledger.look():  # files were added during training
+        reply, again = _app_reply(device, run, message), False
+        _store_reply(device, run, key, reply)
+        if run.ledger is not None and run.ledger.scan_data():  # files were added during training
             runs.clear()
     else:
         reply = Message(content, reply_to=message)
@@ -233,11 +236,11 @@ def _answer(
     link.answer(reply)
     outcome = "told" if reply.has_error() else "sent again" if again else "done"
     log.info("%s %s: %s in %.2f s", run.name, kind, outcome, time.monotonic() - started)
-    _tell_room(run, kind)
+    _log_remaining_rounds(run, kind)
     return not again and not reply.has_error()
 
 
-def _by_app(device: DeviceSetup, run: OpenRun, message: Message) -> Message:
+def _app_reply(device: DeviceSetup, run: OpenRun, message: Message) -> Message:
     """Returns the app's reply to a message, or an error reply if the app raises.
 
     The app itself handles failures of the task. A strategy's mods around it do not check a server's
@@ -247,38 +250,38 @@ def _by_app(device: DeviceSetup, run: OpenRun, message: Message) -> Message:
         reply = run.app(message, run.context)
         if isinstance(reply, Message):
             return reply
-        raise TypeError(f"it answered with a {type(reply).__name__}")
+        raise TypeError(f"its reply was a {type(reply).__name__}")
     except (Exception, SystemExit) as error:
         kind = message.metadata.message_type
         refused = InvalidUpdate(
-            f"{kind}: what runs around training for this strategy failed on the server's message: "
-            f"{type(error).__name__}: {error}. Nothing was sent, and what was charged stays "
-            "charged; see the options of federation.strategy on the server."
+            f"{kind}: this strategy's client mods failed on the server's message: "
+            f"{type(error).__name__}: {error}. Nothing was sent, and the privacy spent stays "
+            "charged; check the options of federation.strategy on the server."
         )
         hide = run.ledger is not None
         return Message(Error(*error_of(device.kit.name, refused, hide=hide)), reply_to=message)
 
 
-def _tell_room(run: OpenRun, kind: str) -> None:
+def _log_remaining_rounds(run: OpenRun, kind: str) -> None:
     """Logs how many more training rounds fit in the privacy budget; does nothing without one."""
     if run.ledger is None or run.durable is None or kind != MessageType.TRAIN:
         return
     try:
-        room = run.ledger.room(run.context.state, run.durable.others)
+        room = run.ledger.remaining_rounds(run.context.state, run.durable.others)
     except (FedcoreError, ArithmeticError, ValueError) as error:  # informative only
-        log.warning("%s: how many more rounds fit cannot be told: %s", run.name, error)
+        log.warning("%s: cannot compute how many more rounds fit the budget: %s", run.name, error)
         return
     if room is not None:
-        log.info("%s: the budget has room for %s like the latest", run.name, room)
+        log.info("%s: the budget allows %s like the latest", run.name, room)
 
 
-def _keep(device: DeviceSetup, run: OpenRun, key: str, reply: Message) -> None:
+def _store_reply(device: DeviceSetup, run: OpenRun, key: str, reply: Message) -> None:
     """Writes a reply to disk before it is sent. Its charge was written before training started."""
     state = run.context.state
     if not reply.has_error():
-        device.folder.keep(run.name, state, key, reply.content)
+        device.folder.store_reply(run.name, state, key, reply.content)
     elif run.ledger is not None:  # raises if the charge still cannot be written
-        run.ledger.keep(state)
+        run.ledger.commit(state)
 
 
 def _goodbye(link: FleetLink) -> None:

@@ -37,7 +37,7 @@ class PolicyInputs:
     clock: Callable[[], datetime] = datetime.now
     """Returns local time: owners state hours in it."""
     power: Path = POWER
-    look_s: float = _LOOK_S
+    check_interval_s: float = _LOOK_S
 
 
 HERE = PolicyInputs()
@@ -91,15 +91,14 @@ def check_task(owner: OwnerPolicy, path: Path) -> None:
     """
     if owner.tasks is None:
         return
-    more = "Nothing was run; name the task file that is there by --task."
+    more = "Nothing was run; pass an existing task file with --task."
     raw = read_bytes(path, max_bytes=_MAX_TASK_BYTES, what="the task", otherwise=more)
     digest = sha256_hex(raw)
     if digest not in owner.tasks:
         raise ConfigError(
-            f"{path}: its SHA-256 is {digest}, and {owner.file} allows "
-            f"{counted(len(owner.tasks), 'task')}, "
-            "none of them this one. Nothing was run; the owner adds it to `tasks` after a look at "
-            "the file, or another task is installed."
+            f"{path}: its SHA-256 is {digest}, but {owner.file} allows "
+            f"{counted(len(owner.tasks), 'task')}, not including this one. Nothing was run; have "
+            "the owner review the file and add it to `tasks`, or install another task."
         )
 
 
@@ -108,14 +107,14 @@ def reason_to_pause(owner: OwnerPolicy, around: PolicyInputs = HERE) -> str | No
     if owner.hours is not None:
         now = around.clock()
         if not any(_within(hours, now) for hours in owner.hours):
-            return f"it is {now:%H:%M}, and the owner's hours are {', '.join(owner.hours)}"
+            return f"the time is {now:%H:%M}, outside the owner's hours {', '.join(owner.hours)}"
     if owner.on_mains_only or owner.min_battery_percent is not None:
         power = read_power(around.power)
         if power.on_battery and owner.on_mains_only:
-            return "it runs on its battery, and the owner wants it to run on mains"
+            return "it runs on battery, and the owner requires mains power"
         least = owner.min_battery_percent
         if power.on_battery and least is not None and (power.percent or 0) < least:
-            return f"its battery has {power.percent} %, and the owner wants {least} %"
+            return f"its battery has {power.percent} %, and the owner requires {least} %"
     return None
 
 
@@ -166,21 +165,23 @@ def run_sessions(
     while not stop.is_set():
         reason = reason_to_pause(owner, around)
         if reason is None:
-            with _watched(owner, stop, around) as signals:
+            with _monitored(owner, stop, around) as signals:
                 session(signals)
             continue
         log.info("paused by owner policy: %s", reason)
-        while not stop.wait(around.look_s) and reason_to_pause(owner, around) is not None:
+        while not stop.wait(around.check_interval_s) and reason_to_pause(owner, around) is not None:
             continue
 
 
 @contextmanager
-def _watched(owner: OwnerPolicy, stop: threading.Event, around: PolicyInputs) -> Iterator[Signals]:
+def _monitored(
+    owner: OwnerPolicy, stop: threading.Event, around: PolicyInputs
+) -> Iterator[Signals]:
     """Yields a session's signals; sets their ``stop`` when the policy or ``stop`` demands it."""
     signals = Signals()
 
     def look() -> None:
-        while not signals.stop.wait(around.look_s):
+        while not signals.stop.wait(around.check_interval_s):
             if stop.is_set() or reason_to_pause(owner, around) is not None:
                 signals.stop.set()
                 signals.work.set()
@@ -251,15 +252,15 @@ def limit_gpu(owner: OwnerPolicy) -> None:
             available(owner.device)
         except ConfigError:
             raise ConfigError(
-                f"{owner.file}: device = {owner.device!r}, and torch finds no such device on this "
-                "machine. Nothing was trained; install its driver and a torch that supports it, or "
-                "set `device` to 'cpu' or 'auto'."
+                f"{owner.file}: device = {owner.device!r}, but torch finds no such device on "
+                "this machine. Nothing was trained; install its driver and a torch that supports "
+                "it, or set `device` to 'cpu' or 'auto'."
             ) from None
     if owner.max_gpu_fraction is None:
         return
     if not torch.cuda.is_available():
         log.warning(
-            "%s: max_gpu_fraction = %g bounds nothing: torch finds no CUDA device here",
+            "%s: max_gpu_fraction = %g has no effect: torch finds no CUDA device on this machine",
             owner.file,
             owner.max_gpu_fraction,
         )

@@ -71,7 +71,7 @@ class OpenRun:
     """None in a run without differential privacy."""
     durable: DurableLedger | None
     """None in a run without differential privacy."""
-    most_bytes: int
+    max_bytes: int
     """Upper bound on the size of one message."""
 
 
@@ -84,14 +84,15 @@ def open_run(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int
     data = device.owner.data_folder or data_folder()
     if config.private:
         ledger = ledger_of(device.folder, device.kit, device.owner, config, data)
-        if not (ledger_in(state).charges or device.new_runs.take()):
+        if not (ledger_in(state).charges or device.new_runs.try_acquire()):
             raise TooManyRuns(
-                f"run {config.name!r} is new, and its server has had this device open "
-                f"{NEW_RUN_BURST} new private runs, and one in {NEW_RUN_S / 60:.0f} minutes. A "
-                "server that begins run after run would fill this device's ledger. Nothing was "
-                "charged; the run is taken when it is asked for later."
+                f"run {config.name!r} is new, but this server has already started "
+                f"{NEW_RUN_BURST} new private runs on this device, and one more every "
+                f"{NEW_RUN_S / 60:.0f} minutes is allowed, so that a server cannot fill this "
+                "device's ledger. Nothing was charged; the device will take part in this run if "
+                "it is asked later."
             )
-        durable = DurableLedger(ledger.open(state), partial(ledger.keep, state))
+        durable = DurableLedger(ledger.open(state), partial(ledger.commit, state))
     else:
         drop_idle(device.folder, before=config.name)
     context = Context(
@@ -115,8 +116,8 @@ def open_run(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int
             stopped=lambda: reason_to_stop(signals),
         ),
     )
-    most_bytes = message_limit_bytes(device.task, config, device.owner)
-    return OpenRun(config.name, run_digest(told), app, context, ledger, durable, most_bytes)
+    max_bytes = message_limit_bytes(device.task, config, device.owner)
+    return OpenRun(config.name, run_digest(told), app, context, ledger, durable, max_bytes)
 
 
 def read_settings(told: str) -> RunConfig:
@@ -129,6 +130,6 @@ def read_settings(told: str) -> RunConfig:
         return RunConfig.model_validate_json(told.encode(errors="replace"))
     except ValidationError as error:
         raise ConfigError(
-            f"run: the server's settings cannot be read ({first_fault(error)}). This device takes "
-            "no part; install the server's version of fedcore on it."
+            f"run: cannot read the server's settings ({first_fault(error)}). This device does "
+            "not take part; install the server's version of fedcore on it."
         ) from None

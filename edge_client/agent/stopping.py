@@ -60,7 +60,9 @@ def stop_on_signals(loading: threading.Event) -> Iterator[Callable[[], bool]]:
     numbers.setblocking(False)
     before = signal.set_wakeup_fd(numbers.fileno(), warn_on_full_buffer=False)
     # Started here: in a handler, the interrupted code might hold the lock for starting threads.
-    insisting = threading.Thread(target=_insist, args=[heard, loading], name="stop", daemon=True)
+    insisting = threading.Thread(
+        target=_exit_if_late, args=[heard, loading], name="stop", daemon=True
+    )
     insisting.start()
     kept = {each: signal.signal(each, handle) for each in _SIGNALS}
     try:
@@ -76,7 +78,7 @@ def stop_on_signals(loading: threading.Event) -> Iterator[Callable[[], bool]]:
             heard.close()
 
 
-def _insist(heard: socket.socket, loading: threading.Event) -> None:
+def _exit_if_late(heard: socket.socket, loading: threading.Event) -> None:
     """Exits the process `_STOP_S` after a signal, or at once on a second one."""
     if not _next(heard):
         return
@@ -87,7 +89,7 @@ def _insist(heard: socket.socket, loading: threading.Event) -> None:
         if _next(heard):
             os._exit(INTERRUPTED)
         return
-    text = f"stopped: what it was at did not end within {_STOP_S:.0f} s"
+    text = f"stopped: the work in progress did not end within {_STOP_S:.0f} s"
     # In another thread: the main thread may be blocked writing to a log that nobody reads.
     telling = threading.Thread(target=log.warning, args=[text], daemon=True)
     telling.start()

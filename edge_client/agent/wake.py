@@ -1,7 +1,7 @@
 """Wake-up calls: a gRPC stream from the server, or polling where no stream can be opened.
 
-`watch` runs in a thread of its own, and sets the events of `Signals` for the training session. All
-rates are limited here, so that a server cannot occupy the device or its connection.
+`keep_stream_open` runs in a thread of its own, and sets the events of `Signals` for the training
+session. All rates are limited here, so that a server cannot occupy the device or its connection.
 """
 
 from __future__ import annotations
@@ -110,7 +110,7 @@ class TokenBucket:
         self._free_s = max(self._free_s, now - saved_s) + count * self.every_s
         return max(self._free_s - now, 0.0)
 
-    def take(self) -> bool:
+    def try_acquire(self) -> bool:
         """Takes a unit if one is available now; returns whether it did."""
         before_s = self._free_s
         granted = self.wait_s() == 0.0
@@ -119,7 +119,7 @@ class TokenBucket:
         return granted
 
 
-def watch(
+def keep_stream_open(
     instance: str, link: FleetLink, signals: Signals, passed: Callable[[int], None] | None = None
 ) -> None:
     """Keeps a stream open until ``signals.stop`` is set, and polls while none can be opened.
@@ -171,10 +171,10 @@ def watch(
         signals.reconnect.wait(pause_s)
 
 
-def hold_stream(
+def open_stream(
     link: FleetLink, instance: str, passed: Callable[[int], None] | None = None
 ) -> None:
-    """Opens a stream in a background thread, for a process that does not run `watch` yet.
+    """Opens a stream in a background thread, until `keep_stream_open` takes over.
 
     The stream shows the server that the process is online, and breaks at once if it dies. The
     server closes it when the process opens its next stream; it lasts `EARLY_S` at most.
@@ -301,7 +301,7 @@ def _ask(link: FleetLink, signals: Signals, again_s: float) -> None:
         signals.lost = None
         signals.activate.set()
     except (FedcoreError, Unreachable) as error:  # the main thread gets it too, and handles it
-        log.debug("asking: %s", error)
+        log.debug("polling instead: %s", error)
         if signals.lost is None:
             signals.lost = time.monotonic()
     signals.work.set()

@@ -69,7 +69,7 @@ class ClockReading:
         return max(self.now, self.floor.at or self.now)
 
     @property
-    def behind(self) -> bool:
+    def is_slow(self) -> bool:
         """Whether the clock is behind a signing time by more than 10 minutes."""
         signed = self.floor.signed
         return signed is not None and signed - self.now > _SLACK
@@ -79,7 +79,7 @@ class ClockReading:
         """Whether the floor is ahead of the clock by more than 10 minutes."""
         return self.at - self.now > _SLACK
 
-    def said_later(self) -> datetime | None:
+    def latest_earlier_reading(self) -> datetime | None:
         """Returns the latest earlier reading if it is 10 minutes ahead of the clock, or None."""
         latest = self.floor.latest
         return latest if latest and latest - self.now > _SLACK else None
@@ -89,19 +89,20 @@ class ClockReading:
         latest = self.floor.latest
         return latest is not None and self.now - latest > _LONG
 
-    def complaint(self) -> str | None:
+    def clock_warning(self) -> str | None:
         """Returns what is wrong with the clock, for the owner; None if no fault is known."""
-        if self.behind and self.floor.signed is not None:
+        if self.is_slow and self.floor.signed is not None:
             return (
-                f"this device's clock says {shown(self.now)}, which is behind: it is "
-                f"{shown(self.floor.signed)} at least, as what was signed since shows. Expiry was "
-                "judged by that. Set the clock; NTP keeps it right (timedatectl set-ntp true)"
+                f"this device's clock says {shown(self.now)}, which is slow: the time is "
+                f"{shown(self.floor.signed)} or later, as newer signatures show. Expiry was "
+                "checked against that time. Set the clock; NTP keeps it correct (timedatectl "
+                "set-ntp true)"
             )
-        if (later := self.said_later()) is not None:
+        if (later := self.latest_earlier_reading()) is not None:
             return (
-                f"this device's clock says {shown(self.now)}, and has said {shown(later)} before: "
-                "it was ahead, or is behind now. See that it is right; NTP keeps it so "
-                "(timedatectl set-ntp true)"
+                f"this device's clock says {shown(self.now)}, but it showed {shown(later)} "
+                "before: it was fast then, or is slow now. Check that it is right; NTP keeps it "
+                "correct (timedatectl set-ntp true)"
             )
         return None
 
@@ -113,16 +114,16 @@ def read_floor(trust: Path) -> TimeFloor:
         DataError: the file is damaged.
     """
     path = _path(trust)
-    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="the floor of time")
+    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="the earliest possible time")
     if raw is None:
         return TimeFloor()
     try:
         return TimeFloor.model_validate_json(raw)
     except ValidationError:
         raise DataError(
-            f"{path}: it does not hold the times that were written; the disk may be failing. "
-            "Nothing was installed; the version before keeps serving. See that this device's clock "
-            "is right, then remove the file and run again."
+            f"{path}: its contents are not the times that were written; the disk may be failing. "
+            "Nothing was installed; the previous version keeps serving. Check that this device's "
+            "clock is right, then remove the file and run again."
         ) from None
 
 
@@ -135,7 +136,7 @@ def write_floor(trust: Path, floor: TimeFloor) -> None:
     write_atomic(_path(trust), floor.model_dump_json().encode() + b"\n")
 
 
-def looked(floor: TimeFloor, now: datetime) -> TimeFloor:
+def floor_after(floor: TimeFloor, now: datetime) -> TimeFloor:
     """Returns the floor after a reading ``now`` of the clock."""
     latest = max(now, floor.latest or now)
     if floor.until is None:
@@ -168,9 +169,9 @@ def learned(
             "until": timestamp.expires,
         }
     )
-    after = looked(known, now)
+    after = floor_after(known, now)
     # Report once that the clock was ahead: unless it is behind, its reading now counts as right.
-    return after if ClockReading(now, known).behind else after.model_copy(update={"latest": now})
+    return after if ClockReading(now, known).is_slow else after.model_copy(update={"latest": now})
 
 
 def forgotten(root: Root) -> TimeFloor:

@@ -51,11 +51,11 @@ def fetch(source: Source, location: str, entry: FileEntry, incoming: Path) -> Pa
 
 def _append(source: Source, location: str, entry: FileEntry, partial: Path) -> None:
     """Appends the missing bytes to ``partial``, and checks length and digest."""
-    digest, length = _begun(partial, entry.length)
+    digest, length = _partial_state(partial, entry.length)
     with disk_errors(partial):
         try:
             with os.fdopen(_opened(partial, _APPEND), "ab") as stream:
-                for chunk in _rest(source, location, length, entry.length):
+                for chunk in _remaining_chunks(source, location, length, entry.length):
                     length += len(chunk)
                     if length > entry.length:
                         break
@@ -68,25 +68,26 @@ def _append(source: Source, location: str, entry: FileEntry, partial: Path) -> N
             raise
     if length < entry.length:  # kept: a later fetch resumes here
         raise DigestMismatch(
-            f"{entry.path}: expected {entry.length} bytes, the repository has the first {length}. "
-            "The version before keeps serving; run the update again when the repository is whole."
+            f"{entry.path}: expected {entry.length} bytes, got only the first {length}. The "
+            "previous version keeps serving; run the update again when the repository is "
+            "complete."
         )
     if length > entry.length or digest.hexdigest() != entry.sha256:
         partial.unlink()
         got = f"sha256 {digest.hexdigest()}" if length == entry.length else "more bytes"
         raise DigestMismatch(
             f"{entry.path}: expected {entry.length} bytes, sha256 {entry.sha256}, got {got}. It "
-            "was discarded; the version before keeps serving. The repository is damaged or was "
+            "was discarded; the previous version keeps serving. The repository is damaged or was "
             "tampered with; restore it, then run again."
         )
 
 
-def _begun(partial: Path, most_bytes: int) -> tuple[hashlib._Hash, int]:
+def _partial_state(partial: Path, max_bytes: int) -> tuple[hashlib._Hash, int]:
     """Returns the running digest and the length of an unfinished file; empty if it is too long."""
     digest = hashlib.sha256()
     if not partial.exists():
         return digest, 0
-    if partial.stat().st_size > most_bytes:
+    if partial.stat().st_size > max_bytes:
         partial.unlink()
         return digest, 0
     with os.fdopen(_opened(partial, os.O_RDONLY), "rb") as stream:
@@ -99,13 +100,14 @@ def _opened(partial: Path, flags: int) -> int:
     return open_regular(partial, flags, what="an unfinished fetch", mode=0o644)
 
 
-def _rest(source: Source, location: str, offset: int, length: int) -> Iterator[bytes]:
+def _remaining_chunks(source: Source, location: str, offset: int, length: int) -> Iterator[bytes]:
     if offset == length:
         return
     try:
         yield from source(location, offset)
     except FileNotFoundError:
         raise DataError(
-            f"{location}: the repository lacks this file, which its signed metadata names. The "
-            "version before keeps serving; run the update again when the repository is whole."
+            f"{location}: the repository lacks this file, which its signed metadata lists. The "
+            "previous version keeps serving; run the update again when the repository is "
+            "complete."
         ) from None

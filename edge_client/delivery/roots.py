@@ -20,13 +20,13 @@ from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-expo
 )
 
 from fedcore.errors import ConfigError, DataError, TrustError
-from fedcore.files import is_there, read_bytes, read_if_exists, sha256_hex, write_atomic
+from fedcore.files import name_exists, read_bytes, read_if_exists, sha256_hex, write_atomic
 from fedcore.observability.foreign import foreign
 
 MAX_ROOT_BYTES = 512_000  # bytes: what python-tuf's updater allows a root
 _MAX_KNOWN = 4096
 _MAX_KNOWN_BYTES = 1 << 20
-_AFTER = "Nothing was installed; the version before keeps serving."
+_AFTER = "Nothing was installed; the previous version keeps serving."
 
 
 @dataclass(frozen=True)
@@ -37,7 +37,7 @@ class Anchor:
     root: Root = field(repr=False)
     pinned: bool
     """Whether an earlier update pinned it."""
-    awaited: str | None = None
+    expected_sha256: str | None = None
     """SHA-256 of a newer root that the owner gives: the chain must lead to it."""
 
 
@@ -53,11 +53,11 @@ def anchor(trust: Path, given: bytes | None) -> Anchor:
         TrustError: the given root is not valid, or neither in the chain nor newer than the pin.
         DataError: the pinned root is damaged.
     """
-    if not is_there(_pin(trust)):
+    if not name_exists(_pin(trust)):
         if given is None:
             raise ConfigError(
-                f"{trust}: this device trusts no root yet. Nothing was fetched; give it once with "
-                "--root, the root.json that `fedcore release init` made."
+                f"{trust}: this device trusts no root yet. Nothing was fetched; pass the "
+                "root.json created by `fedcore release init` with --root once."
             )
         return Anchor(given, parse_root(given), pinned=False)
     raw = read_bytes(_pin(trust), max_bytes=MAX_ROOT_BYTES, what="the pinned root")
@@ -65,20 +65,20 @@ def anchor(trust: Path, given: bytes | None) -> Anchor:
         root = parse_root(raw)
     except TrustError as error:
         raise DataError(
-            f"{_pin(trust)}: it is not the root that was pinned; the disk may be failing. {_AFTER} "
-            "Restore it from a copy, or begin another store with --root."
+            f"{_pin(trust)}: it differs from the root that was pinned; the disk may be failing. "
+            f"{_AFTER} Restore it from a copy, or start another store with --root."
         ) from error
     if given is None or given == raw or sha256_hex(given) in _known(trust):
         return Anchor(raw, root, pinned=True)
     newer = parse_root(given)
     if newer.version <= root.version:
         raise _foreign(trust)
-    return Anchor(raw, root, pinned=True, awaited=sha256_hex(given))
+    return Anchor(raw, root, pinned=True, expected_sha256=sha256_hex(given))
 
 
 def check_awaited(start: Anchor, trust: Path) -> None:
     """Raises `TrustError` if the chain of rotations does not contain the root the owner gave."""
-    if start.awaited is not None and start.awaited not in _known(trust):
+    if start.expected_sha256 is not None and start.expected_sha256 not in _known(trust):
         raise _foreign(trust)
 
 
@@ -114,12 +114,12 @@ def parse_root(raw: bytes) -> Root:
     try:
         metadata: Metadata[Root] = Metadata.from_bytes(raw)
         if not isinstance(metadata.signed, Root):
-            raise tuf.RepositoryError(f"it is metadata of type {metadata.signed.type!r}")
+            raise tuf.RepositoryError(f"metadata of type {metadata.signed.type!r}")
         metadata.signed.verify_delegate("root", metadata.signed_bytes, metadata.signatures)
     except (tuf.RepositoryError, ValueError) as error:
         raise TrustError(
-            f"--root: expected the root.json that `fedcore release init` made, got something else "
-            f"({foreign(error, 300)}). {_AFTER}"
+            "--root: expected the root.json created by `fedcore release init`, got something "
+            f"else ({foreign(error, 300)}). {_AFTER}"
         ) from error
     return metadata.signed
 
@@ -131,9 +131,9 @@ def rotated(before: Root, after: Root, roles: Iterable[str]) -> bool:
 
 def _foreign(trust: Path) -> TrustError:
     return TrustError(
-        f"{_pin(trust)}: the root given is not the one that this device has trusted since its "
-        f"first update, nor one that its signers put in its place. {_AFTER} Leave --root out to go "
-        "on trusting that one; to trust another, choose another store."
+        f"{_pin(trust)}: the given root is neither the one that this device has trusted since "
+        f"its first update, nor a successor signed by it. {_AFTER} Leave --root out to keep "
+        "trusting that root; to trust another, choose another store."
     )
 
 
@@ -146,11 +146,11 @@ def _known(trust: Path) -> list[str]:
     try:
         known = json.loads(raw)["sha256"]
         if not isinstance(known, list) or not all(isinstance(digest, str) for digest in known):
-            raise TypeError("no list of digests")
+            raise TypeError("expected a list of digests")
     except (ValueError, TypeError, LookupError, RecursionError):
         raise DataError(
-            f"{path}: it does not hold the digests that were written; the disk may be failing. "
-            f"{_AFTER} Remove it, leave --root out, and run again."
+            f"{path}: its contents are not the digests that were written; the disk may be "
+            f"failing. {_AFTER} Remove it, leave --root out, and run again."
         ) from None
     return known
 

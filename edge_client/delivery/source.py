@@ -18,7 +18,7 @@ are untrusted: the caller checks them against a known length and digest, or veri
 """
 
 CHUNK_BYTES = 1 << 20  # 1 MiB: an interruption loses at most this much
-_UNREAD = "It was not read; the version before keeps serving."
+_UNREAD = "It was not read; the previous version keeps serving."
 
 
 def folder_source(repository: Path) -> Source:
@@ -32,7 +32,7 @@ def folder_source(repository: Path) -> Source:
     if not (repository / "metadata").is_dir():
         raise DataError(
             f"{repository}: expected a release repository, with a folder `metadata`, found none. "
-            "Nothing was fetched; the version before keeps serving. Check --repository."
+            "Nothing was fetched; the previous version keeps serving. Check --repository."
         )
     inside = repository.resolve()
 
@@ -50,8 +50,8 @@ def _open(inside: Path, name: str, offset: int) -> BinaryIO:
         raise TrustError(f"{inside / name}: its symbolic links form a loop. {_UNREAD}") from error
     if not path.is_relative_to(inside):
         raise TrustError(
-            f"{inside / name}: it leads out of the repository, to {path}. {_UNREAD} Whoever keeps "
-            "the repository has to look into this."
+            f"{inside / name}: it points outside the repository, to {path}. {_UNREAD} The "
+            "repository's maintainer must investigate this."
         )
     try:
         # Without O_NONBLOCK, opening a planted pipe would hang.
@@ -74,6 +74,6 @@ def _chunks(stream: BinaryIO) -> Iterator[bytes]:
             yield chunk
     except OSError as error:
         raise DataError(
-            f"{stream.name}: reading it failed ({error.strerror}). What was fetched is kept; the "
-            "version before keeps serving. Run the update again."
+            f"{stream.name}: cannot read it ({error.strerror}). The part already fetched is "
+            "kept; the previous version keeps serving. Run the update again."
         ) from error

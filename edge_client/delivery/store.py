@@ -34,8 +34,8 @@ from fedcore.artifacts.manifest import (
 from fedcore.config.run import Name
 from fedcore.errors import ConfigError, DataError, DeviceError, DigestMismatch, TrustError
 from fedcore.files import (
-    is_there,
     lock_file,
+    name_exists,
     read_bytes,
     remove,
     sha256_hex,
@@ -46,7 +46,7 @@ from fedcore.files import (
 
 Slot = Literal["active", "previous"]
 _MAX_RECORD_BYTES = 1024  # bytes: a version and a digest
-_REPAIR = "`fedcore device update` fetches it again."
+_REPAIR = "Run `fedcore device update` to fetch it again."
 
 
 class Record(BaseModel):
@@ -99,8 +99,8 @@ def locked(store: Path) -> Iterator[None]:
     """
     store.mkdir(parents=True, exist_ok=True)
     busy = DeviceError(
-        f"{store}: another update is at work on this store. Nothing was done; run again when it "
-        "has ended."
+        f"{store}: another update of this store is in progress. Nothing was done; run again when "
+        "it has ended."
     )
     with lock_file(store / ".lock", busy):
         yield
@@ -122,8 +122,8 @@ def serving(store: Path, model: str) -> Installed:
     check_name(model)
     if not _parts(_folder(store, model)):
         raise DeviceError(
-            f"{store}: no version of model {model!r} is installed. Nothing can be answered; "
-            "`fedcore device update` installs one."
+            f"{store}: no version of model {model!r} is installed. Nothing was answered; run "
+            "`fedcore device update` to install one."
         )
     try:
         return read(store, model, "active")
@@ -133,7 +133,7 @@ def serving(store: Path, model: str) -> Installed:
         before = read(store, model, "previous")
     except (DigestMismatch, TrustError, DataError) as error:
         raise DigestMismatch(
-            f"{damage} There is no whole version before it to fall back to ({error})"
+            f"{damage} There is no intact earlier version to fall back to ({error})"
         ) from error
     return replace(before, damage=damage)
 
@@ -150,8 +150,8 @@ def read_record(store: Path, model: str, slot: Slot) -> Record:
         return Record.model_validate_json(raw)
     except ValidationError:
         raise DataError(
-            f"{path}: it does not hold a version and a digest as it was written; the disk may be "
-            f"failing. {_REPAIR}"
+            f"{path}: its contents are not the version and digest that were written; the disk "
+            f"may be failing. {_REPAIR}"
         ) from None
 
 
@@ -223,7 +223,7 @@ def activate(store: Path, model: str, folder: Path, record: Record, before: Reco
     """
     place = _folder(store, model)
     final = place / record.folder
-    if is_there(final):  # damaged, or left by an interrupted activation
+    if name_exists(final):  # damaged, or left by an interrupted activation
         final.rename(place / f".replaced-{folder.name}")
     folder.rename(final)
     sync_folder(place)
@@ -236,8 +236,8 @@ def activate(store: Path, model: str, folder: Path, record: Record, before: Reco
             remove(path)
 
 
-def _read_file(path: Path, entry: FileEntry, most_bytes: int) -> bytes:
-    raw = read_bytes(path, max_bytes=most_bytes, what="an installed file")
+def _read_file(path: Path, entry: FileEntry, max_bytes: int) -> bytes:
+    raw = read_bytes(path, max_bytes=max_bytes, what="an installed file")
     _check_digest(path, raw, entry.sha256)
     return raw
 

@@ -28,9 +28,9 @@ from tuf.ngclient import (  # type: ignore[attr-defined]  # implicit re-export
 
 from edge_client.delivery.clock import (
     ClockReading,
+    floor_after,
     forgotten,
     learned,
-    looked,
     read_floor,
     shown,
     write_floor,
@@ -43,14 +43,14 @@ from fedcore.errors import DataError, DigestMismatch, RollbackRefused, Signature
 from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder
 from fedcore.observability.foreign import foreign
 
-_AFTER = "Nothing was installed; the version before keeps serving."
-_SET_CLOCK = "Set the clock; NTP keeps it right (timedatectl set-ntp true)."
+_AFTER = "Nothing was installed; the previous version keeps serving."
+_SET_CLOCK = "Set the clock; NTP keeps it correct (timedatectl set-ntp true)."
 _MAX_ROOTS = 100_000
 """Most root rotations that one update follows; each is signed by the keys before it."""
 
 
 _METADATA = "metadata that this device has verified"
-_REMOVE = f"{_AFTER} Remove it, and run again: what is signed is fetched again."
+_REMOVE = f"{_AFTER} Remove it and run again; the signed metadata is then fetched again."
 _MAX_CACHED_BYTES = 16_384  # bytes: what python-tuf's updater allows a timestamp
 
 
@@ -109,7 +109,7 @@ def current_offer(
         _make_durable(metadata)
         if info is None:
             raise DataError(
-                f"model {model!r}: this repository has released no model of that name. {_AFTER} "
+                f"model {model!r}: this repository contains no model of that name. {_AFTER} "
                 "Check --model."
             )
         raw = _read_target(source, info, MAX_MANIFEST_BYTES, "the manifest")
@@ -130,7 +130,7 @@ def current_offer(
     if not start.pinned:  # pinned only now: it has led to a valid release
         pin(trust, start, updater.root.version, metadata / "root_history")
     said = ClockReading(now, known.model_copy(update={"latest": judged.floor.latest}))
-    return Offer(manifest, raw, locations, epoch, said.complaint())
+    return Offer(manifest, raw, locations, epoch, said.clock_warning())
 
 
 class _Updater(Updater):
@@ -180,7 +180,7 @@ def _refreshed(
     for forgetting in (True, False):
         floor, failure = view.judged.floor, None
         if floor.until is not None:  # kept even if this update fails
-            write_floor(trust, looked(floor, view.judged.now))
+            write_floor(trust, floor_after(floor, view.judged.now))
         updater = view.updater = _Updater(
             str(view.metadata),
             "metadata",
@@ -232,14 +232,14 @@ def _explained(what: str, view: _View) -> Iterator[None]:
     except tuf.UnsignedMetadataError as error:
         raise SignatureInvalid(
             f"{what}: the repository is not signed by the keys that this device trusts "
-            f"({_said(error)}). {_AFTER} Check --repository; whoever keeps it has to look into "
+            f"({_said(error)}). {_AFTER} Check --repository; its maintainer must investigate "
             "this."
         ) from error
     except tuf.BadVersionNumberError as error:
         raise RollbackRefused(
-            f"{what}: the repository offers signed metadata that is older than what this device "
-            f"has seen ({_said(error)}). {_AFTER} Fetch from the current repository. If a stolen "
-            "key has signed versions that are too high, whoever publishes runs `fedcore release "
+            f"{what}: the repository offers signed metadata older than this device has seen "
+            f"before ({_said(error)}). {_AFTER} Fetch from the current repository. If a stolen "
+            "key signed versions that are too high, the publisher must run `fedcore release "
             "rotate`."
         ) from error
     except (tuf.LengthOrHashMismatchError, tuf.DownloadLengthMismatchError) as error:
@@ -249,14 +249,13 @@ def _explained(what: str, view: _View) -> Iterator[None]:
         ) from error
     except tuf.RepositoryError as error:
         raise TrustError(
-            f"{what}: the repository's metadata cannot be read as such "
-            f"({type(error).__name__}: {_said(error)}). {_AFTER} Restore the repository, then run "
-            "again."
+            f"{what}: cannot parse the repository's metadata ({type(error).__name__}: "
+            f"{_said(error)}). {_AFTER} Restore the repository, then run again."
         ) from error
     except tuf.DownloadError as error:
         raise DataError(
-            f"{what}: the repository is not whole: {_said(error)}. {_AFTER} Run again when it is "
-            "complete."
+            f"{what}: the repository is incomplete: {_said(error)}. {_AFTER} Run again when it "
+            "is complete."
         ) from error
 
 
@@ -268,35 +267,35 @@ def _said(error: Exception) -> str:
 def _expired(whose: str, error: tuf.ExpiredMetadataError, view: _View) -> str:
     """Explains an expired signature: a frozen repository, or a clock that is wrong."""
     judged, updater = view.judged, view.updater
-    told = f"{whose} signatures have run out ({_said(error)})"
+    told = f"{whose} signatures have expired ({_said(error)})"
     clock = f"this device's clock says {shown(judged.now)}"
     if judged.held:
-        how = "" if judged.behind else ", or was ahead then"
+        how = "" if judged.is_slow else ", or was fast then"
         return (
-            f"{told}, judged by {shown(judged.at)}, a time that this device has seen before; "
-            f"{clock}, so it is behind, or was set back{how}. {_AFTER} {_SET_CLOCK} What is signed "
-            "again is taken."
+            f"{told}, checked against {shown(judged.at)}, a time that this device has seen "
+            f"before; {clock}, so it is slow, or was set back{how}. {_AFTER} {_SET_CLOCK} "
+            "Freshly signed metadata will be accepted."
         )
     doubts = []
     if updater is not None and updater.root.is_expired(judged.now):
-        doubts.append(f"even the root has run out, on {shown(updater.root.expires)}")
+        doubts.append(f"even the root has expired, on {shown(updater.root.expires)}")
     if (
         updater is not None
         and updater.has_timestamp
         and view.seen_version is not None
         and updater.timestamp.version > view.seen_version
     ):
-        doubts.append("somebody has signed again since this device last looked")
+        doubts.append("the repository was signed again since this device's last update")
     if judged.jumped():
-        doubts.append("it said much less when this device last looked")
+        doubts.append("it showed a much earlier time at this device's last update")
     if doubts:
         return (
-            f"{told}; {clock}, and may be ahead: {' and '.join(doubts)}. {_AFTER} See that the "
-            "clock is right; if it is, whoever publishes runs `fedcore release refresh`."
+            f"{told}; {clock}, and may be fast: {' and '.join(doubts)}. {_AFTER} Check that the "
+            "clock is right; if it is, the publisher must run `fedcore release refresh`."
         )
     return (
-        f"{told}: nobody has signed it again, or somebody shows an old copy (frozen); {clock}. "
-        f"{_AFTER} Whoever publishes runs `fedcore release refresh`."
+        f"{told}: it was not signed again, or an attacker presents an old copy (freeze attack); "
+        f"{clock}. {_AFTER} The publisher must run `fedcore release refresh`."
     )
 
 
@@ -329,10 +328,10 @@ def _cached_timestamp(metadata: Path) -> Timestamp | None:
     return cached.signed if isinstance(cached.signed, Timestamp) else None
 
 
-def _read_target(source: Source, info: TargetFile, most_bytes: int, what: str) -> bytes:
-    if info.length > most_bytes:
+def _read_target(source: Source, info: TargetFile, max_bytes: int, what: str) -> bytes:
+    if info.length > max_bytes:
         raise TrustError(
-            f"{info.path}: {what} has {info.length} bytes, more than the {most_bytes} allowed. "
+            f"{info.path}: {what} has {info.length} bytes, more than the {max_bytes} allowed. "
             f"{_AFTER}"
         )
     raw = _Fetcher(source).download_bytes(_location(info), info.length)
@@ -347,12 +346,12 @@ def _agreed(
     expected = f"models/{model}/{manifest.version}/{name}"
     if manifest.model != model or entry.path != expected:
         raise TrustError(
-            f"manifest: it is of model {manifest.model!r} and names {entry.path!r}, where "
-            f"{expected!r} was expected. {_AFTER} Whoever publishes has to look into this."
+            f"manifest: it belongs to model {manifest.model!r} and lists {entry.path!r}, "
+            f"expected {expected!r}. {_AFTER} The publisher must investigate this."
         )
     info = updater.get_targetinfo(expected)
     if info is None:
-        raise TrustError(f"{expected}: the manifest names it, but nobody signed it. {_AFTER}")
+        raise TrustError(f"{expected}: the manifest lists it, but it is not signed. {_AFTER}")
     if (info.length, info.hashes.get("sha256")) != (entry.length, entry.sha256):
         raise DigestMismatch(
             f"{expected}: the manifest says {entry.length} bytes, sha256 {entry.sha256}, the "

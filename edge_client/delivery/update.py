@@ -89,7 +89,7 @@ def update(
             manifest_sha256=sha256_hex(offer.manifest_raw),
             epoch=offer.epoch,
         )
-        before, damage = _before(store, model)
+        before, damage = _serving_version(store, model)
         if before == record and before == _active(store, model):
             return UpdateResult(
                 model,
@@ -129,7 +129,7 @@ def update(
         )
 
 
-def _before(store: Path, model: str) -> tuple[Record | None, str | None]:
+def _serving_version(store: Path, model: str) -> tuple[Record | None, str | None]:
     """Returns the version that serves now, or None, and any damage to the active version."""
     try:
         found = installed.serving(store, model)
@@ -160,17 +160,17 @@ def _refuse_older(offered: Record, active: Record | None, model: str) -> None:
     if (offered.epoch, offered.version) < (active.epoch, active.version):
         raise RollbackRefused(
             f"model {model!r}: the repository offers {_named(offered)}, older than "
-            f"{_named(active)} here. Nothing was installed; the version before keeps serving. "
+            f"{_named(active)} here. Nothing was installed; the previous version keeps serving. "
             "`fedcore release rollback` publishes older bytes under a new version; after a theft "
-            "of keys, `fedcore release rotate --last-good` begins a new epoch."
+            "of keys, `fedcore release rotate --last-good` starts a new epoch."
         )
     same = (offered.epoch, offered.version) == (active.epoch, active.version)
     if same and offered != active:
         raise DigestMismatch(
-            f"model {model!r}: the repository offers a {_named(offered)} that differs from "
-            f"the one installed here: manifest sha256 {offered.manifest_sha256}, here "
-            f"{active.manifest_sha256}. Nothing was installed; the version before keeps serving. "
-            "Whoever publishes has to look into this."
+            f"model {model!r}: the repository offers a {_named(offered)} that differs from the "
+            f"one installed here: manifest sha256 {offered.manifest_sha256}, here "
+            f"{active.manifest_sha256}. Nothing was installed; the previous version keeps "
+            "serving. The publisher must investigate this."
         )
 
 

@@ -89,9 +89,9 @@ def _list_lines(items: Iterable[str]) -> Iterator[str]:
 def _check_size(manifest: Manifest, shown: FloatArray) -> None:
     if shown.size > MAX_PRINTED:
         raise LimitExceeded(
-            f"model {manifest.model!r} version {manifest.version}: it answered "
-            f"{counted(len(shown), 'input')} with {shown.size} numbers, and {MAX_PRINTED} at most "
-            "are printed. Nothing was answered; ask for fewer inputs at a time."
+            f"model {manifest.model!r} version {manifest.version}: its answer to "
+            f"{counted(len(shown), 'input')} has {shown.size} numbers, but at most {MAX_PRINTED} "
+            "can be printed. Nothing was answered; send fewer inputs at a time."
         )
 
 
@@ -120,6 +120,7 @@ def _check_shape(manifest: Manifest, outputs: FloatArray) -> None:
         return
     raise DeviceError(
         f"model {manifest.model!r} version {manifest.version}: for these inputs its outputs have "
-        f"shape {outputs.shape}, expected {dimensions} dimensions and a class at least. Nothing "
-        "was answered; tell its publisher, who can release the earlier version again."
+        f"shape {outputs.shape}, expected {dimensions} dimensions and at least one class. "
+        "Nothing was answered; report this to its publisher, who can roll back to the earlier "
+        "version."
     )

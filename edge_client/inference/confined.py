@@ -109,7 +109,7 @@ def predict(
         ResourceError: no process could be started.
     """
     how = {"one_at_a_time": one_at_a_time}
-    return _asked(manifest, onnx, inputs, None, threads=threads, limits=limits, how=how)
+    return _run_child(manifest, onnx, inputs, None, threads=threads, limits=limits, how=how)
 
 
 def time_runs(
@@ -139,13 +139,15 @@ def time_runs(
     """
     if not 1 <= runs <= MAX_RUNS:
         raise ValueError(f"runs: expected 1 to {MAX_RUNS}, got {runs}")
-    found = _asked(manifest, onnx, inputs, 2, threads=1, limits=limits, how={"runs": runs})
+    found = _run_child(manifest, onnx, inputs, 2, threads=1, limits=limits, how={"runs": runs})
     if found.shape != (2,) or not np.isfinite(found).all():
-        raise DeviceError(f"{_named(manifest)}: it was not timed: it gave {found.shape} of times.")
+        raise DeviceError(
+            f"{_named(manifest)}: the timing failed: it returned times of shape {found.shape}."
+        )
     return found
 
 
-def _asked(
+def _run_child(
     manifest: Manifest,
     onnx: Path,
     inputs: AnyArray,
@@ -204,8 +206,8 @@ def _asked(
         child.stdout.close()
     if raw is None or status is None:
         raise LimitExceeded(
-            f"{of}: it gave no answer within {limits.seconds:g} s, the limit of time on this "
-            "device, and was ended. --max-seconds allows more (from Python, ModelLimits.seconds)."
+            f"{of}: it gave no answer within {limits.seconds:g} s, this device's time limit, and "
+            "was stopped. --max-seconds allows more (from Python, ModelLimits.seconds)."
         )
     return _outputs(raw, status, of, memory_bytes, len(inputs) if rows is None else rows)
 
@@ -227,8 +229,8 @@ def _check_inputs(manifest: Manifest, inputs: AnyArray, of: str) -> None:
         dtype = np.dtype(object)
     if dtype.kind not in "fiub":
         raise DeviceError(
-            f"{of}: its inputs are of type {foreign(manifest.input_dtype, 50)!r}, which is none "
-            "of numbers. It does not serve."
+            f"{of}: its inputs are of type {foreign(manifest.input_dtype, 50)!r}, which is not a "
+            "numeric type. It is not served."
         )
     if inputs.dtype != dtype:
         raise DataError(f"input: expected type {dtype}, got {inputs.dtype}. Nothing was answered.")
@@ -251,8 +253,8 @@ def _start(request: IO[bytes], of: str) -> subprocess.Popen[bytes]:
         )
     except OSError as error:
         raise ResourceError(
-            f"{of}: no process could be started to run it in ({error.strerror}). Nothing was "
-            "answered; run again when the machine has processes and memory to spare."
+            f"{of}: cannot start a process to run it ({error.strerror}). Nothing was answered; "
+            "run again when the machine has processes and memory available."
         ) from error
 
 
@@ -285,7 +287,7 @@ def _outputs(
     try:
         head: Any = json.loads(raw[:end]) if end >= 0 else {}
         if not isinstance(head, dict):
-            raise TypeError(f"an answer of type {type(head).__name__}")
+            raise TypeError(f"a response of type {type(head).__name__}")
         if "fault" in head:
             _explain_fault(str(head["fault"]), foreign(head["text"]), of, memory_bytes)
         dtype = np.dtype(str(head["dtype"]))
@@ -299,8 +301,8 @@ def _outputs(
             )
     except (ValueError, TypeError, LookupError, ArithmeticError, RecursionError) as error:
         raise DeviceError(
-            f"{of}: it did not answer as a model does "
-            f"({type(error).__name__}: {foreign(error, 200)}). Nothing was answered."
+            f"{of}: its response is malformed ({type(error).__name__}: {foreign(error, 200)}). "
+            "Nothing was answered."
         ) from error
     return outputs
 
@@ -308,19 +310,18 @@ def _outputs(
 def _explain_fault(fault: str, text: str, of: str, memory_bytes: int) -> NoReturn:
     if fault == "memory":
         raise LimitExceeded(
-            f"{of}: it needs more than {memory_bytes >> 20} MiB, the limit of memory on this "
-            f"device ({text}). --max-memory-mib allows more (from Python, "
-            "ModelLimits.memory_bytes)."
+            f"{of}: it needs more than {memory_bytes >> 20} MiB, this device's memory limit "
+            f"({text}). --max-memory-mib allows more (from Python, ModelLimits.memory_bytes)."
         )
     if fault == "output":
         raise LimitExceeded(
             f"{of}: its outputs have {text}, more than the {_MAX_OUTPUT_BYTES} allowed. Nothing "
-            "was answered; ask for fewer at a time."
+            "was answered; send fewer inputs at a time."
         )
     if fault == "file":
         raise DeviceError(
-            f"{of}: its file is not what it was a moment ago ({text}); an update may have replaced "
-            "it. Nothing was answered; run again."
+            f"{of}: its file has just changed ({text}); an update may have replaced it. Nothing "
+            "was answered; run again."
         )
     if fault == "load":
         raise DeviceError(
@@ -332,11 +333,11 @@ def _explain_fault(fault: str, text: str, of: str, memory_bytes: int) -> NoRetur
 def _explain_end(status: int, of: str, memory_bytes: int) -> NoReturn:
     if status == -signal.SIGXCPU:
         raise LimitExceeded(
-            f"{of}: it took more time of the processor than the limit of time on this device "
-            "allows, and was ended. --max-seconds allows more (from Python, ModelLimits.seconds)."
+            f"{of}: it used more CPU time than this device's time limit allows, and was stopped. "
+            "--max-seconds allows more (from Python, ModelLimits.seconds)."
         )
     how = signal.strsignal(-status) if status < 0 else f"exit code {status}"
     raise DeviceError(
-        f"{of}: it brought onnxruntime down ({how}), as a model that needs more than the "
+        f"{of}: it crashed onnxruntime ({how}), as a model that needs more than the "
         f"{memory_bytes >> 20} MiB allowed, or a broken one, can. Nothing was answered."
     )

@@ -44,7 +44,7 @@ def main() -> None:
     except OSError as error:
         _answer({"fault": "file", "text": str(error.strerror)})
     if hashlib.sha256(onnx).hexdigest() != request["sha256"]:
-        _answer({"fault": "file", "text": "its digest is another"})
+        _answer({"fault": "file", "text": "its digest does not match"})
     _confine(request["memory_bytes"], request["processor_s"])
     try:
         session = open_session(onnx, threads=request["threads"])
@@ -58,7 +58,7 @@ def main() -> None:
     except Exception as error:  # onnxruntime's errors have no common base class
         _fail("run", error)
     if outputs.dtype.kind not in "fiub":
-        _answer({"fault": "run", "text": f"its outputs are of type {outputs.dtype}, no numbers"})
+        _answer({"fault": "run", "text": f"its outputs are of type {outputs.dtype}, not numeric"})
     if outputs.nbytes > request["max_output_bytes"]:
         _answer({"fault": "output", "text": f"{outputs.nbytes} bytes"})
     _answer({"dtype": outputs.dtype.str, "shape": outputs.shape}, outputs.tobytes())

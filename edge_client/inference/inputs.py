@@ -27,7 +27,7 @@ def read_text(where: str) -> bytes:
     raw = sys.stdin.buffer.read(MAX_INPUT_BYTES + 1)
     if len(raw) > MAX_INPUT_BYTES:
         raise DataError(
-            f"standard input: it holds more than the {MAX_INPUT_BYTES} bytes allowed. Nothing was "
+            f"standard input: got more than the {MAX_INPUT_BYTES} bytes allowed. Nothing was "
             "answered; send the inputs in parts."
         )
     return raw
@@ -78,8 +78,8 @@ def as_batch(batch: AnyArray, manifest: Manifest, *, expected: str) -> AnyArray:
         converted = batch.astype(dtype) if batch.dtype.kind in "iuf" else None
     if converted is None or not _represents(converted, batch):
         raise DataError(
-            f"{expected}, finite and of type {dtype}, got {batch.dtype} with values that it cannot "
-            "hold. Nothing was answered."
+            f"{expected}, finite and of type {dtype}, got {batch.dtype} with values that this "
+            "type cannot represent. Nothing was answered."
         )
     return converted
 

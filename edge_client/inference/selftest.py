@@ -34,13 +34,13 @@ def self_test(
     """
     inputs, expected = parse_golden(golden)
     if not inputs.size:
-        raise SelfTestFailed(_message(manifest, "there are none, so they would prove nothing."))
+        raise SelfTestFailed(_message(manifest, "it has none, so they would prove nothing."))
     try:
         outputs = predict(
             manifest, onnx, inputs, threads=threads, limits=limits, one_at_a_time=True
         )
     except (DataError, DeviceError) as error:
-        raise SelfTestFailed(_message(manifest, f"it failed on them: {error}")) from error
+        raise SelfTestFailed(_message(manifest, f"it failed on these inputs: {error}")) from error
     if outputs.shape != expected.shape:
         raise SelfTestFailed(
             _message(manifest, f"expected outputs of shape {expected.shape}, got {outputs.shape}.")
@@ -60,6 +60,6 @@ def self_test(
 def _message(manifest: Manifest, what: str) -> str:
     return (
         f"model {manifest.model!r} version {manifest.version}: on this device it does not "
-        f"reproduce its golden outputs: {what} It was not activated; the version before keeps "
+        f"reproduce its golden outputs: {what} It was not activated; the previous version keeps "
         "serving. Report this device's processor to the model's publisher."
     )

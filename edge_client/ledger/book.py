@@ -209,10 +209,10 @@ def _check_copy(
     for place, (one, other) in enumerate(zip(copied, spent, strict=False)):
         if one.charge != other.charge or (place < noted and one != other):
             raise PrivacyError(
-                f"{where}: charge {place + 1} of run {run!r} is one thing in "
-                f"{LEDGER} and another in the run's state: one of the two is damaged. What "
-                "was spent is unknown, so nothing was trained; remove the file that was "
-                "changed, and the next start mends it from the other."
+                f"{where}: charge {place + 1} of run {run!r} differs between {LEDGER} and the "
+                "run's state: one of the two is damaged. The epsilon spent is unknown, so "
+                "nothing was trained; remove the damaged file, and the next start restores it "
+                "from the other."
             )
 
 
@@ -243,26 +243,27 @@ def against_marks(
     for path, mark in marks.items():
         if mark is not None and found < mark.charges:
             more[path] = mark.charges
-        elif mark is not None and (run := _strange(runs, mark)):
+        elif mark is not None and (run := _missing_charge(runs, mark)):
             strange.setdefault(run, []).append(path)
     if more:
         said = " and ".join(f"{path} says that {made} were made" for path, made in more.items())
         yield PrivacyError(
-            f"{where}: this device's ledger holds {counted(found, 'charge')}, and {said}: it was "
-            "removed, put back as it was before, or is another device's. What was spent is "
-            "unknown, so nothing was trained; put the latest folder back, or name this device's "
-            "own with --state. Only where that is lost for good, lower max_epsilon in the owner's "
-            f"file by what was spent at most and remove {_names(more)}."
+            f"{where}: this device's ledger holds {counted(found, 'charge')}, but {said}: the "
+            "ledger was removed, replaced by an earlier copy, or is another device's. The "
+            "epsilon spent is unknown, so nothing was trained; restore the latest folder, or "
+            "pass this device's own with --state. Only if that is lost for good, lower "
+            "max_epsilon in the owner's file by the most that can have been spent, and remove "
+            f"{_names(more)}."
         )
     for run, paths in strange.items():
         said = " and ".join(f"{path} says" for path in paths)
         yield PrivacyError(
-            f"{where}: this device's ledger does not hold the charge of run {run!r} that {said} "
-            "was made last: a second copy of this device has trained meanwhile, or the folder is "
-            "another device's. What was spent is unknown, so nothing was trained; go on with that "
-            "copy alone, or name this device's own folder with --state. Only where that is lost "
-            "for good, lower max_epsilon in the owner's file by what it spent at most and remove "
-            f"{_names(paths)}."
+            f"{where}: this device's ledger does not contain the charge of run {run!r} that "
+            f"{said} was made last: a second copy of this device has trained meanwhile, or the "
+            "folder is another device's. The epsilon spent is unknown, so nothing was trained; "
+            "continue with that copy only, or pass this device's own folder with --state. Only "
+            "if that is lost for good, lower max_epsilon in the owner's file by the most that it "
+            f"can have spent, and remove {_names(paths)}."
         )
 
 
@@ -270,7 +271,7 @@ def _names(paths: Iterable[Path]) -> str:
     return " and ".join(path.name for path in paths)
 
 
-def _strange(runs: Runs, mark: LedgerMark) -> str:
+def _missing_charge(runs: Runs, mark: LedgerMark) -> str:
     """Returns a run whose latest charge in ``mark`` is not in ``runs``; empty if there is none."""
     for run, latest in mark.latest.items():
         if latest not in {one.id for one in runs.get(run, ())}:
@@ -297,8 +298,8 @@ def states_of(
 
 def _unreadable(error: Exception) -> PrivacyError:
     return PrivacyError(
-        f"ledger: what a run's state tells of its charges cannot be read ({error}). What was spent "
-        "is unknown, so nothing was trained; remove the state: the next start mends it from "
+        f"ledger: cannot read the charges in a run's state ({error}). The epsilon spent is "
+        "unknown, so nothing was trained; remove the state, and the next start restores it from "
         f"{LEDGER}."
     )
 
@@ -312,6 +313,6 @@ def _read(path: Path, kind: type[_File], max_bytes: int) -> _File | None:
     except ValidationError as error:
         reason = f"{path}: {first_fault(error)}."
     raise PrivacyError(
-        f"{reason} It may not tell what was spent, so nothing was trained; put it back from a "
-        "backup, or remove it: the next start mends it from what lies beside it."
+        f"{reason} It may not show what was spent, so nothing was trained; restore it from a "
+        "backup, or remove it: the next start restores it from the files beside it."
     )

@@ -24,7 +24,7 @@ from fedcore.observability.words import counted, epsilon_floor_text, epsilon_tex
 if TYPE_CHECKING:
     from edge_client.ledger.view import LedgerFiles, RunView, Total, View
 
-_MOST_SAID = 2000  # characters of one problem with a ledger
+_MAX_TEXT = 2000  # characters of one problem with a ledger
 _SHOWN_ROUNDS = 12
 """Charges per run in a table, the first and last ones: composing each takes time."""
 
@@ -34,14 +34,17 @@ def _where(parser: argparse.ArgumentParser) -> None:
         "--state",
         type=Path,
         metavar="DIR",
-        help="where the device keeps its ledger, as --state /var/lib/fedcore/device (default: "
+        help="folder of the device's ledger, e.g. --state /var/lib/fedcore/device (default: "
         "`device` in the folder of the kit)",
     )
     parser.add_argument(
         "--kit",
         type=Path,
         metavar="DIR",
-        help="the folder of the device's kit, whose mark and count are compared, as --kit kit",
+        help=(
+            "folder of the device's kit, whose mark and count are compared with the ledger, e.g. "
+            "--kit kit"
+        ),
     )
     json_option(parser)
 
@@ -51,8 +54,8 @@ def _counting(parser: argparse.ArgumentParser) -> None:
         "--owner",
         type=Path,
         metavar="FILE",
-        help="what the owner of this device allows, as --owner owner.toml; without it no budget is "
-        "known",
+        help="file with the limits set by the owner of this device, e.g. --owner owner.toml; "
+        "without it budgets are unknown",
     )
     parser.add_argument(
         "--accountant",
@@ -69,7 +72,7 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
         "--plot",
         type=Path,
         metavar="FILE",
-        help="draw epsilon by round, as --plot ledger.png (.pdf, .svg)",
+        help="plot epsilon by round, e.g. --plot ledger.png (.pdf, .svg)",
     )
 
 
@@ -82,24 +85,24 @@ def _find(options: argparse.Namespace) -> LedgerFiles:
     """
     if options.state is None and options.kit is None:
         raise ConfigError(
-            "Neither --state nor --kit says whose ledger. Nothing was read; name one."
+            "expected --state or --kit, got neither. Nothing was read; pass one of them."
         )
     folder = options.state or options.kit / "device"
     if not folder.is_dir():
         raise DataError(
-            f"{folder}: there is no such folder, so no ledger to look at. Nothing was read; name "
-            "the device's with --state, as its `fedcore client start` has it."
+            f"{folder}: there is no such folder. Nothing was read; pass the folder of the "
+            "device's ledger with --state, the same as for its `fedcore client start`."
         )
     from edge_client.ledger.view import read_ledger_files
 
     return read_ledger_files(folder, options.kit, os.environ)
 
 
-def _view(options: argparse.Namespace, found: LedgerFiles, most_lines: int | None = None) -> View:
+def _view(options: argparse.Namespace, found: LedgerFiles, max_lines: int | None = None) -> View:
     from edge_client.ledger.view import view_of
 
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
-    return view_of(found, owner, options.accountant, most_lines=most_lines)
+    return view_of(found, owner, options.accountant, max_lines=max_lines)
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -125,23 +128,23 @@ def _ended(found: LedgerFiles) -> int:
     if not found.problems:
         return 0
     say(
-        f"{PrivacyError.__name__}: {found.folder}: this ledger is damaged, and what was spent is "
-        f"the figures' amount at the least: {counted(len(found.problems), 'problem')}, named on "
-        "standard output. Nothing was changed, and this device trains nothing with privacy; each "
-        "says what to do.",
+        f"{PrivacyError.__name__}: {found.folder}: this ledger is damaged, so the figures are a "
+        f"lower bound of what was spent: {counted(len(found.problems), 'problem')}, listed on "
+        "standard output with what to do. Nothing was changed, and this device will not train "
+        "with privacy.",
         to=sys.stderr,
     )
     return PrivacyError.exit_code
 
 
 def _table(view: View, *, owned: bool) -> Iterator[str]:
-    yield from (f"damaged: {foreign(problem, _MOST_SAID)}" for problem in view.problems)
+    yield from (f"damaged: {foreign(problem, _MAX_TEXT)}" for problem in view.problems)
     if view.problems and view.runs:
-        yield "Charges may be missing: what follows is the least that was spent."
+        yield "Charges may be missing: the following figures are lower bounds."
     elif view.problems:
-        yield "No charge can be read, so what was spent is not known."
+        yield "No charge can be read, so the epsilon spent is unknown."
     elif not view.runs:
-        yield "Nothing was charged: this device has trained nothing with privacy."
+        yield "Nothing was charged: this device has not trained with privacy."
     least = "at least " if view.problems else ""
     for run in view.runs:
         spent = epsilon_text(run.epsilon)
@@ -149,10 +152,10 @@ def _table(view: View, *, owned: bool) -> Iterator[str]:
         yield "  round   steps   sample rate   noise     epsilon so far"
         yield from _lines(run)
         if run.room is not None:
-            yield f"  the owner's budget has room for {run.room} like the latest"
+            yield f"  the owner's budget allows {run.room} like the latest"
     yield from (_total_line(total, owned=owned) for total in view.totals)
     if not owned and view.totals:
-        yield "No owner's file was named, so budgets are not known: --owner owner.toml names it."
+        yield "No owner's file was given, so budgets are unknown: pass it with --owner owner.toml."
 
 
 def _lines(run: RunView) -> Iterator[str]:
@@ -174,7 +177,7 @@ def _total_line(total: Total, *, owned: bool) -> str:
     if total.max_epsilon is None:
         return f"{spent}; the owner sets no budget" if owned else spent
     if total.left is None:
-        return f"{spent}; what is left of {total.max_epsilon:g} is not known"
+        return f"{spent}; how much is left of {total.max_epsilon:g} is unknown"
     return f"{spent}; {epsilon_floor_text(total.left)} of {total.max_epsilon:g} is left"
 
 
@@ -184,8 +187,8 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         "--export",
         type=Path,
         metavar="FILE",
-        help="check what `fedcore privacy export` wrote, instead of a device's own files; with "
-        "--kit, that this device signed it",
+        help="verify a file written by `fedcore privacy export` instead of a device's own files; "
+        "with --kit, also that this device signed it",
     )
 
 
@@ -204,12 +207,12 @@ def _verify(options: argparse.Namespace) -> int:
         say(json.dumps(told, indent=2))
     else:
         for note in found.notes:
-            say(f"note: {foreign(note, _MOST_SAID)}")
+            say(f"note: {foreign(note, _MAX_TEXT)}")
         for problem in found.problems:
-            say(f"damaged: {foreign(problem, _MOST_SAID)}")
+            say(f"damaged: {foreign(problem, _MAX_TEXT)}")
         held = f"{counted(charges, 'charge')} of {counted(len(found.runs), 'run')}"
         for lacks in found.behind:
-            say(f"behind: {foreign(lacks, _MOST_SAID)}")
+            say(f"behind: {foreign(lacks, _MAX_TEXT)}")
         say(f"{found.folder}: {held}, {_agreed(found)}")
     return _ended(found)
 
@@ -217,11 +220,12 @@ def _verify(options: argparse.Namespace) -> int:
 def _agreed(found: LedgerFiles) -> str:
     """Describes whether the files that record charges agree."""
     if found.problems:
-        return "can be read, and others may be missing"
+        return "can be read, others may be missing"
     if found.behind:
         return (
-            "and none is missing. What is behind was removed or put back, or the device died: its "
-            "next start mends that; nothing was changed here"
+            "and none is missing. A file that is behind was removed or replaced by an earlier "
+            "copy, or the device was interrupted: its next start corrects that; nothing was "
+            "changed here"
         )
     return "and all agrees"
 
@@ -230,7 +234,7 @@ def _verify_export(options: argparse.Namespace) -> int:
     from edge_client.ledger.export import MAX_EXPORT_BYTES, verify_export
     from edge_client.ledger.view import public_of
 
-    otherwise = "Nothing was verified; name the file that `fedcore privacy export --out` wrote."
+    otherwise = "Nothing was verified; pass a file written by `fedcore privacy export --out`."
     raw = read_bytes(
         options.export,
         max_bytes=MAX_EXPORT_BYTES,
@@ -251,21 +255,21 @@ def _verify_export(options: argparse.Namespace) -> int:
     if options.json:
         say(json.dumps(told, indent=2))
     else:
-        signed = f"signed by the key {checked.signer}" if checked.signer else "signed by nobody"
+        signed = f"signed by the key {checked.signer}" if checked.signer else "not signed"
         say(
-            f"{options.export}: of {foreign(ledger.made_at)}, {signed}. "
+            f"{options.export}: exported {foreign(ledger.made_at)}, {signed}. "
             f"{counted(checked.charges, 'charge')} come to epsilon "
-            f"{epsilon_text(ledger.device.epsilon)} at delta {ledger.device.target_delta:g}, as it "
-            "says."
+            f"{epsilon_text(ledger.device.epsilon)} at delta {ledger.device.target_delta:g}, as "
+            "it says."
         )
         for problem in ledger.problems:
-            say(f"damaged when it was exported: {foreign(problem, _MOST_SAID)}")
+            say(f"damaged when it was exported: {foreign(problem, _MAX_TEXT)}")
     if not ledger.problems:
         return 0
     say(
-        f"{PrivacyError.__name__}: {options.export}: the device's ledger was damaged when this was "
-        "exported, so epsilon is the least that was spent; standard output says what was wrong. "
-        "Have the device mend it, and export it again.",
+        f"{PrivacyError.__name__}: {options.export}: the device's ledger was damaged when it was "
+        "exported, so epsilon is a lower bound; standard output lists the damage. Repair the "
+        "ledger on the device, and export it again.",
         to=sys.stderr,
     )
     return PrivacyError.exit_code
@@ -275,7 +279,7 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
     _where(parser)
     _counting(parser)
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="write it there, as --out ledger-export.json"
+        "--out", type=Path, metavar="FILE", help="file to write, e.g. --out ledger-export.json"
     )
 
 
@@ -293,25 +297,25 @@ def _export(options: argparse.Namespace) -> int:
     else:
         write_atomic(options.out, raw)
         for problem in found.problems:
-            say(f"damaged: {foreign(problem, _MOST_SAID)}")
+            say(f"damaged: {foreign(problem, _MAX_TEXT)}")
         say(f"{options.out}: {counted(sum(map(len, found.runs.values())), 'charge')}")
     return _ended(found)
 
 
 show = Command(
-    help="what this device has spent, by run and round, and how much is left",
+    help="show what this device has spent, by run and round, and how much is left",
     arguments=_show_arguments,
     run=_show,
     example="fedcore privacy show --kit kit --owner owner.toml",
 )
 verify = Command(
-    help="compare the places that tell what this device has spent, or check an export",
+    help="cross-check this device's records of what it has spent, or verify an export",
     arguments=_verify_arguments,
     run=_verify,
     example="fedcore privacy verify --kit kit",
 )
 export = Command(
-    help="write every charge and what they come to, signed by this device, for an auditor",
+    help="write all charges and their totals, signed by this device, for an auditor",
     arguments=_export_arguments,
     run=_export,
     example="fedcore privacy export --kit kit --out ledger-export.json",

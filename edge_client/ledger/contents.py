@@ -51,7 +51,7 @@ def read_contents(folder: Path) -> Contents:
         return Contents()  # safe: every name then counts against all data
 
 
-def note_contents(folder: Path, name: str, data: Path) -> str:
+def record_contents(folder: Path, name: str, data: Path) -> str:
     """Adds new files of a data set to ``contents.json``, and returns the data set's label.
 
     Args:
@@ -102,8 +102,8 @@ def digests_of(name: str, data: Path) -> Iterator[str]:
         if files > MAX_FILES or left > MAX_BYTES:
             raise PrivacyError(
                 f"{data}: the data set {name!r} has more than {MAX_FILES} files or {MAX_BYTES} "
-                "bytes, too many to tell whether they are another's. Nothing was trained; take it "
-                "out of datasets in the owner's file, and the device's own budget holds for it."
+                "bytes, too many to compare with other data sets. Nothing was trained; remove it "
+                "from datasets in the owner's file, so that the device's own budget covers it."
             )
         if found.st_size:
             yield _digest(
@@ -136,8 +136,8 @@ def _files(data: Path) -> Iterator[tuple[Path, os.stat_result]]:
 
 def _unreadable(error: OSError) -> None:
     raise DataError(
-        f"{error.filename}: this folder of a data set cannot be read ({error.strerror}). Nothing "
-        "was trained; let this user read it."
+        f"{error.filename}: cannot read this folder of a data set ({error.strerror}). Nothing "
+        "was trained; give this user read access."
     )
 
 
@@ -155,8 +155,8 @@ def _digest(path: str, size: int, mtime_ns: int, ctime_ns: int, inode: int) -> s
                 digest.update(piece)
     except OSError as error:
         raise DataError(
-            f"{path}: this file of a data set cannot be read ({error.strerror}). Nothing was "
-            "trained; let this user read it."
+            f"{path}: cannot read this file of a data set ({error.strerror}). Nothing was "
+            "trained; give this user read access."
         ) from None
     return digest.hexdigest()[:_DIGEST_CHARACTERS]
 

@@ -100,9 +100,9 @@ def export_bytes(
     whole = view.totals[0]
     if not all_finite((whole.epsilon, *(run.epsilon for run in view.runs))):
         raise PrivacyError(
-            f"{found.folder}: the charges come to an infinite epsilon, which no training of this "
-            "project does: a file of the ledger was changed. Nothing was exported; put the latest "
-            "folder back from a backup."
+            f"{found.folder}: the charges add up to an infinite epsilon, which fedcore's "
+            "training never charges: a file of the ledger was changed. Nothing was exported; "
+            "restore the latest folder from a backup."
         )
     ledger = Exported(
         made_at=now.astimezone(UTC).isoformat(timespec="seconds"),
@@ -145,15 +145,15 @@ def verify_export(raw: bytes, *, where: str, expected: bytes | None = None) -> V
         values = json.loads(raw)["ledger"]
     except (ValidationError, ValueError, RecursionError) as error:
         raise PrivacyError(
-            f"{where}: {_reason(error)}. This is no whole ledger that `fedcore privacy export` "
-            "wrote, so nothing was verified; have the device export it again."
+            f"{where}: {_reason(error)}. This is not a complete ledger written by `fedcore "
+            "privacy export`, so nothing was verified; have the device export it again."
         ) from None
     signer = _signer(file, values, where)
     if expected is not None and signer != fingerprint(expected):
         raise SignatureInvalid(
-            f"{where}: it is signed by {f'the key {signer[:16]}' if signer else 'nobody'}, and "
-            f"this kit's key is {fingerprint(expected)[:16]}. It is not this device's ledger; have "
-            "the device export it with --kit."
+            f"{where}: it is {f'signed by the key {signer[:16]}' if signer else 'not signed'}, but "
+            f"this kit's key is {fingerprint(expected)[:16]}. It is not this device's ledger; "
+            "have the device export it with --kit."
         )
     _check_sums(file.ledger, where)
     return VerifiedExport(file.ledger, signer)
@@ -173,14 +173,14 @@ def _signer(file: _File, values: Mapping[str, Any], where: str) -> str:
         key = parse_public(file.key.encode(), where=where)
     except CertificateRefused:
         raise SignatureInvalid(
-            f"{where}: its key is no public key of a device (ECDSA on P-384), so whoever signed it "
-            "is not known. It proves nothing; have the device export it again."
+            f"{where}: its key is not a device's public key (ECDSA on P-384), so the signer is "
+            "unknown. It proves nothing; have the device export it again."
         ) from None
     try:
         key.verify(b64decode(file.signature, validate=True), _signed(values), ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
         raise SignatureInvalid(
-            f"{where}: the signature does not hold: the ledger was changed after it was exported, "
+            f"{where}: the signature is invalid: the ledger was changed after it was exported, "
             "or signed by another key. It proves nothing; have the device export it again."
         ) from None
     return fingerprint(public_bytes(key))
@@ -189,8 +189,8 @@ def _signer(file: _File, values: Mapping[str, Any], where: str) -> str:
 def _check_sums(ledger: Exported, where: str) -> None:
     if set(ledger.composed) != {name for name, spent in ledger.runs.items() if spent}:
         raise PrivacyError(
-            f"{where}: the runs with charges are not those that were composed. The figures are "
-            "not those of the charges; have the device export it again."
+            f"{where}: the runs with charges differ from those in the totals. The totals do not "
+            "match the charges; have the device export it again."
         )
     every = tuple(one for spent in ledger.runs.values() for one in spent)
     parts = [(f"run {name!r}", ledger.runs[name], one) for name, one in ledger.composed.items()]
@@ -205,9 +205,9 @@ def _check_sums(ledger: Exported, where: str) -> None:
             found = math.inf
         if not (math.isfinite(found) and abs(found - said.epsilon) <= _TOLERANCE * max(1.0, found)):
             raise PrivacyError(
-                f"{where}: the charges of {what} come to epsilon {found:.6g} at delta "
-                f"{said.target_delta:g}, and it says {said.epsilon:.6g}. The figures are not those "
-                "of the charges; have the device export it again."
+                f"{where}: the charges of {what} add up to epsilon {found:.6g} at delta "
+                f"{said.target_delta:g}, but it states {said.epsilon:.6g}. The totals do not "
+                "match the charges; have the device export it again."
             )
 
 

@@ -46,8 +46,8 @@ from edge_client.ledger.contents import (
     counted_with,
     label_of,
     name_in,
-    note_contents,
     read_contents,
+    record_contents,
 )
 from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import Privacy, RunConfig
@@ -62,7 +62,7 @@ from fedcore.privacy.ledger import (
     RemainingRounds,
     ledger_in,
     put_ledger,
-    room,
+    remaining_rounds,
 )
 
 log = logging.getLogger("fedcore.device")
@@ -102,14 +102,19 @@ class DeviceLedger:
         """
         named = self.owner.data_set(self.data)
         name = named.name if named else ""
-        if named is not None and not note_contents(self.folder.path, name, named.folder):
-            log.warning("%s holds no files: data set %r counts against all", named.path, name)
-        with self._alone():
-            book = self._mend(state)
+        if named is not None and not record_contents(self.folder.path, name, named.folder):
+            log.warning(
+                "%s contains no files: data set %r counts against the budgets of all data sets",
+                named.path,
+                name,
+            )
+        with self._exclusive_lock():
+            book = self._repair(state)
         if self.run.name not in book and len(book) >= MAX_RUNS:
             raise LedgerFull(
-                f"{self.folder.path / LEDGER}: run {self.run.name!r} is new, and this device's "
-                f"ledger holds {counted(len(book), 'run')}, where {MAX_RUNS} may be. {FULL}"
+                f"{self.folder.path / LEDGER}: run {self.run.name!r} is new, but this device's "
+                f"ledger already contains {counted(len(book), 'run')}, the limit is {MAX_RUNS}. "
+                f"{FULL}"
             )
         contents = read_contents(self.folder.path)
         labels = {one.data for spent in book.values() for one in spent}
@@ -128,7 +133,7 @@ class DeviceLedger:
             max(0, MAX_CHARGES - count(book) + len(book.get(self.run.name, ()))),
         )
 
-    def look(self) -> bool:
+    def scan_data(self) -> bool:
         """Records the files of the owner's named data set; returns whether any is new.
 
         Returns:
@@ -143,9 +148,9 @@ class DeviceLedger:
         if named is None:
             return False
         before = label_of(named.name, read_contents(self.folder.path).names.get(named.name, ()))
-        return note_contents(self.folder.path, named.name, named.folder) != before
+        return record_contents(self.folder.path, named.name, named.folder) != before
 
-    def keep(self, state: RecordDict) -> None:
+    def commit(self, state: RecordDict) -> None:
         """Writes the charges in ``state`` durably to the state's file and the copies.
 
         Call it before training. Does nothing for a run without charges.
@@ -163,14 +168,14 @@ class DeviceLedger:
             more = (new_terms(new.target_delta, new.data) for _ in range(made - len(noted)))
             put_terms(state, [*noted, *more])
         self.folder.keep_state(self.run.name, state)
-        with self._alone():
-            self._mend(state, only_own=True)
+        with self._exclusive_lock():
+            self._repair(state, only_own=True)
 
-    def room(self, state: RecordDict, others: OtherRuns) -> RemainingRounds | None:
+    def remaining_rounds(self, state: RecordDict, others: OtherRuns) -> RemainingRounds | None:
         """Returns how many more rounds like the latest fit in the privacy budget, if limited."""
-        return room(ledger_in(state), self._privacy, owner=self._here, others=others)
+        return remaining_rounds(ledger_in(state), self._privacy, owner=self._here, others=others)
 
-    def _mend(self, state: RecordDict, *, only_own: bool = False) -> Runs:
+    def _repair(self, state: RecordDict, *, only_own: bool = False) -> Runs:
         """Returns all charges of all runs, and writes them wherever on disk one is missing.
 
         Args:
@@ -192,8 +197,8 @@ class DeviceLedger:
         own = book.get(name, ())
         if missing := len(own) - len(ledger_in(state).charges):
             log.warning(
-                "%s: the state of run %r lacks %s that %s has: it was removed, or put back as it "
-                "was before. They count; what it had answered is done again, and charged again.",
+                "%s: the state of run %r lacks %s that %s has: it was removed, or replaced by an "
+                "earlier copy. The charges count; lost replies are computed and charged again.",
                 self.folder.path,
                 name,
                 counted(missing, "charge"),
@@ -219,9 +224,9 @@ class DeviceLedger:
             if path != self.counted or not new:
                 raise
             log.warning(
-                "%s cannot be written (%s): should this device's kit and its folder be put back "
-                "as they were before, both at once, nobody will notice. XDG_STATE_HOME names "
-                "another place for it.",
+                "%s cannot be written (%s): if this device's kit and its folder are both "
+                "replaced by earlier copies at once, that will go undetected. Set XDG_STATE_HOME "
+                "to another place for it.",
                 path,
                 error,
             )
@@ -249,13 +254,13 @@ class DeviceLedger:
         return ChargeTerms(self._privacy.target_delta, label)
 
     @contextmanager
-    def _alone(self) -> Iterator[None]:
+    def _exclusive_lock(self) -> Iterator[None]:
         """Locks the ledger against a second copy of this device on this machine."""
         if self.counted is None or not _made(self.counted.parent):
             yield
             return
         busy = PrivacyError(
-            f"{self.counted.parent}: another process with this device's key is at its ledger. "
+            f"{self.counted.parent}: another process with this device's key is using its ledger. "
             "Nothing was sent; stop one of the two."
         )
         with lock_folder(self.counted.parent, busy):

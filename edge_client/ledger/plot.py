@@ -13,7 +13,7 @@ from fedcore.observability.words import epsilon_text
 if TYPE_CHECKING:
     from edge_client.ledger.view import View
 
-_MOST_NAMED = 8
+_MAX_RUNS = 8
 """Most runs in a plot with a legend."""
 
 
@@ -31,7 +31,7 @@ def check_plot(path: Path) -> None:
     except ModuleNotFoundError:
         raise ResourceError(
             f"{path}: a plot needs matplotlib, which is not installed here. Nothing was drawn; "
-            "`pip install matplotlib`, or draw it elsewhere from `fedcore privacy show --json`."
+            "`pip install matplotlib`, or plot it elsewhere from `fedcore privacy show --json`."
         ) from None
 
 
@@ -84,9 +84,9 @@ def plot_ledger(view: View, path: Path) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     title = f"Privacy spent, by {view.accountant.upper()} accounting"
     if view.problems:
-        title += "; the ledger is damaged: at least so much"
+        title += "; the ledger is damaged: lower bounds"
     axes.set_title(title, loc="left")
-    if len(view.runs) <= _MOST_NAMED:
+    if len(view.runs) <= _MAX_RUNS:
         axes.legend(frameon=False, fontsize="small")
     drawn = BytesIO()
     figure.savefig(drawn, format=path.suffix[1:].lower())

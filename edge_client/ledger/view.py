@@ -37,7 +37,7 @@ from fedcore.crypto.kit import KEY
 from fedcore.errors import DataError, FedcoreError, PrivacyError
 from fedcore.finite import finite_or_none
 from fedcore.privacy.accounting import Accountant, epsilon_of
-from fedcore.privacy.ledger import RemainingRounds, room_for
+from fedcore.privacy.ledger import RemainingRounds, remaining_charges
 
 _OLD = ChargeTerms(Privacy().target_delta, "")
 """Terms of charges by versions of fedcore that stored none."""
@@ -166,7 +166,7 @@ def read_ledger_files(folder: Path, kit: Path | None, environ: Mapping[str, str]
     problems, notes, behind = list[str](), list[str](), list[str]()
     device, copied, runs = DeviceFolder(folder), None, dict[str, tuple[StoredCharge, ...]]()
     if kit is not None:
-        device.belongs_to(public_of(kit), so="Nothing was looked at")
+        device.belongs_to(public_of(kit), so="Nothing was read")
     try:
         copied = read_book(folder)
         runs = dict(copied.runs) if copied else {}
@@ -183,7 +183,7 @@ def read_ledger_files(folder: Path, kit: Path | None, environ: Mapping[str, str]
         runs = whole
     marks = dict[Path, LedgerMark | None]()
     if kit is None:
-        notes.append(f"{MARK} and {COUNT} were not compared: --kit names the device's kit.")
+        notes.append(f"{MARK} and {COUNT} were not compared: pass the device's kit with --kit.")
     for path in mark_paths(kit, environ, notes) if kit else ():
         try:
             marks[path] = read_mark(path)
@@ -209,8 +209,8 @@ def public_of(kit: Path) -> bytes:
     """
     if not (kit / KEY).is_file():
         raise DataError(
-            f"{kit / KEY}: there is no such file, so {kit} is no folder of a device's kit. Nothing "
-            "was looked at; name with --kit the folder that `fedcore client enrol` made."
+            f"{kit / KEY}: there is no such file, so {kit} is not the folder of a device's kit. "
+            "Nothing was read; pass the folder created by `fedcore client enrol` with --kit."
         )
     return public_bytes(load_key(kit / KEY))
 
@@ -227,8 +227,8 @@ def mark_paths(kit: Path, environ: Mapping[str, str], notes: list[str]) -> list[
     counted = count_path(public_of(kit), environ)
     if counted is None:
         notes.append(
-            f"This machine has no place for {COUNT}: neither XDG_STATE_HOME nor HOME names one. "
-            "Should kit and state be put back together, nobody will notice."
+            f"This machine has no place for {COUNT}: neither XDG_STATE_HOME nor HOME is set. If "
+            "kit and state are replaced by earlier copies together, that will go undetected."
         )
     return [kit / MARK, *([counted] if counted else [])]
 
@@ -245,7 +245,7 @@ def _behind(name: str, copied: LedgerFile | None, spent: Sequence[StoredCharge])
 
 
 def view_of(
-    found: LedgerFiles, owner: OwnerPolicy, accountant: Accountant, *, most_lines: int | None = None
+    found: LedgerFiles, owner: OwnerPolicy, accountant: Accountant, *, max_lines: int | None = None
 ) -> View:
     """Composes the charges of a ledger to epsilons, by run, by data set and for the device.
 
@@ -257,14 +257,14 @@ def view_of(
         found: The ledger.
         owner: Policy with the budgets.
         accountant: Method of composition.
-        most_lines: Most charges to list per run; all of them when None.
+        max_lines: Most charges to list per run; all of them when None.
     """
     totals = tuple(
         _total(found, owner, name, accountant)
         for name in ("", *(one.name for one in owner.datasets))
     )
     runs = tuple(
-        _run(name, spent, found, owner, accountant, most_lines or len(spent))
+        _run(name, spent, found, owner, accountant, max_lines or len(spent))
         for name, spent in sorted(found.runs.items())
         if spent
     )
@@ -277,20 +277,20 @@ def _run(
     found: LedgerFiles,
     owner: OwnerPolicy,
     accountant: Accountant,
-    most_lines: int,
+    max_lines: int,
 ) -> RunView:
     delta = min(one.target_delta for one in spent)
     lines = tuple(
         ChargeView(place, one, _epsilon(spent[:place], delta, accountant))
         for place, one in enumerate(spent, 1)
-        if place <= most_lines // 2 or place > len(spent) - -(-most_lines // 2)
+        if place <= max_lines // 2 or place > len(spent) - -(-max_lines // 2)
     )
     data = name_in(spent[-1].data)
     limit, there = _limit(found, owner, data), _counted(found, data)
     left = None
     if limit is not None and not found.problems:
         budget = _privacy(accountant, _delta(there, owner), limit)
-        left = room_for([one.charge for one in there], spent[-1].charge, budget)
+        left = remaining_charges([one.charge for one in there], spent[-1].charge, budget)
     return RunView(name, delta, lines, left)
 
 

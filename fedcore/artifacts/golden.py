@@ -35,5 +35,5 @@ def parse_golden(
     except (SafetensorError, KeyError, ValueError) as error:
         raise TrustError(
             f"golden: expected safetensors with `inputs` and `outputs`: {error}. The release was "
-            "not installed; the version before keeps serving."
+            "not installed; the previous version keeps serving."
         ) from None

@@ -173,6 +173,6 @@ def parse_manifest(raw: bytes) -> Manifest:
         return Manifest.model_validate_json(raw)
     except ValidationError as error:
         raise TrustError(
-            f"manifest: {first_fault(error)}. The release was not installed; the version before "
-            "keeps serving."
+            f"manifest: {first_fault(error)}. The release was not installed; the previous "
+            "version keeps serving."
         ) from None

@@ -56,7 +56,7 @@ def parse_epochs(raw: bytes) -> Epochs:
         return Epochs.model_validate_json(raw)
     except ValidationError as error:
         raise TrustError(
-            f"{EPOCHS}: {first_fault(error)}. Nothing was installed; the version before keeps "
+            f"{EPOCHS}: {first_fault(error)}. Nothing was installed; the previous version keeps "
             "serving."
         ) from None
 

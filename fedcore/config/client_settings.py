@@ -14,7 +14,7 @@ from fedcore.observability.foreign import foreign
 
 PROXIMAL_MU = "proximal-mu"
 """The key under which Flower's FedProx and `ClientSettings` send the proximal weight."""
-MOST_PROXIMAL_MU = 1e6
+MAX_PROXIMAL_MU = 1e6
 CHARGED = ("epochs", "batch_size")
 """The settings that determine the noise and the charge of DP-SGD."""
 
@@ -99,11 +99,11 @@ def settings_with(run: ClientConfig, asked: ClientSettings, *, private: bool) ->
             privacy. The text names the setting, the value found and the values expected.
     """
     if type(asked.proximal_mu) not in (int, float) or not 0 <= asked.proximal_mu <= (
-        MOST_PROXIMAL_MU
+        MAX_PROXIMAL_MU
     ):  # false for NaN, too
         raise ValueError(
             f"proximal_mu = {_shown(asked.proximal_mu)}, expected a number from 0 to "
-            f"{MOST_PROXIMAL_MU:g}"
+            f"{MAX_PROXIMAL_MU:g}"
         )
     changes = asked.changes
     if not changes:
@@ -112,8 +112,8 @@ def settings_with(run: ClientConfig, asked: ClientSettings, *, private: bool) ->
         if name in changes and changes[name] != getattr(run, name):
             raise ValueError(
                 f"{name} = {_shown(changes[name])}, expected client.{name} = "
-                f"{getattr(run, name)!r}: under example-level privacy the noise and the charge of "
-                "every round follow from it, and were planned for the run's own"
+                f"{getattr(run, name)!r}: under example-level privacy the noise and the privacy "
+                "spent in every round depend on it and were planned for the run's own value"
             )
     try:
         return ClientConfig.model_validate({**run.model_dump(), **changes})
@@ -129,4 +129,4 @@ def _shown(value: object) -> str:
     try:
         return foreign(repr(value), 60)
     except ValueError:  # Python refuses to print an integer of too many digits
-        return "a number of thousands of digits"
+        return "a number with thousands of digits"

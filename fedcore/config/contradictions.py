@@ -16,51 +16,54 @@ def contradictions(run: RunConfig) -> list[str]:
     found = unsound(run)
     names = [device.name for device in run.simulation.devices]
     if len(set(names)) < len(names):
-        found.append("simulation.devices names one class twice: give each its own name.")
+        found.append(
+            "simulation.devices contains two classes of the same name: give each its own name."
+        )
     if names and run.simulation.trace is not None:
         found.append(
-            f"simulation.trace = {run.simulation.trace!r} contradicts simulation.devices: either a "
-            "trace says what each client is, or classes do. Keep one of the two."
+            f"simulation.trace = {run.simulation.trace!r} contradicts simulation.devices: "
+            "clients are described either by a trace or by device classes. Remove one of the two."
         )
     if federation.over_selection > 1 and federation.cohort is None:
         found.append(
             f"federation.over_selection = {federation.over_selection:g} needs federation.cohort: "
-            "without it every client is asked, and nobody is left to ask in addition."
+            "without it every client is selected, and none is left to over-select."
         )
     answering = _answering(run.simulation.devices) * federation.over_selection
     if answering < federation.quorum:
         found.append(
-            f"federation.quorum = {federation.quorum:g} contradicts simulation.devices: by their "
-            f"availability and dropout {answering:.3g} of a cohort answers on average, so most "
-            "rounds would fail. Lower the quorum, or make the devices more reliable."
+            f"federation.quorum = {federation.quorum:g} contradicts simulation.devices: with "
+            f"their availability and dropout, {answering:.3g} of a cohort responds on average, "
+            "so most rounds would fail. Lower the quorum, or make the devices more reliable."
         )
     if federation.evaluate_cohort and not federation.holdout:
         found.append(
-            "federation.evaluate_cohort needs federation.holdout above 0: without it clients would "
-            "report metrics on the data they trained on."
+            "federation.evaluate_cohort needs federation.holdout above 0: without it clients "
+            "would report metrics on the data that they trained on."
         )
     if federation.holdout and not federation.evaluate_cohort:
         found.append(
-            f"federation.holdout = {federation.holdout} keeps data from training that nothing "
-            "would read: set federation.evaluate_cohort, or holdout to 0."
+            f"federation.holdout = {federation.holdout} withholds data from training that "
+            "nothing would use: set federation.evaluate_cohort, or set holdout to 0."
         )
     if run.finetune.judge in ("clients", "both") and not federation.evaluate_cohort:
         found.append(
-            f"finetune.judge = {run.finetune.judge!r} needs federation.evaluate_cohort: without it "
-            "no client holds data back to judge on."
+            f"finetune.judge = {run.finetune.judge!r} needs federation.evaluate_cohort: without "
+            "it no client evaluates models on held-out data."
         )
     if privacy.participations and privacy.participations > federation.rounds:
         found.append(
             f"privacy.participations = {privacy.participations} is more than federation.rounds = "
-            f"{federation.rounds}: no client can take part so often."
+            f"{federation.rounds}: no client can participate in more rounds than there are."
         )
     if len(set(compression.candidates)) < len(compression.candidates):
-        found.append("compression.candidates names one candidate twice: name each once.")
+        found.append("compression.candidates lists a candidate twice: list each once.")
     if "fp32" not in compression.candidates:
-        found.append("compression.candidates must hold 'fp32': the others are weighed against it.")
+        found.append("compression.candidates must contain 'fp32': the others are compared with it.")
     if (run.release.repository is None) != (run.release.keys is None):
         found.append(
-            "release.repository and release.keys belong together: set both to publish, or neither."
+            "release.repository and release.keys must be set together: set both to publish, "
+            "or neither."
         )
     return found
 

@@ -13,7 +13,7 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from fedcore.config.patterns import DATA_NAME, HOURS, PATH, SHA256
-from fedcore.config.run import MOST_SECONDS, DeviceChoice, RunConfig, Section
+from fedcore.config.run import MAX_SECONDS, DeviceChoice, RunConfig, Section
 from fedcore.config.settings import load
 from fedcore.errors import ConfigError, PrivacyError
 
@@ -53,7 +53,7 @@ class OwnerPolicy(Section):
     max_memory_bytes: Annotated[int, Field(ge=1, le=10**18)] | None = None
     """A larger message, or training that would need more, is declined before it starts. Training
     without privacy that turns out to need more ends between two steps."""
-    max_round_s: Annotated[float, Field(ge=1, le=MOST_SECONDS)] | None = None
+    max_round_s: Annotated[float, Field(ge=1, le=MAX_SECONDS)] | None = None
     """Most seconds of work for one message. Private training that would take longer, judged by a
     step timed on made-up examples, is declined before it starts. Work that takes longer ends
     between two steps, and no update is sent."""
@@ -74,9 +74,9 @@ class OwnerPolicy(Section):
     max_bandwidth_bytes_per_s: Annotated[int, Field(ge=10_000, le=10**12)] | None = None
     """Most bytes a second to and from the server in total, averaged over a whole transfer."""
     min_battery_percent: Annotated[int, Field(ge=0, le=100)] | None = None
-    """On battery, this device takes no part below this charge."""
+    """On battery, this device does not take part below this charge."""
     on_mains_only: bool = False
-    """This device takes no part while it runs on its battery."""
+    """This device does not take part while it runs on battery."""
     max_gpu_fraction: Annotated[float, Field(gt=0, le=1)] | None = None
     """The share of a GPU's memory that training may use. More is an out-of-memory error."""
     free_gpu_between_rounds: bool = False
@@ -93,7 +93,8 @@ class OwnerPolicy(Section):
     def _names_a_folder(cls, data: str | None) -> str | None:
         if data is not None and (not data or "\0" in data):
             raise ValueError(
-                f"data = {data!r} names no folder. Leave it out for the task's own place."
+                f"data = {data!r} is not a folder name. Leave it out to use the task's own "
+                "data folder."
             )
         return data
 
@@ -102,8 +103,8 @@ class OwnerPolicy(Section):
     def _names_hours(cls, hours: tuple[str, ...] | None) -> tuple[str, ...] | None:
         if hours == ():
             raise ValueError(
-                "hours = [] names none, so this device would never take part. Leave it out to take "
-                'part always, or name some, as ["22:00-06:00"].'
+                "hours = [] is empty, so this device would never take part. Leave it out to take "
+                'part at any time, or list some hours, e.g. ["22:00-06:00"].'
             )
         return hours
 
@@ -149,9 +150,9 @@ def load_owner(path: Path) -> OwnerPolicy:
     folder = owner.data_folder
     if folder is not None and not _is_folder(folder):
         raise ConfigError(
-            f"{path}: data = {owner.data!r}: there is no folder {folder.absolute()}, or this user "
-            "may not look for it. Nothing was run; make it, mount it, or name the one that holds "
-            "the data."
+            f"{path}: data = {owner.data!r}: there is no accessible folder {folder.absolute()}. "
+            "Nothing was run; create it, mount it, give this user access to it, or set `data` to "
+            "the folder that holds the data."
         )
     return owner
 
@@ -161,13 +162,13 @@ def _check_apart(path: Path, datasets: Sequence[DataSet]) -> None:
     for one, other in combinations(datasets, 2):
         if one.name == other.name:
             raise ConfigError(
-                f"{path}: datasets names {one.name!r} twice. Nothing was run; give each data set a "
-                "name of its own."
+                f"{path}: datasets lists {one.name!r} twice. Nothing was run; give each data set "
+                "its own name."
             )
         if one.folder.is_relative_to(other.folder) or other.folder.is_relative_to(one.folder):
             raise ConfigError(
                 f"{path}: datasets: {one.name!r} and {other.name!r} overlap ({one.path!r} and "
-                f"{other.path!r}). Nothing was run; name the data in one place alone."
+                f"{other.path!r}). Nothing was run; list each folder under one data set only."
             )
 
 
@@ -190,9 +191,9 @@ def tighten(run: RunConfig, owner: OwnerPolicy) -> RunConfig:
     if owner.max_epsilon is not None and not run.private:
         raise PrivacyError(
             f"{owner.file}: max_epsilon = {owner.max_epsilon:g}, and the run has privacy.unit = "
-            f"{run.privacy.unit!r}: what this device sends the server would have no bound. It "
-            "takes no part and nothing was trained; the server must set privacy.unit to 'example' "
-            "or 'both', or the owner drop the budget."
+            f"{run.privacy.unit!r}, which puts no bound on what this device reveals to the "
+            "server. The device does not take part and nothing was trained; the server must set "
+            "privacy.unit to 'example' or 'both', or the owner must remove the budget."
         )
     privacy = run.privacy.model_copy(
         update={

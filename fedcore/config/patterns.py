@@ -10,15 +10,15 @@ SHA256 = r"^[0-9a-f]{64}$"
 ADDRESS = r"^https://(\[[0-9a-f:.]+\]|[A-Za-z0-9.-]+):[0-9]{1,5}$"
 
 _WORDS = {
-    NAME: "1 to 64 of a-z, 0-9, '-' and '_', the first a letter or digit, as \"turbofan-2\"",
-    DATA_NAME: "1 to 64 of letters, digits, '.', '-' and '_', as \"ward-3\"",
-    PATH: 'the path of a folder, as "/srv/measurements"',
-    HOURS: 'hours of a day from and to, each of four digits, as "22:00-06:00"',
-    SHA256: "a SHA-256, which is 64 of 0-9 and a-f, as `sha256sum FILE` prints it",
-    ADDRESS: 'an address with its port, as "https://server.example.org:9092"',
+    NAME: "1 to 64 of a-z, 0-9, '-' and '_', the first a letter or digit, e.g. \"turbofan-2\"",
+    DATA_NAME: "1 to 64 of letters, digits, '.', '-' and '_', e.g. \"ward-3\"",
+    PATH: 'the path of a folder, e.g. "/srv/measurements"',
+    HOURS: 'a range of hours of the day, each HH:MM, e.g. "22:00-06:00"',
+    SHA256: "a SHA-256 digest: 64 characters of 0-9 and a-f, as printed by `sha256sum FILE`",
+    ADDRESS: 'an address with its port, e.g. "https://server.example.org:9092"',
 }
 
 
-def in_words(pattern: str) -> str:
+def describe_pattern(pattern: str) -> str:
     """Describes the text that matches ``pattern``; quotes an unknown pattern itself."""
     return _WORDS.get(pattern, f"text that matches {pattern}")

@@ -14,11 +14,11 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from fedcore.config.contradictions import contradictions
 from fedcore.config.patterns import NAME
 
-MOST_CLIENTS = 10_000_000
-MOST_SECONDS = 31 * 86_400.0  # a month: no run needs to wait longer
-Clients = Annotated[int, Field(ge=1, le=MOST_CLIENTS)]
+MAX_CLIENTS = 10_000_000
+MAX_SECONDS = 31 * 86_400.0  # a month: no run needs to wait longer
+Clients = Annotated[int, Field(ge=1, le=MAX_CLIENTS)]
 Rounds = Annotated[int, Field(ge=1, le=1_000_000)]
-Seconds = Annotated[float, Field(gt=0, le=MOST_SECONDS)]
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
 BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
 LearningRate = Annotated[float, Field(ge=1e-12, le=1e6)]
 WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
@@ -86,7 +86,7 @@ class FederationConfig(Section):
     """The share of a cohort whose updates a round needs."""
     deadline_s: Seconds = 3600.0
     """After this time a round continues with the updates that have arrived."""
-    evaluate_cohort: Annotated[int, Field(ge=0, le=MOST_CLIENTS)] = 0
+    evaluate_cohort: Annotated[int, Field(ge=0, le=MAX_CLIENTS)] = 0
     """How many clients report metrics on held-back data in each round; 0 for none."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of a client's data that is held back from training to evaluate on."""
@@ -363,7 +363,7 @@ class RunConfig(Section):
         return (self.base / relative).resolve()
 
     @model_validator(mode="after")
-    def _nothing_contradicts(self) -> Self:
+    def _check_contradictions(self) -> Self:
         for problem in contradictions(self):
             raise ValueError(problem)
         return self

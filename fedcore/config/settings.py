@@ -15,7 +15,7 @@ from typing import Any, TypeVar, get_args, get_origin
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from fedcore.config.patterns import in_words
+from fedcore.config.patterns import describe_pattern
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.files import read_bytes
@@ -50,7 +50,7 @@ def load(path: Path, model: type[Model], overrides: Sequence[str] = (), **extra:
         raw = read_bytes(path, max_bytes=_MAX_FILE_BYTES, what="this file")
         values = tomllib.loads(raw.decode())
     except DataError as error:
-        hint = " `fedcore new NAME` writes one to start from." if model is RunConfig else ""
+        hint = " `fedcore new NAME` writes one as a starting point." if model is RunConfig else ""
         raise ConfigError(f"{error} Nothing was run.{hint}") from None
     except (ValueError, RecursionError) as error:  # ValueError covers a number of 5000 digits, too
         raise ConfigError(f"{path}: not valid TOML: {error}. Nothing was run.") from None
@@ -193,7 +193,7 @@ def _allowed(problem: ErrorDetails) -> str:
     if kind == "tuple_type":
         return "an array"
     if kind == "string_pattern_mismatch":
-        return in_words(problem["ctx"]["pattern"])
+        return describe_pattern(problem["ctx"]["pattern"])
     return problem["msg"].partition(" should be ")[2] or problem["msg"]
 
 
@@ -204,7 +204,7 @@ def _shown(value: Any) -> str:
     try:
         text = f"[{', '.join(map(_shown, value))}]" if isinstance(value, tuple) else repr(value)
     except ValueError:  # TOML does not limit the length of a hexadecimal number
-        return "a number of thousands of digits"
+        return "a number with thousands of digits"
     return _short(text)
 
 

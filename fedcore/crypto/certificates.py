@@ -76,8 +76,8 @@ def parse_certificate(raw: bytes, *, where: str) -> x509.Certificate:
     except UNREADABLE:
         pass
     raise CertificateRefused(
-        f"{where}: expected one certificate (PEM), found something else. It was not used; get the "
-        "file again from the operator."
+        f"{where}: expected one certificate (PEM), found something else. It was not used; ask "
+        "the operator for the file again."
     )
 
 
@@ -104,7 +104,7 @@ def check_authority(certificate: x509.Certificate, *, now: datetime, where: str)
         constraints = certificate.extensions.get_extension_for_class(x509.BasicConstraints)
         usage = certificate.extensions.get_extension_for_class(x509.KeyUsage)
         certificate.verify_directly_issued_by(certificate)
-        project = one_of(certificate.subject, NameOID.ORGANIZATION_NAME)
+        project = single_attribute(certificate.subject, NameOID.ORGANIZATION_NAME)
         sound = (
             constraints.critical
             and constraints.value == x509.BasicConstraints(ca=True, path_length=0)
@@ -119,7 +119,7 @@ def check_authority(certificate: x509.Certificate, *, now: datetime, where: str)
             f"{where}: expected the certificate of a project's authority, found something else. "
             "It was not trusted; get the file again from the operator."
         )
-    _check_time(certificate, now=now, where=where, remedy="make a new authority and enrol again")
+    _check_time(certificate, now=now, where=where, remedy="create a new authority and enrol again")
     return project
 
 
@@ -144,22 +144,22 @@ def subject_of(
         certificate.verify_directly_issued_by(authority)
     except UNREADABLE:
         raise CertificateRefused(
-            f"{where}: this certificate was not issued by the authority that is trusted here "
-            f"({authority.subject.rfc4514_string()}). It was refused; use the kit that this "
-            "project's operator made."
+            f"{where}: this certificate was not issued by the authority trusted here "
+            f"({authority.subject.rfc4514_string()}). It was refused; use the kit from this "
+            "project's operator."
         ) from None
     try:
         subject = _subject(certificate)
-        sound = _is_p384(certificate) and subject.project == one_of(
+        sound = _is_p384(certificate) and subject.project == single_attribute(
             authority.subject, NameOID.ORGANIZATION_NAME
         )
     except UNREADABLE:
         sound = False
     if not sound:
         raise CertificateRefused(
-            f"{where}: this certificate is not of the form that `fedcore provision` issues (one "
-            "name, one known role, its key usage, a P-384 key). It was refused; get one from the "
-            "operator."
+            f"{where}: this certificate does not have the form that `fedcore provision` issues "
+            "(one name, one known role, its key usage, a P-384 key). It was refused; ask the "
+            "operator for one."
         )
     return subject
 
@@ -175,7 +175,7 @@ def check_certificate(
         CertificateRefused: `subject_of` rejects it, or it has expired or is not valid yet.
     """
     subject = subject_of(certificate, authority, where=where)
-    remedy = "have it renewed with `fedcore provision renew`"
+    remedy = "renew it with `fedcore provision renew`"
     _check_time(certificate, now=now, where=where, remedy=remedy)
     return subject
 
@@ -197,7 +197,7 @@ def peer_public(der: bytes) -> bytes:
     if not isinstance(public, EllipticCurvePublicKey) or not isinstance(public.curve, SECP384R1):
         raise CertificateRefused(
             "peer certificate: expected a P-384 key, found something else. The connection was "
-            "refused; use a kit that this project's operator made."
+            "refused; use a kit from this project's operator."
         )
     return public_bytes(public)
 
@@ -229,8 +229,8 @@ def _subject(certificate: x509.Certificate) -> Subject:
     constraints = extensions.get_extension_for_class(x509.BasicConstraints).value
     usage = extensions.get_extension_for_class(x509.KeyUsage).value
     extended = extensions.get_extension_for_class(x509.ExtendedKeyUsage).value
-    name = one_of(certificate.subject, NameOID.COMMON_NAME)
-    said = one_of(certificate.subject, NameOID.ORGANIZATIONAL_UNIT_NAME)
+    name = single_attribute(certificate.subject, NameOID.COMMON_NAME)
+    said = single_attribute(certificate.subject, NameOID.ORGANIZATIONAL_UNIT_NAME)
     role = next((role for role in _ROLES if role == said), None)
     if role is None or constraints.ca or usage != key_usage(signs_certificates=False):
         raise ValueError("role, constraints or key usage")
@@ -240,7 +240,7 @@ def _subject(certificate: x509.Certificate) -> Subject:
     if not isinstance(public, EllipticCurvePublicKey):
         raise TypeError("key")
     return Subject(
-        project=one_of(certificate.subject, NameOID.ORGANIZATION_NAME),
+        project=single_attribute(certificate.subject, NameOID.ORGANIZATION_NAME),
         name=name,
         role=role,
         public=public_bytes(public),
@@ -258,7 +258,7 @@ def _is_p384(certificate: x509.Certificate) -> bool:
     )
 
 
-def one_of(name: x509.Name, kind: x509.ObjectIdentifier) -> str:
+def single_attribute(name: x509.Name, kind: x509.ObjectIdentifier) -> str:
     """Returns the only attribute of its kind; with two, readers could disagree on the holder."""
     (attribute,) = name.get_attributes_for_oid(kind)
     if not isinstance(attribute.value, str):
@@ -270,12 +270,13 @@ def _check_time(certificate: x509.Certificate, *, now: datetime, where: str, rem
     first, last = certificate.not_valid_before_utc, certificate.not_valid_after_utc
     if now < first - SKEW:
         raise CertificateRefused(
-            f"{where}: this certificate is valid from {first:%Y-%m-%d %H:%M} UTC, and this machine "
-            f"says {now:%Y-%m-%d %H:%M} UTC. It was refused; set the clock right, and try again."
+            f"{where}: this certificate is valid from {first:%Y-%m-%d %H:%M} UTC, but this "
+            f"machine's clock says {now:%Y-%m-%d %H:%M} UTC. It was refused; set the clock "
+            "correctly and try again."
         )
     if now > last + SKEW:
         raise CertificateRefused(
-            f"{where}: this certificate expired on {last:%Y-%m-%d %H:%M} UTC, and this machine "
-            f"says {now:%Y-%m-%d %H:%M} UTC. It was refused; see that the clock is right, or "
-            f"{remedy}."
+            f"{where}: this certificate expired on {last:%Y-%m-%d %H:%M} UTC, but this machine's "
+            f"clock says {now:%Y-%m-%d %H:%M} UTC. It was refused; check that the clock is "
+            f"right, or {remedy}."
         )

@@ -170,19 +170,20 @@ def open_envelope(
     ):
         if got != expected:
             raise UpdateForeign(
-                f"{where}: it is signed for {what} {got!r}, expected {expected!r}. "
-                f"{_NOT_COUNTED}; a node sends its own work, for what it was asked."
+                f"{where}: the envelope is signed for {what} {got!r}, expected {expected!r}. "
+                f"{_NOT_COUNTED}; a node may only send its own reply to the request that it "
+                "received."
             )
     if envelope.round != round:
         raise UpdateStale(
-            f"{where}: it is signed for round {envelope.round}, expected {round}. {_NOT_COUNTED}; "
-            "the node waits for its next instruction."
+            f"{where}: the envelope is signed for round {envelope.round}, expected {round}. "
+            f"{_NOT_COUNTED}; the node waits for its next instruction."
         )
     if envelope.base_sha256 != base_sha256:
         raise UpdateStale(
-            f"{where}: it starts from the model sha256:{envelope.base_sha256[:16]}.., and the "
-            f"round from sha256:{base_sha256[:16]}... {_NOT_COUNTED}; the node must train from the "
-            "model that came with its instruction."
+            f"{where}: it was trained from the model sha256:{envelope.base_sha256[:16]}.., but "
+            f"the round started from sha256:{base_sha256[:16]}... {_NOT_COUNTED}; the node must "
+            "train from the model sent with its instruction."
         )
     if envelope.payload_sha256 != payload_sha256:
         raise DigestMismatch(
@@ -193,13 +194,13 @@ def open_envelope(
     left_s = envelope.expires_at_s - now_s
     if left_s < -SKEW_S:
         raise UpdateExpired(
-            f"{where}: it expired {-left_s:.0f} s ago, more than the {SKEW_S} s allowed for clocks "
-            f"that differ. {_NOT_COUNTED}; see that the node's clock is right."
+            f"{where}: it expired {-left_s:.0f} s ago, more than the {SKEW_S} s allowed for "
+            f"clock skew. {_NOT_COUNTED}; check that the node's clock is right."
         )
     if left_s > MAX_VALIDITY_S + SKEW_S:
         raise UpdateExpired(
             f"{where}: it claims to be valid for {left_s:.0f} s more, expected at most "
-            f"{MAX_VALIDITY_S} s. {_NOT_COUNTED}; see that the node's clock is right."
+            f"{MAX_VALIDITY_S} s. {_NOT_COUNTED}; check that the node's clock is right."
         )
     return envelope
 
@@ -230,7 +231,7 @@ class Replays:
         what = "this update again" if first == envelope.nonce else "a second update"
         raise UpdateReplayed(
             f"round {envelope.round}: node {envelope.node_id} sent {what}. It was not aggregated "
-            "a second time; the first one stands, and the node has nothing more to send."
+            "again; the first one counts, and the node has nothing more to send."
         )
 
 
@@ -274,8 +275,8 @@ def read_envelope(raw: bytes, public_key: bytes, *, where: str) -> Envelope:
         key.verify(encode_dss_signature(r, s), _DOMAIN + body, ECDSA(SHA384()))
     except InvalidSignature:
         raise SignatureInvalid(
-            f"{where}: the envelope of an update is not signed by the node's own key. "
-            f"{_NOT_COUNTED}; a node signs with the key in its kit."
+            f"{where}: the update's envelope is not signed with the node's own key. "
+            f"{_NOT_COUNTED}; a node must sign with the key in its kit."
         ) from None
     return _decode(body, where)
 
@@ -283,12 +284,12 @@ def read_envelope(raw: bytes, public_key: bytes, *, where: str) -> Envelope:
 def _split(raw: bytes, where: str) -> tuple[bytes, int, int]:
     if len(raw) > MAX_ENVELOPE_BYTES:
         raise SignatureInvalid(
-            f"{where}: the envelope of an update has {len(raw)} bytes, expected at most "
-            f"{MAX_ENVELOPE_BYTES}. It was not parsed, and the update not aggregated."
+            f"{where}: the update's envelope has {len(raw)} bytes, expected at most "
+            f"{MAX_ENVELOPE_BYTES}. It was not parsed, and the update was not aggregated."
         )
     end = 2 + int.from_bytes(raw[:2], "big")
     if len(raw) != end + 2 * _SCALAR_BYTES:
-        raise _malformed(where, f"{len(raw)} bytes do not fit the length that it states")
+        raise _malformed(where, f"{len(raw)} bytes do not match the length that it states")
     r, s = raw[end : end + _SCALAR_BYTES], raw[end + _SCALAR_BYTES :]
     return raw[2:end], int.from_bytes(r, "big"), int.from_bytes(s, "big")
 
@@ -298,7 +299,7 @@ def _decode(body: bytes, where: str) -> Envelope:
     if body[:1] != bytes((VERSION,)):
         got = body[0] if body else "none"
         raise SignatureInvalid(
-            f"{where}: the envelope of an update has protocol version {got}, expected {VERSION}. "
+            f"{where}: the update's envelope has protocol version {got}, expected {VERSION}. "
             f"{_NOT_COUNTED}; install the same version of fedcore on both sides."
         )
     try:
@@ -315,12 +316,12 @@ def _decode(body: bytes, where: str) -> Envelope:
 def _text(raw: bytes) -> tuple[str, bytes]:
     length = raw[0] if raw else 0
     if not 1 <= length <= MAX_TEXT_BYTES or len(raw) <= length:
-        raise ValueError("a text has no length, or one beyond its end")
+        raise ValueError("a text field has no length, or a length past the end of the envelope")
     return raw[1 : 1 + length].decode(), raw[1 + length :]
 
 
 def _malformed(where: str, why: str) -> SignatureInvalid:
     return SignatureInvalid(
-        f"{where}: the envelope of an update is malformed: {why}. {_NOT_COUNTED}; a node sends "
-        "envelopes as `fedcore.crypto.envelope` makes them."
+        f"{where}: the update's envelope is malformed: {why}. {_NOT_COUNTED}; expected the "
+        "format of `fedcore.crypto.envelope`: install the same version of fedcore on both sides."
     )

@@ -27,7 +27,7 @@ from fedcore.crypto.certificates import (
     check_name,
     extended_key_usage,
     key_usage,
-    one_of,
+    single_attribute,
 )
 from fedcore.errors import CertificateRefused, ConfigError
 
@@ -63,7 +63,7 @@ def check_host(host: str) -> x509.DNSName | x509.IPAddress:
     # Digits and dots only are a malformed address, not a name.
     if len(host) > 253 or not _HOST.fullmatch(host) or re.fullmatch(r"[0-9.]+", host):
         raise ConfigError(
-            f"host {host!r}: expected a DNS name or an IP address, without scheme or port, as "
+            f"host {host!r}: expected a DNS name or an IP address, without scheme or port, e.g. "
             "fl.example.org or 10.0.0.5. Nothing was written."
         )
     return x509.DNSName(host.lower())
@@ -73,14 +73,14 @@ def _check_reachable(address: IPv4Address | IPv6Address) -> None:
     """Rejects addresses that no other machine can connect to."""
     if address.is_unspecified:
         raise ConfigError(
-            f"host {str(address)!r}: expected an address that devices reach the server by; nobody "
-            "can connect to this one, which stands for all of a machine. Nothing was written; name "
-            "a DNS name or an address, as 10.0.0.5."
+            f"host {str(address)!r}: expected an address at which devices can reach the server; "
+            "this one is a wildcard that nobody can connect to. Nothing was written; give a DNS "
+            "name or an address, e.g. 10.0.0.5."
         )
     if isinstance(address, IPv6Address) and address.scope_id is not None:
         raise ConfigError(
             f"host {str(address)!r}: expected an address without a zone (%{address.scope_id}), "
-            "which means something on one machine alone. Nothing was written; name an address as "
+            "which is only valid on one machine. Nothing was written; give an address, e.g. "
             "2001:db8::5, or a DNS name."
         )
 
@@ -163,12 +163,15 @@ def read_request(raw: bytes, *, where: str) -> CertificateRequest:
         if request is not None and request.is_signature_valid:
             public = request.public_key()
             if isinstance(public, EllipticCurvePublicKey) and isinstance(public.curve, SECP384R1):
-                return CertificateRequest(one_of(request.subject, NameOID.COMMON_NAME), public)
+                return CertificateRequest(
+                    single_attribute(request.subject, NameOID.COMMON_NAME), public
+                )
     except UNREADABLE:
         pass
     raise CertificateRefused(
-        f"{where}: expected a signing request (PKCS#10 PEM) over a P-384 key, signed by that key, "
-        "found something else. No certificate was issued; `fedcore client enrol` makes one."
+        f"{where}: expected a signing request (PKCS#10 PEM) over a P-384 key, signed by that "
+        "key, found something else. No certificate was issued; create one with `fedcore client "
+        "enrol`."
     )
 
 
@@ -203,7 +206,7 @@ def _end_entity(
     now: datetime,
     validity: timedelta,
 ) -> x509.CertificateBuilder:
-    project = one_of(authority.subject, NameOID.ORGANIZATION_NAME)
+    project = single_attribute(authority.subject, NameOID.ORGANIZATION_NAME)
     subject = x509.Name(
         [
             x509.NameAttribute(NameOID.ORGANIZATION_NAME, project),

@@ -64,16 +64,16 @@ def load_key(path: Path) -> EllipticCurvePrivateKey:
     if os.name == "posix" and mode & 0o077:
         raise CertificateRefused(
             f"{path}: this private key has mode {mode:04o}, expected 0600: others may have read "
-            "it. It was not used; if nobody has, `chmod 600` it, otherwise have this identity "
-            "revoked and enrol again."
+            "it. It was not used; if you are sure that nobody has, run `chmod 600` on it, "
+            "otherwise have this identity revoked and enrol again."
         )
     return parse_key(raw, where=str(path))
 
 
 _NO_KEY = (
-    "Nobody can prove this identity without it. Put it back from a copy; else a member enrols "
-    "again (`fedcore client enrol` in another folder), and a server gets another key by `fedcore "
-    "provision server --replace`, or its own by `fedcore provision restore`."
+    "This identity cannot be proved without it. Restore it from a copy. Otherwise, a member "
+    "enrols again (`fedcore client enrol` in another folder), and a server gets a new key with "
+    "`fedcore provision server --replace`, or its old one with `fedcore provision restore`."
 )
 
 
@@ -108,8 +108,8 @@ def parse_public(raw: bytes, *, where: str = "public key") -> EllipticCurvePubli
         key = None
     if not isinstance(key, EllipticCurvePublicKey) or not isinstance(key.curve, SECP384R1):
         raise CertificateRefused(
-            f"{where}: expected an ECDSA public key on P-384 (PEM), found something else. "
-            "It was not used; every identity here is such a key."
+            f"{where}: expected an ECDSA public key on P-384 (PEM), found something else. It was "
+            "not used; every fedcore identity is a key of this type."
         )
     return key
 

@@ -35,7 +35,7 @@ from fedcore.crypto.certificates import (
 )
 from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, public_bytes
 from fedcore.errors import CertificateRefused, DataError
-from fedcore.files import disk_errors, is_there, open_regular, read_bytes, write_atomic
+from fedcore.files import disk_errors, name_exists, open_regular, read_bytes, write_atomic
 from fedcore.observability.faults import first_fault
 
 KEY, REQUEST, KIT = "key.pem", "request.pem", "kit.json"
@@ -105,8 +105,8 @@ def parse_kit_file(raw: bytes, *, where: str) -> KitFile:
         return KitFile.model_validate_json(raw)
     except ValidationError as error:
         raise CertificateRefused(
-            f"{where}: {first_fault(error)}. This is no kit of a known format, and was not used; "
-            "get it again from the operator."
+            f"{where}: {first_fault(error)}. This is not a kit of a known format and was not "
+            "used; ask the operator for it again."
         ) from None
 
 
@@ -139,8 +139,9 @@ def read_kit(path: Path, *, now: datetime) -> VerifiedKit:
 
 
 _NO_KIT = (
-    "It says who this is. A member's is made by `fedcore client install`, from what the operator "
-    "sent; a server's by `fedcore provision server`, or `fedcore provision restore`."
+    "It identifies this machine. A member's kit is installed by `fedcore client install` from "
+    "the file that the operator sent; a server's is created by `fedcore provision server` or "
+    "restored by `fedcore provision restore`."
 )
 
 
@@ -157,19 +158,19 @@ def load_identity(folder: Path, *, now: datetime | None = None) -> Kit:
             `parse_kit` rejects the kit.
     """
     key_path, kit_path = folder / KEY, folder / KIT
-    if not is_there(kit_path):
+    if not name_exists(kit_path):
         raise DataError(
-            f"{folder}: no kit is installed in this folder. Nothing was started; `fedcore client "
-            "enrol` makes a request for the operator, and `fedcore client install` takes the kit "
-            "that comes back."
+            f"{folder}: no kit is installed in this folder. Nothing was started; create a "
+            "request for the operator with `fedcore client enrol`, and install the kit that "
+            "comes back with `fedcore client install`."
         )
     certified = read_kit(kit_path, now=now or datetime.now(UTC))
     key = load_key(key_path)
     if public_bytes(key) != certified.subject.public:
         raise CertificateRefused(
-            f"{folder}: {KEY} is not the key that the certificate of {certified.subject.name!r} in "
-            f"{KIT} speaks of. Nothing was started; put the key back that this kit was made for, "
-            "or enrol again."
+            f"{folder}: {KEY} does not match the certificate of {certified.subject.name!r} in "
+            f"{KIT}. Nothing was started; restore the key that this kit was issued for, or enrol "
+            "again."
         )
     return Kit(
         folder=folder,
@@ -195,8 +196,8 @@ def load_kit(folder: Path, *, now: datetime | None = None) -> Kit:
     kit = load_identity(folder, now=now)
     if kit.role == "server":
         raise CertificateRefused(
-            f"{folder}: this is the identity of a server, expected that of a device, an operator "
-            "or a viewer. Nothing was started; name the folder that `fedcore client enrol` made."
+            f"{folder}: this is a server's identity, expected that of a device, an operator or a "
+            "viewer. Nothing was started; use the folder created by `fedcore client enrol`."
         )
     return kit
 

@@ -25,7 +25,7 @@ from fedcore.crypto.kit import KIT, Kit, Pem, load_identity, restrict
 from fedcore.crypto.roster_seal import Signature, Signer, check_signed, sign_content
 from fedcore.crypto.roster_seen import NOTHING_SEEN, SEEN, Seen, read_seen, write_seen
 from fedcore.errors import CertificateRefused, DataError, FedcoreError, RollbackRefused, TrustError
-from fedcore.files import is_there, read_bytes
+from fedcore.files import name_exists, read_bytes
 from fedcore.observability.faults import first_fault
 
 ROSTER = "roster.json"
@@ -131,8 +131,8 @@ def load_server_identity(folder: Path, *, now: datetime | None = None) -> Server
     kit = load_identity(folder, now=now)
     if kit.role != "server":
         raise CertificateRefused(
-            f"{folder}: this is the identity of the {kit.role} {kit.name!r}, expected a server's. "
-            "Nothing was started; name the folder that `fedcore provision server` made."
+            f"{folder}: this is the identity of the {kit.role} {kit.name!r}, expected a "
+            "server's. Nothing was started; use the folder created by `fedcore provision server`."
         )
     certificate = x509.load_pem_x509_certificate(kit.certificate_pem)
     names = certificate.extensions.get_extension_for_class(x509.SubjectAlternativeName).value
@@ -150,13 +150,13 @@ def check_server_folder(folder: Path) -> None:
     Raises:
         DataError: the folder or the identity is missing.
     """
-    if not is_there(folder / KIT):
-        what = f"no {KIT} is in this folder" if folder.is_dir() else "there is no such folder"
+    if not name_exists(folder / KIT):
+        what = f"this folder contains no {KIT}" if folder.is_dir() else "there is no such folder"
         raise DataError(
-            f"{folder}: {what}, expected the identity of a server. Nothing was started or asked; "
-            "name the folder with --identity, as --identity authority/server. Where there is none "
-            "yet, `fedcore provision init` and `fedcore provision server HOST` make it; one that "
-            "is lost comes back by `fedcore provision restore` from a backup."
+            f"{folder}: {what}, expected a server's identity. No server was started or "
+            "contacted; pass the folder with --identity, e.g. --identity authority/server. To "
+            "create an identity, run `fedcore provision init` and `fedcore provision server "
+            "HOST`; to restore a lost one from a backup, run `fedcore provision restore`."
         )
 
 
@@ -200,8 +200,8 @@ def parse_roster(
         file = RosterFile.model_validate_json(raw)
     except ValidationError as error:
         raise TrustError(
-            f"{where}: {first_fault(error)}. This is no whole roster, and was not used; copy it "
-            "again from the authority's folder."
+            f"{where}: {first_fault(error)}. This is not a valid roster and was not used; copy "
+            "it again from the authority's folder."
         ) from None
     if file.signature is not None or not unsigned:
         check_signed(file.content(), file.signature, file.signer, authority, where=where)
@@ -217,8 +217,8 @@ def parse_roster(
     names = [member.name for member in members.values() if member.revoked_at is None]
     if len({*keys}) < len(file.members) or len({*names}) < len(names):
         raise TrustError(
-            f"{where}: two members have one key or one name. The list was not used; one key is one "
-            "identity: copy the file again from the authority's folder."
+            f"{where}: two members share a key or a name, but each must have its own. The roster "
+            "was not used; copy the file again from the authority's folder."
         )
     return file, members
 
@@ -332,14 +332,14 @@ class Roster:
         )
         signer = file.signer.number if file.signer is not None else 0
         if file.version < self._had.version or signer < self._had.signer:
-            old = f"version {file.version}, and version {self._had.version} was in force"
+            old = f"version {file.version}, but version {self._had.version} was in force before"
             if signer < self._had.signer:
-                old = f"the signature of key {signer}, and key {self._had.signer} took its place"
+                old = f"the signature of key {signer}, which key {self._had.signer} has replaced"
             raise RollbackRefused(
-                f"{self._path}: this roster has {old}: an older one would let revoked members in "
-                "again. It was not used; copy the newest from the authority's folder. Where that "
-                f"is lost, revoke again who was revoked since, and remove {SEEN} from the server's "
-                "folder."
+                f"{self._path}: this roster is outdated: it has {old}. An older roster would "
+                "admit revoked members again, so it was not used; copy the newest from the "
+                "authority's folder. If that is lost, revoke again everyone revoked since, and "
+                f"remove {SEEN} from the server's folder."
             )
         self._version, self._by_certificate = file.version, members
         self._by_fingerprint = {member.fingerprint: member for member in members.values()}
@@ -351,8 +351,8 @@ class Roster:
 
 
 _NO_ROSTER = (
-    f"It says who may come in. Copy {ROSTER} from the authority's folder; where it is lost there, "
-    "`fedcore provision restore` brings it back from a backup."
+    f"It lists who may connect. Copy {ROSTER} from the authority's folder; if it is lost there, "
+    "restore it from a backup with `fedcore provision restore`."
 )
 
 

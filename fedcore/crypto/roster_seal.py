@@ -44,7 +44,7 @@ def delegate(
 ) -> Signer:
     """Returns a signer: the authority signs its number and public key."""
     public = public_bytes(key).decode()
-    signature = authority_key.sign(_delegated(number, public), ECDSA(SHA384())).hex()
+    signature = authority_key.sign(_delegated_to(number, public), ECDSA(SHA384())).hex()
     return Signer(number=number, public=public, delegation=signature)
 
 
@@ -75,25 +75,27 @@ def check_signed(
     """
     if signature is None:
         raise SignatureInvalid(
-            f"{where}: this roster is not signed, so who was revoked and what updates weigh may be "
-            "anybody's word. It was not used; `fedcore provision sign` signs one of a project that "
-            "was begun before rosters were signed, once you have seen that nobody changed it."
+            f"{where}: this roster is not signed, so its revocations and update weights cannot "
+            "be trusted. It was not used; if the project was created before rosters were signed, "
+            "check that nobody has changed the roster, then sign it with `fedcore provision "
+            "sign`."
         )
     public = authority.public_key()
     assert isinstance(public, EllipticCurvePublicKey)  # parsing rejects other certificates
     try:
         if signer is not None:
-            delegated = _delegated(signer.number, signer.public)
+            delegated = _delegated_to(signer.number, signer.public)
             public.verify(bytes.fromhex(signer.delegation), delegated, ECDSA(SHA384()))
             public = parse_public(signer.public.encode(), where=where)
         public.verify(bytes.fromhex(signature), _ROSTER + content, ECDSA(SHA384()))
     except (InvalidSignature, ValueError):
         raise SignatureInvalid(
-            f"{where}: the roster's signature does not hold: it was changed by hand, or signed by "
-            "a key that the authority does not vouch for. It was not used; copy it again from the "
-            "authority's folder, or bring that back by `fedcore provision restore`."
+            f"{where}: the roster's signature is invalid: the roster was changed by hand, or "
+            "signed by a key that the authority has not certified. It was not used; copy it "
+            "again from the authority's folder, or restore that folder with `fedcore provision "
+            "restore`."
         ) from None
 
 
-def _delegated(number: int, public: str) -> bytes:
+def _delegated_to(number: int, public: str) -> bytes:
     return _SIGNER + f"{number}\x00{public}".encode()

@@ -36,14 +36,14 @@ def read_seen(path: Path) -> Seen:
     """Reads ``roster.seen``; returns `NOTHING_SEEN` if it does not exist.
 
     Raises:
-        RollbackRefused: the list that was in force is lost, see `note_lost`.
+        RollbackRefused: the list that was in force is lost, see `record_lost_version`.
         TrustError: the file is malformed.
     """
     raw = read_if_exists(
         path,
         max_bytes=_MAX_SEEN_BYTES,
         what="the version of the roster",
-        otherwise="Nothing was started; see that roster.json is the newest, and remove this.",
+        otherwise="Nothing was started; check that roster.json is the newest, then remove this.",
     )
     if raw is None:
         return NOTHING_SEEN
@@ -51,15 +51,15 @@ def read_seen(path: Path) -> Seen:
         seen = Seen.model_validate_json(raw)
     except ValidationError:
         raise TrustError(
-            f"{path}: this does not tell which version of the roster was in force. Nothing was "
-            "started; see that roster.json is the newest, and remove this file."
+            f"{path}: this file does not state which version of the roster was in force. Nothing "
+            "was started; check that roster.json is the newest, then remove this."
         ) from None
     if seen.lost:
         raise RollbackRefused(
-            f"{path}: version {seen.version} of the roster was in force, and a backup brought back "
-            "an older one, which may let revoked members in again. No server starts with it (exit "
-            f"code {RollbackRefused.exit_code}); revoke again who was revoked since, and remove "
-            "this file then."
+            f"{path}: version {seen.version} of the roster was in force, and a backup restored "
+            "an older one, which may admit revoked members again. A server refuses to start with "
+            f"it (exit code {RollbackRefused.exit_code}); revoke again everyone revoked since, "
+            "then remove this file."
         )
     return seen
 
@@ -78,7 +78,7 @@ def write_seen(path: Path, seen: Seen) -> None:
     write_atomic(path, seen.model_dump_json().encode() + b"\n", mode=0o600)
 
 
-def note_lost(path: Path, version: int) -> None:
+def record_lost_version(path: Path, version: int) -> None:
     """Makes a server reject every roster if it has seen a newer one than ``version``.
 
     This lasts until an operator removes the file. Otherwise changes to the restored, older list

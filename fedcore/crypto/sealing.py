@@ -40,8 +40,8 @@ def encrypt(data: bytes, passphrase: str) -> bytes:
     """
     if len(passphrase) < MIN_PASSPHRASE:
         raise ConfigError(
-            f"passphrase: it has {len(passphrase)} characters, expected {MIN_PASSPHRASE} or more. "
-            "Nothing was written; choose a longer one, such as five random words."
+            f"passphrase: got {len(passphrase)} characters, expected {MIN_PASSPHRASE} or more. "
+            "Nothing was written; choose a longer one, e.g. five random words."
         )
     head = MAGIC + os.urandom(_SALT)
     nonce = os.urandom(_NONCE)
@@ -61,9 +61,9 @@ def decrypt(raw: bytes, passphrase: str, *, where: str) -> bytes:
         return AESGCM(_derive(passphrase, head)).decrypt(rest[:_NONCE], rest[_NONCE:], head)
     except InvalidTag:
         raise TrustError(
-            f"{where}: this cannot be opened: the passphrase is not the one it was sealed with, "
-            "or the file was altered or cut short. Nothing was changed; try again with the right "
-            "passphrase, or another copy."
+            f"{where}: decryption failed: the passphrase is wrong, or the file was altered or "
+            "truncated. Nothing was changed; try again with the right passphrase, or with "
+            "another copy."
         ) from None
 
 

@@ -118,8 +118,8 @@ class Fleet:
         """
         if self.run_id:
             raise TrainingError(
-                "start: a run is going on here. Nothing was begun; wait for its end, or start a "
-                "second server in a folder of its own."
+                "start: a run is already in progress. Nothing was started; wait until it ends, "
+                "or start a second server in its own folder."
             )
         state = self.state
         self.run_id = state.create_run(
@@ -148,7 +148,7 @@ class Fleet:
             self.run_id = 0
         self.writeback.close()
 
-    def enlist(self, public_key: bytes) -> int:
+    def register_node(self, public_key: bytes) -> int:
         """Registers a public key's owner as a node, unless it is one, and returns the node id."""
         state, node_id = self.state, node_id_of(public_key)
         with self.lock:
@@ -213,8 +213,8 @@ class Fleet:
                     )
                     if not stored:
                         raise TrainingError(
-                            f"send: Flower refused a message to node "
-                            f"{message.metadata.dst_node_id}. The round was not begun; restart "
+                            "send: Flower refused a message to node "
+                            f"{message.metadata.dst_node_id}. The round was not started; restart "
                             "the server."
                         )
                     for object_id in missing:
@@ -232,13 +232,13 @@ class Fleet:
         """Returns how many objects a node was ever sent; shared objects count for each node."""
         return self._sent.get(node_id, 0)
 
-    def settle(self, message_id: str) -> None:
+    def finish_reply(self, message_id: str) -> None:
         """Queues the complete reply to a message for `next_answered`."""
         with self._answered:
             self._ready.append(message_id)
             self._answered.notify_all()
 
-    def lack(self, error: ResourceError | None) -> None:
+    def report_storage_error(self, error: ResourceError | None) -> None:
         """Records that this machine failed to store a reply, or, with None, that it works again."""
         self.lacks = error
 
@@ -260,7 +260,7 @@ class Fleet:
             asked = self.asked.get(message_id)
             return asked is None or asked.came_bytes <= LARGE_BYTES
 
-    def take(self, message_id: str) -> Message | None:
+    def pop_reply(self, message_id: str) -> Message | None:
         """Returns the reply to a message, once, and deletes both; None if the reply is incomplete.
 
         The metadata are those checked against the sender on arrival, not those in the payload. An
@@ -283,7 +283,7 @@ class Fleet:
         except Exception as failure:  # malicious bytes fail in many ways
             said = foreign(failure, _SHOWN)
             reason = (
-                f"update from node {asked.node_id}: it cannot be read ({type(failure).__name__}: "
+                f"update from node {asked.node_id}: cannot read it ({type(failure).__name__}: "
                 f"{said}). It was not used."
             )
             content, error = None, Error(REFUSED, reason)

@@ -95,8 +95,8 @@ def _parse(kind: type[_Request], body: Body) -> _Request:
         request: _Request = kind.FromString(raw)
     except DecodeError:
         raise DataError(
-            f"{kind.__name__}: the request's {len(raw)} bytes are no such message. It was "
-            "refused; client and server must run the same version."
+            f"{kind.__name__}: the request's {len(raw)} bytes are not a valid message of this "
+            "type. It was refused; client and server must run the same version."
         ) from None
     return request
 
@@ -104,8 +104,8 @@ def _parse(kind: type[_Request], body: Body) -> _Request:
 def _is_caller(node_id: int, caller: Caller) -> None:
     if node_id != caller.node_id:
         raise TrustError(
-            f"client {caller.name!r}: it is node {caller.node_id} and spoke for node {node_id}. "
-            "The call was refused."
+            f"client {caller.name!r}: it is node {caller.node_id} but sent a request as node "
+            f"{node_id}. The request was refused."
         )
 
 
@@ -113,10 +113,10 @@ def _activate(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request = _parse(ActivateNodeRequest, body)
     if request.public_key != caller.public_key:
         raise TrustError(
-            f"client {caller.name!r}: it spoke for another key than its certificate's. The call "
+            f"client {caller.name!r}: it sent a key other than its certificate's. The request "
             "was refused."
         )
-    fleet.enlist(caller.public_key)
+    fleet.register_node(caller.public_key)
     fleet.state.deactivate_node(caller.node_id)  # Flower rejects a node that it considers online
     return fleet_handlers.activate_node(request, fleet.state)
 
@@ -169,8 +169,8 @@ def _pull_object(fleet: Fleet, caller: Caller, body: Body) -> Message | FileResp
         its = any(request.object_id in asked.objects for _, asked in fleet.asked.of(caller.node_id))
     if not its:
         raise InvalidUpdate(
-            f"client {caller.name!r}: asked for an object that was not sent to it, or no longer "
-            "is. Nothing was sent; it may pull its messages again."
+            f"client {caller.name!r}: it requested an object that is not, or no longer, "
+            "addressed to it. Nothing was sent; it may pull its messages again."
         )
     file = fleet.store.open(request.object_id)
     if file is None:
@@ -246,18 +246,18 @@ def _begin_reply(
         asked = fleet.asked.get(metadata.reply_to_message_id)
         if asked is None or asked.node_id != caller.node_id:
             raise InvalidUpdate(
-                f"update from client {caller.name!r}: it answers nothing that this client was "
-                "asked for and has not answered: it is late, or a duplicate. It was not used."
+                f"update from client {caller.name!r}: no open request matches it: it is late, or "
+                "a duplicate. It was not used."
             )
         if asked.reply is not None and asked.reply.object_id != tree.object_id:
             raise InvalidUpdate(
-                f"update from client {caller.name!r}: it has begun to send another reply to the "
-                "same message. The second one was not used."
+                f"update from client {caller.name!r}: another reply to the same message is "
+                "already being received. This one was not used."
             )
         if asked.reply is None and tree.object_id in fleet.state.message_res_store:
-            raise _malformed(caller, "it goes by the name of another reply")
+            raise _malformed(caller, "its identifier is that of another reply")
         if fleet.asked.sends(tree.object_id):
-            raise _malformed(caller, "it goes by the name of what the server sent")
+            raise _malformed(caller, "its identifier is that of the server's message")
         try:
             answer = fleet_handlers.push_messages(request, fleet.state)
         except ValueError as error:  # invalid digests
@@ -271,7 +271,7 @@ def _begin_reply(
         asked.announce(tree, answer.session_id, missing)
         complete = not missing
     if complete:
-        fleet.settle(metadata.reply_to_message_id)
+        fleet.finish_reply(metadata.reply_to_message_id)
     return answer
 
 
@@ -291,16 +291,16 @@ def _store(fleet: Fleet, caller: Caller, request: PushObjectRequest) -> PushObje
         ]
         if not owned or request.object_id not in owned[0][1].missing:
             raise InvalidUpdate(
-                f"update from client {caller.name!r}: an object that no reply of it lacks. It was "
-                "not used."
+                f"update from client {caller.name!r}: it pushed an object that no reply of its "
+                "own is missing. It was not used."
             )
         message_id, asked = owned[0]
         came_bytes = asked.came_bytes + len(request.object_content)
         if came_bytes > asked.reply_limit_bytes:
             fleet.abandon(message_id)
             raise InvalidUpdate(
-                f"update from client {caller.name!r}: it holds more than {came_bytes} bytes, and "
-                f"at most {asked.reply_limit_bytes} are expected. It was not used."
+                f"update from client {caller.name!r}: it has more than {came_bytes} bytes, "
+                f"expected at most {asked.reply_limit_bytes}. It was not used."
             )
         asked.came_bytes = came_bytes
     answer = fleet_handlers.push_object(request, fleet.state)
@@ -310,15 +310,15 @@ def _store(fleet: Fleet, caller: Caller, request: PushObjectRequest) -> PushObje
         if answer.stored:
             asked.missing.discard(request.object_id)
     if last:
-        fleet.settle(message_id)
+        fleet.finish_reply(message_id)
     return answer
 
 
 def _is_current(fleet: Fleet, run_id: int, caller: Caller) -> None:
     if not run_id or run_id != fleet.run_id:
         raise InvalidUpdate(
-            f"client {caller.name!r}: spoke of a run that is not going on here. The call was "
-            "refused; it may pull its messages again."
+            f"client {caller.name!r}: it referred to a run that is not in progress. The request "
+            "was refused; it may pull its messages again."
         )
 
 

@@ -25,7 +25,7 @@ from fedcore.updates.pieces import CutFile
 BEGINNING_BYTES = 1024
 """Bytes of a request's beginning that suffice to recognise a large chunk: the fields before the
 chunk are shorter."""
-_MOST_AFTER_BYTES = 1024  # the fields after a chunk: the session
+_MAX_TRAILER_BYTES = 1024  # the fields after a chunk: the session
 _BLOCK_BYTES = 2**14
 """Writes end at a multiple of this, except the last; a shorter rest waits in memory."""
 _CONTENT = PushObjectRequest.DESCRIPTOR.fields_by_name["object_content"].number
@@ -115,12 +115,12 @@ class ChunkUpload:
         self.object_id = request.object_id
         if request.node.node_id != node_id:
             raise TrustError(
-                f"client {name!r}: it is node {node_id} and spoke for node "
-                f"{request.node.node_id}. The call was refused."
+                f"client {name!r}: it is node {node_id} but sent a request as node "
+                f"{request.node.node_id}. The request was refused."
             )
         if not request.run_id or request.run_id != fleet.run_id:
             raise InvalidUpdate(
-                f"client {name!r}: spoke of a run that is not going on here. The call was "
+                f"client {name!r}: it referred to a run that is not in progress. The request was "
                 "refused; it may pull its messages again."
             )
         with fleet.lock:
@@ -133,20 +133,21 @@ class ChunkUpload:
             if came_bytes > limit_bytes:
                 fleet.abandon(self._message_id)
                 raise InvalidUpdate(
-                    f"update from client {name!r}: it holds more than {came_bytes} bytes, and at "
-                    f"most {limit_bytes} are expected. It was not used."
+                    f"update from client {name!r}: it has more than {came_bytes} bytes, expected "
+                    f"at most {limit_bytes}. It was not used."
                 )
             if self.object_id not in self._asked.places:
                 raise InvalidUpdate(
-                    f"update from client {name!r}: a chunk of no array. It was not used."
+                    f"update from client {name!r}: it pushed a chunk that belongs to no "
+                    "array. It was not used."
                 )
             above, place = self._asked.places[self.object_id]
             end = max(self._asked.ends.get(above, 0), place * CUT_BYTES + begun.body_bytes)
             if sum({**self._asked.ends, above: end}.values()) > limit_bytes:
                 fleet.abandon(self._message_id)
                 raise InvalidUpdate(
-                    f"update from client {name!r}: its arrays take more than {limit_bytes} bytes, "
-                    "the most that is expected. It was not used."
+                    f"update from client {name!r}: its arrays have more than {limit_bytes} "
+                    "bytes, the most expected. It was not used."
                 )
             self._asked.ends[above] = end
             with disk_errors(fleet.store.folder):
@@ -176,8 +177,8 @@ class ChunkUpload:
             if asked.session and self.object_id in asked.missing:
                 return message_id, asked
         raise InvalidUpdate(
-            f"update from client {self._name!r}: an object that no reply of it lacks. It was not "
-            "used."
+            f"update from client {self._name!r}: it pushed an object that no reply of its own is "
+            "missing. It was not used."
         )
 
     def write(self, piece: bytes | memoryview) -> None:
@@ -196,7 +197,7 @@ class ChunkUpload:
             self._write_whole(body)
         if rest:
             self._after += rest
-            if len(self._after) > _MOST_AFTER_BYTES:
+            if len(self._after) > _MAX_TRAILER_BYTES:
                 raise _unreadable(self._begun.body_at + self._begun.body_bytes)
 
     def _write_whole(self, body: memoryview) -> None:
@@ -238,8 +239,8 @@ class ChunkUpload:
             self._check_own()
             if request.session_id != asked.session:
                 raise InvalidUpdate(
-                    f"update from client {self._name!r}: an object that no reply of it lacks. It "
-                    "was not used."
+                    f"update from client {self._name!r}: it pushed an object that no reply of "
+                    "its own is missing. It was not used."
                 )
         if self._hash.hexdigest() != self.object_id:
             return PushObjectResponse(stored=False)
@@ -254,7 +255,7 @@ class ChunkUpload:
             asked.missing.discard(self.object_id)
             asked.arriving.pop(self.object_id, None)
         if last:
-            fleet.settle(self._message_id)
+            fleet.finish_reply(self._message_id)
         # A round waits until its updates are durable: start writing to disk now.
         descriptor, self._descriptor = self._descriptor, -1
         fleet.writeback.begin(descriptor, self._at - self._begun.body_bytes, self._begun.body_bytes)
@@ -273,8 +274,8 @@ class ChunkUpload:
     def _check_own(self) -> None:
         if self._asked.arriving.get(self.object_id) is not self:
             raise InvalidUpdate(
-                f"update from client {self._name!r}: an object that it pushes again meanwhile, or "
-                "that nobody waits for any more. It was not used."
+                f"update from client {self._name!r}: it pushed an object that it is already "
+                "pushing again, or that is no longer expected. It was not used."
             )
 
 
@@ -288,6 +289,6 @@ def _parse(raw: bytes) -> PushObjectRequest:
 
 def _unreadable(size_bytes: int) -> DataError:
     return DataError(
-        f"PushObjectRequest: the request's {size_bytes} bytes are no such message. It was refused; "
-        "client and server must run the same version."
+        f"PushObjectRequest: the request's {size_bytes} bytes are not a valid message of this "
+        "type. It was refused; client and server must run the same version."
     )

@@ -46,7 +46,7 @@ from fedcore.flower.fleet_errors import (
     refusals,
 )
 from fedcore.flower.fleet_pull import AnnouncedMessage, BoundedClient, announced_in, read_content
-from fedcore.rpc.hello import BUNDLES, WAKE_PORT, again_in
+from fedcore.rpc.hello import BUNDLES, WAKE_PORT, next_request_header
 from fedcore.rpc.jitter import spread_s
 
 log = logging.getLogger("fedcore.device")
@@ -84,7 +84,7 @@ class FleetLink:
         *,
         headers: Mapping[str, str],
         stop: threading.Event,
-        let_in_before: bool = False,
+        was_admitted: bool = False,
         passed: Callable[[int], None] | None = None,
     ) -> None:
         """Creates a link; opens no connection yet.
@@ -93,13 +93,13 @@ class FleetLink:
             kit: The device's identity and the server's addresses.
             headers: Headers of every request.
             stop: When set, ends a wait for a busy server.
-            let_in_before: Whether the server has ever admitted this device: the kit is right then,
+            was_admitted: Whether the server has ever admitted this device: the kit is right then,
                 so a peer that cannot prove to be the server is a temporary failure.
             passed: Callback after each request with the bytes transferred; may block.
         """
         self.kit = kit
         """The identity in use."""
-        self._let_in = let_in_before
+        self._let_in = was_admitted
         self._headers = dict(headers)
         self._stop = stop
         self._passed = passed
@@ -159,7 +159,7 @@ class FleetLink:
 
         Later requests repeat the promise, until the next beat.
         """
-        self._headers |= again_in(again_s)
+        self._headers |= next_request_header(again_s)
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
         self._call(FleetHttpClient.SendNodeHeartbeat, request)
 
@@ -254,8 +254,9 @@ class FleetLink:
                 kit = load_kit(self.kit.folder)
                 if (kit.public, kit.role) != (self.kit.public, self.kit.role):
                     raise CertificateRefused(
-                        f"{kit.folder}: the kit there is another identity's now, of the {kit.role} "
-                        f"{kit.name!r}. This process goes on with its own; restart it to change."
+                        f"{kit.folder}: the kit there now belongs to another identity, the "
+                        f"{kit.role} {kit.name!r}. This process keeps its own identity; restart "
+                        "it to switch."
                     )
             except FedcoreError as error:
                 self._keep(error)
@@ -267,7 +268,7 @@ class FleetLink:
             self._before += self._clients.values()
             self._clients, self._server, self.kit = {server: client}, server, kit
             self._unusable = ""
-        log.info("renewed: the certificate in use is valid until %s UTC", _minute(kit.not_after))
+        log.info("certificate renewed: valid until %s UTC", _minute(kit.not_after))
         return True
 
     def _keep(self, error: FedcoreError) -> None:
@@ -275,9 +276,10 @@ class FleetLink:
         if datetime.now(UTC) > self.kit.not_after + SKEW:
             raise CertificateRefused(
                 f"{self.kit.folder}: this device's certificate expired on "
-                f"{_minute(self.kit.not_after)} UTC, and none in force was installed since "
-                f"({error}). It takes no part; have it renewed with `fedcore provision renew`, "
-                "install what comes back with `fedcore client install`, and start it again."
+                f"{_minute(self.kit.not_after)} UTC, and no valid one was installed since "
+                f"({error}). The device does not take part; have the operator run `fedcore "
+                "provision renew`, install the new kit with `fedcore client install`, and start "
+                "it again."
             ) from None
         if str(error) != self._unusable:
             self._unusable = str(error)
@@ -297,7 +299,9 @@ class FleetLink:
         request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
         answer = self._call(lambda client, asked: client.pull_object(asked, most_bytes), request)
         if not answer.object_available:
-            raise InvalidUpdate("pull: the server no longer has what it sent. It was left out.")
+            raise InvalidUpdate(
+                "pull: the server no longer has the message that it announced. It was skipped."
+            )
         return bytes(answer.object_content)
 
     def _push(self, reply: Message, session: str, object_id: str, content: bytes) -> None:
@@ -309,7 +313,7 @@ class FleetLink:
             session_id=session,
         )
         if not self._call(FleetHttpClient.PushObject, request).stored:
-            raise InvalidUpdate("push: the server did not take an object of the reply.")
+            raise InvalidUpdate("push: the server did not accept an object of the reply.")
 
     def _call(
         self, send: Callable[[BoundedClient, _Request], _Response], request: _Request
@@ -331,11 +335,11 @@ class FleetLink:
             except Busy as busy:
                 times += 1
                 if times == _BUSY_TOLD:
-                    log.warning("the server says that it is busy, over and over; it is asked again")
+                    log.warning("the server keeps answering that it is busy; retrying")
                 least_s = min(_LAST_BUSY_S, _BUSY_S * _BUSY_GROWTH ** min(times, 100))
                 # Jitter only upwards: never retry before the time that the server stated.
                 if self._stop.wait(spread_s(max(busy.retry_after_s, least_s), 1.0, 1.5)):
-                    raise Unreachable("the server is busy, and this process ends") from None
+                    raise Unreachable("the server is busy, and this process is stopping") from None
 
     def _turn(self, failed: Mapping[str, Exception], error: Exception) -> bool:
         """Switches to an address that has not failed; returns whether to repeat the call."""
@@ -357,7 +361,7 @@ class FleetLink:
             }
             self._distrusted |= set(unproven)
         if unproven:
-            log.warning("%s. The kit's other addresses are tried", doubt(unproven))
+            log.warning("%s. Trying the kit's other addresses", doubt(unproven))
         return True
 
     def _not_reached(self, failed: Mapping[str, Exception]) -> Exception:
@@ -366,21 +370,21 @@ class FleetLink:
         if datetime.now(UTC) > self.kit.not_after and (self._let_in or not unproven):
             # The server disconnects after the handshake, so the TLS error shows no reason.
             return OwnExpired(
-                f"this device's own certificate expired on {_minute(self.kit.not_after)} UTC, and "
-                "a server takes it no more. Have it renewed with `fedcore provision renew`, and "
-                "install what comes back with `fedcore client install`; this process takes it up "
+                f"this device's own certificate expired on {_minute(self.kit.not_after)} UTC, so "
+                "servers refuse it. Have the operator run `fedcore provision renew`, and install "
+                "the new kit with `fedcore client install`; this process will pick it up "
                 f"({told})"
             )
         if not unproven:
             return Unreachable(told)
         if self._let_in or len(unproven) < len(failed):
             return Unproven(
-                f"{doubt(unproven)}. This device keeps trying; if this lasts, the operator sees "
-                "to the server's certificate and addresses"
+                f"{doubt(unproven)}. This device keeps trying; if this persists, ask the "
+                "operator to check the server's certificate and addresses"
             )
         return TrustError(
             f"connection: the two sides do not trust each other's certificates ({told}). This "
-            "device takes no part; a kit belongs to one project, and is renewed with "
+            "device does not take part; a kit is valid for one project only, and is renewed with "
             "`fedcore provision renew`."
         )
 
@@ -392,7 +396,7 @@ def _readable() -> Iterator[None]:
         yield
     except Exception as error:  # they fail in many ways on malicious bytes
         raise Unreachable(
-            f"an answer of the server cannot be read ({type(error).__name__}: {error})"
+            f"cannot read the server's response ({type(error).__name__}: {error})"
         ) from None
 
 

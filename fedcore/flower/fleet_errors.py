@@ -22,9 +22,9 @@ _REFUSED: dict[int, type[FedcoreError]] = {
     412: DeviceError,
     413: InvalidUpdate,
 }
-_MOST_DETAIL = 600
+_MAX_DETAIL = 600
 """Most characters of a server's error text that are shown."""
-_MOST_REFUSAL_BYTES = 1 << 14
+_MAX_REFUSAL_BYTES = 1 << 14
 _CERTIFICATE_ALERT = re.compile("ALERT_(UNKNOWN_CA|.*CERTIFICATE|ACCESS_DENIED)")
 
 
@@ -76,7 +76,8 @@ def refusals(*, let_in: bool) -> Iterator[None]:
             raise Unreachable(f"HTTP {status}: {detail}") from None
         if let_in and kind is not InvalidUpdate:
             raise Refused(
-                f"the server refuses this device, which it let in before (HTTP {status}: {detail})"
+                f"the server refuses this device, which it accepted before (HTTP {status}: "
+                f"{detail})"
             ) from None
         raise kind(detail) from None
     except ValueError as error:  # the response is no protobuf, for example a proxy's page
@@ -85,7 +86,7 @@ def refusals(*, let_in: bool) -> Iterator[None]:
         raise
     except Exception as error:  # parsers of HTTP and protobuf, on malicious bytes
         said = f"{type(error).__name__}: {foreign(error, 200)}"
-        raise Unreachable(f"an answer of the server cannot be read ({said})") from None
+        raise Unreachable(f"cannot read the server's response ({said})") from None
 
 
 def is_distrust(error: BaseException | None) -> bool:
@@ -103,8 +104,8 @@ def doubt(unproven: Mapping[str, Exception]) -> str:
     """Returns a text about addresses whose peer does not prove to be the project's server."""
     told = "; ".join(f"{server} ({error})" for server, error in unproven.items())
     return (
-        f"{told}: what answers there does not prove to be this project's server, or refuses this "
-        "device without proof"
+        f"{told}: the peer there did not authenticate as this project's server, or refuses this "
+        "device without authenticating"
     )
 
 
@@ -116,9 +117,9 @@ def _detail(response: httpx.Response) -> str:
     """
     raw = response.content
     try:
-        if len(raw) > _MOST_REFUSAL_BYTES:
-            raise ValueError("no refusal is so long")
-        return foreign(json.loads(raw.decode())["detail"], _MOST_DETAIL)
+        if len(raw) > _MAX_REFUSAL_BYTES:
+            raise ValueError("the body of the refusal is too long")
+        return foreign(json.loads(raw.decode())["detail"], _MAX_DETAIL)
     except (ValueError, KeyError, TypeError, RecursionError):
         return f"the server answered HTTP {response.status_code}"
 

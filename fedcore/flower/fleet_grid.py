@@ -104,7 +104,7 @@ class FleetGrid(OwnGrid):
         """Returns the complete replies to these messages, each once."""
         replies = []
         for message_id in message_ids:
-            reply = self._take(message_id)
+            reply = self._checked_reply(message_id)
             if reply is not None:
                 self._consumed(message_id)
                 replies.append(reply)
@@ -171,7 +171,9 @@ class FleetGrid(OwnGrid):
 
     def _send(self, messages: list[Message]) -> dict[str, int]:
         """Sends messages and wakes their nodes; returns the nodes by message id."""
-        self._fleet.lack(None)  # forget earlier failures: they do not concern these replies
+        self._fleet.report_storage_error(
+            None
+        )  # forget earlier failures: they do not concern these replies
         checks = self._inspector.expect(messages)
         nodes = [message.metadata.dst_node_id for message in messages]
         sent = self._fleet.send(messages)
@@ -188,7 +190,7 @@ class FleetGrid(OwnGrid):
         answered = self._fleet.next_answered(timeout_s)
         while answered is not None:
             is_small = self._fleet.is_small(answered)
-            reply = self._take(answered) if answered in waiting else None
+            reply = self._checked_reply(answered) if answered in waiting else None
             if reply is not None:
                 batch[answered] = reply
             if not is_small or len(batch) >= _TOGETHER:
@@ -196,9 +198,9 @@ class FleetGrid(OwnGrid):
             answered = self._fleet.next_answered(0.0)
         return batch
 
-    def _take(self, message_id: str) -> Message | None:
+    def _checked_reply(self, message_id: str) -> Message | None:
         """Returns a checked reply, or one with an error in its place; None if incomplete."""
-        reply = self._fleet.take(message_id)
+        reply = self._fleet.pop_reply(message_id)
         if reply is None:
             return None
         check = self._checks.pop(message_id)
@@ -213,7 +215,7 @@ class FleetGrid(OwnGrid):
         except Exception as error:  # malicious content may fail in ways that no check foresees
             code = REFUSED + InvalidUpdate.exit_code
             said = (
-                f"update from node {reply.metadata.src_node_id}: it cannot be checked "
+                f"update from node {reply.metadata.src_node_id}: verification failed "
                 f"({type(error).__name__}). It was not used."
             )
         else:
@@ -222,4 +224,4 @@ class FleetGrid(OwnGrid):
 
     def _go_on(self) -> None:
         if self._stopping.is_set():
-            raise ServerStopped("the server stops")
+            raise ServerStopped("the server is stopping")

@@ -28,7 +28,7 @@ from fedcore.updates.pieces import CutFile, CutFileArray, FileArray
 MAX_PLAIN_BYTES = 16 << 20
 """Most bytes of an object without array data: parsed, it takes up to 65 times as much memory. The
 largest such object contains a mean and a deviation for each number of an input."""
-_MOST_DIMENSIONS = 64
+_MAX_DIMENSIONS = 64
 MAX_OBJECTS = 4096
 """Most objects of a reply; enough for 20 GiB of arrays."""
 _CHUNK = "ArrayChunk"
@@ -99,7 +99,7 @@ class ObjectReader:
     def _record(self, content: bytes, children: list[str]) -> ArrayRecord:
         record, places = ArrayRecord(), json.loads(bytes(_body(content)))
         if set(places.values()) != set(children):
-            raise ValueError("a record's arrays are others than those that it names")
+            raise ValueError("a record's arrays do not match the names that it lists")
         for name, place in places.items():  # ArrayRecord's constructor would read and copy arrays
             array = self.read(place)
             if not isinstance(array, Array):
@@ -111,14 +111,14 @@ class ObjectReader:
         described = json.loads(bytes(_body(content)))
         shape = described["shape"]
         # Before any multiplication: numbers of thousands of digits take minutes.
-        if len(shape) > _MOST_DIMENSIONS or not all(_is_length(one) for one in shape):
-            raise ValueError(f"an array of {len(shape)} dimensions, or of an impossible length")
+        if len(shape) > _MAX_DIMENSIONS or not all(_is_length(one) for one in shape):
+            raise ValueError(f"an array of {len(shape)} dimensions, or of an impossible size")
         # The constructor rejects an invalid description.
         form = Array(described["dtype"], tuple(described["shape"]), described["stype"], b"")
         self._declared(form.dtype, form.shape)
         places = described["arraychunk_ids"]
         if len(places) > MAX_OBJECTS:
-            raise ValueError(f"an array is cut into {len(places)} chunks")
+            raise ValueError(f"an array is split into {len(places)} chunks")
         return self._filled(form, [children[place] for place in places])
 
     def _filled(self, form: Array, chunks: list[str]) -> Array:
@@ -139,7 +139,7 @@ class ObjectReader:
     def _part(self, object_id: str) -> memoryview:
         chunk = self._content(object_id)
         if get_object_head_values_from_object_content(chunk)[0] != _CHUNK:
-            raise ValueError("an array is made of something else than chunks")
+            raise ValueError("an array contains objects that are not chunks")
         part = _body(chunk)
         self._left_bytes -= len(part)
         if self._left_bytes < 0:
@@ -151,12 +151,12 @@ class ObjectReader:
 
     def _overflow(self) -> Exception:
         """Returns the exception for arrays that are too large."""
-        return ValueError("its arrays take more bytes than an update may have")
+        return ValueError("its arrays have more bytes than an update may have")
 
     def _content(self, object_id: str) -> bytes:
         content = self._get(object_id) if object_id in self._known else None
         if not content:
-            raise ValueError(f"it refers to object {object_id[:16]}, which is not part of it")
+            raise ValueError(f"it refers to object {object_id[:16]}, which it does not contain")
         return content
 
 

@@ -72,7 +72,7 @@ class AnnouncedMessage:
             if number >= MAX_OBJECTS:
                 raise InvalidUpdate(
                     f"pull: the server's message has more than {MAX_OBJECTS} objects. It was not "
-                    "read; the server is not one of fedcore, or not honest."
+                    "read; the server does not run fedcore, or is not honest."
                 )
 
 
@@ -156,9 +156,9 @@ class BoundedClient(FleetHttpClient):
             return self.PullObject(request)
         except TooLarge as error:
             raise OwnerLimit(
-                f"pull: an object of the server's message is too large: {error}, which is what is "
-                "left of what the installed task's model and the owner allow. It was not read on; "
-                "server and device must run the same task, or the owner allows more "
+                f"pull: an object in the server's message is too large: {error}, the rest of "
+                "what the installed task's model and the owner allow. The rest was not read; "
+                "server and device must run the same task, or the owner must allow more "
                 "(max_round_bytes, max_memory_bytes)."
             ) from None
         finally:
@@ -224,16 +224,16 @@ def read_bounded(
     """
     coding = response.headers.get("content-encoding", "identity")
     if coding != "identity":
-        raise ValueError("the answer is compressed, which was not asked for")
+        raise ValueError("the response is compressed, which was not requested")
     declared = response.headers.get("content-length", "")
     if declared.isdecimal() and (len(declared) > 19 or int(declared) > most_bytes):
-        raise TooLarge(f"{declared[:19]} bytes are declared, at most {most_bytes} are taken")
+        raise TooLarge(f"{declared[:19]} bytes are declared, expected at most {most_bytes}")
     body = bytearray()
     for piece in response.iter_raw():
         count()
         if len(body) + len(piece) > most_bytes:
             came = len(body) + len(piece)
-            raise TooLarge(f"{came} bytes have come, at most {most_bytes} are taken")
+            raise TooLarge(f"{came} bytes were received, expected at most {most_bytes}")
         body += piece
     return bytes(body)
 
@@ -264,7 +264,7 @@ def read_content(
         raise
     except Exception as error:  # Flower's parsers fail in many ways on malicious bytes
         raise InvalidUpdate(
-            f"pull: the server's message cannot be read ({type(error).__name__}: "
+            f"pull: cannot read the server's message ({type(error).__name__}: "
             f"{foreign(error, 200)}). Nothing was done; server and client must run the same "
             "version."
         ) from None
@@ -306,7 +306,8 @@ class _Reader(ObjectReader):
 
 def _message_too_large(limit_bytes: int) -> OwnerLimit:
     return OwnerLimit(
-        f"pull: the server's message takes more than {limit_bytes:,} bytes, which is what the "
-        "installed task's model and the owner allow. It was not read on; server and device must "
-        "run the same task, or the owner allows more (max_round_bytes, max_memory_bytes)."
+        f"pull: the server's message has more than {limit_bytes:,} bytes, the most that the "
+        "installed task's model and the owner allow. The rest was not read; server and device "
+        "must run the same task, or the owner must allow more (max_round_bytes, "
+        "max_memory_bytes)."
     )

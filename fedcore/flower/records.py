@@ -25,6 +25,6 @@ def read_record(raw: bytes, *, where: str) -> RecordDict:
         return recorddict_from_proto(RecordDictProto.FromString(raw))
     except (DecodeError, ValueError, TypeError, KeyError, AttributeError):
         raise DataError(
-            f"{where}: this file holds no record. Nothing was done with it; restore it from a "
+            f"{where}: this file does not contain a record. It was not used; restore it from a "
             "backup."
         ) from None

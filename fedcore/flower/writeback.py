@@ -13,7 +13,7 @@ import threading
 from collections.abc import Callable
 
 _WRITE = 2  # SYNC_FILE_RANGE_WRITE of linux/fs.h
-_MOST_WAITING = 64
+_MAX_WAITING = 64
 """Most queued hints; each has a file descriptor. A disk slower than the network gains nothing."""
 _Ask = Callable[[int, int, int], int]
 
@@ -32,7 +32,7 @@ class Writeback:
 
     def begin(self, descriptor: int, start: int, count: int) -> None:
         """Requests the write of ``count`` bytes from ``start`` on; closes ``descriptor``."""
-        if self._ask is None or self._waiting.qsize() >= _MOST_WAITING:
+        if self._ask is None or self._waiting.qsize() >= _MAX_WAITING:
             os.close(descriptor)
             return
         with self._lock:

@@ -22,22 +22,22 @@ from fedcore.kernels.llvm import (
     FLOAT,
     Builder,
     Value,
-    added,
+    add,
+    broadcast,
+    constant,
+    constant_vector,
     counted,
-    every,
-    known,
-    lanes_of,
+    emitter,
     load,
     memory,
-    multiplied,
-    spread,
+    multiply,
     store,
-    written,
+    vector_length,
 )
 from fedcore.kernels.window import ConvolutionWindow
 
-_MOST_NUMBERS = 80  # numbers of a kernel: loops are unrolled; more take seconds to compile
-_MOST_PRODUCTS = 320  # products per pooling block
+_MAX_NUMBERS = 80  # numbers of a kernel: loops are unrolled; more take seconds to compile
+_MAX_PRODUCTS = 320  # products per pooling block
 
 Shape = tuple[int, int, int, int, int, int, int, int]
 """The kernel's height, and its width times channels; the pooling block's height and width; the
@@ -50,12 +50,12 @@ Size = tuple[int, int, int, int]
 class Direct:
     """The forward and backward loops of a convolution, from `direct`."""
 
-    ahead: Callable[[Floats, Floats, Floats, Floats, Bytes, Size, bool], None]
+    forward: Callable[[Floats, Floats, Floats, Floats, Bytes, Size, bool], None]
     """Forward loop. Reads images ``(K, N * H * W * C)``, padded; weights ``(K, F, out)``, ``F`` in
     the order (kernel's height, its width, channel); biases ``(K, out)``. Fills pooled results and
     the maxima's positions, both ``(K, N * blocks, out)``, in the form of
     `fedcore.kernels.im2col.pool`."""
-    back: Callable[[Floats, Floats, Floats, Floats, Bytes, Size], None]
+    backward: Callable[[Floats, Floats, Floats, Floats, Bytes, Size], None]
     """Backward loop. Takes images, outputs for the gradients of weights and of biases, gradients of
     the pooled results, and the maxima's positions."""
 
@@ -72,14 +72,14 @@ def direct(window: ConvolutionWindow, channels: int, outs: int) -> Direct | None
         outs: Channels of the results.
     """
     (high, wide), (down, across), (tall, broad) = window.kernel, window.stride, window.pool
-    numbers, lanes = high * wide * channels, lanes_of(outs)
-    if not lanes or numbers > _MOST_NUMBERS or numbers * tall * broad > _MOST_PRODUCTS:
+    numbers, lanes = high * wide * channels, vector_length(outs)
+    if not lanes or numbers > _MAX_NUMBERS or numbers * tall * broad > _MAX_PRODUCTS:
         return None
     shape: Shape = (high, wide * channels, tall, broad, down, across * channels, lanes, channels)
-    return Direct(_ahead(shape), _back(shape))
+    return Direct(_forward(shape), _backward(shape))
 
 
-def _ahead(shape: Shape) -> Any:
+def _forward(shape: Shape) -> Any:
     high, run, tall, broad, down, across, lanes, channels = shape
 
     @compiled(
@@ -88,7 +88,7 @@ def _ahead(shape: Shape) -> Any:
         fastmath=set(),
         shape=shape,
     )
-    def ahead(
+    def forward(
         images: Floats,
         weights: Floats,
         biases: Floats,
@@ -107,16 +107,16 @@ def _ahead(shape: Shape) -> Any:
                 start = (row // rows * height + row % rows * tall * down) * line
                 for first in range(0, outs, lanes):
                     at = row * blocks * outs + first
-                    _row_ahead(
+                    _row_forward(
                         image + 4 * start, weight + 4 * first, bias + 4 * first, result + 4 * at,
                         place + at, line, outs, blocks, relu,
                         high, run, tall, broad, down, across, lanes,
                     )  # fmt: skip
 
-    return ahead
+    return forward
 
 
-def _back(shape: Shape) -> Any:
+def _backward(shape: Shape) -> Any:
     high, run, tall, broad, down, across, lanes, channels = shape
 
     @compiled(
@@ -125,11 +125,11 @@ def _back(shape: Shape) -> Any:
         fastmath=set(),
         shape=shape,
     )
-    def back(
+    def backward(
         images: Floats,
         of_weights: Floats,
         of_biases: Floats,
-        slopes: Floats,
+        grads: Floats,
         places: Bytes,
         size: Size,
     ) -> None:
@@ -140,22 +140,22 @@ def _back(shape: Shape) -> Any:
         for client in range(of_weights.shape[0]):
             image, weight = images[client].ctypes.data, of_weights[client].ctypes.data
             bias = of_biases[client].ctypes.data
-            slope, place = slopes[client].ctypes.data, places[client].ctypes.data
+            grad, place = grads[client].ctypes.data, places[client].ctypes.data
             for first in range(0, outs, lanes):
-                for row in range(slopes.shape[1] // blocks):
+                for row in range(grads.shape[1] // blocks):
                     start = (row // rows * height + row % rows * tall * down) * line
                     at = row * blocks * outs + first
-                    _row_back(
-                        image + 4 * start, weight + 4 * first, bias + 4 * first, slope + 4 * at,
+                    _row_backward(
+                        image + 4 * start, weight + 4 * first, bias + 4 * first, grad + 4 * at,
                         place + at, line, outs, blocks,
                         high, run, tall, broad, down, across, lanes,
                     )  # fmt: skip
 
-    return back
+    return backward
 
 
-@written
-def _row_ahead(
+@emitter
+def _row_forward(
     typing: Any, image: Any, weight: Any, bias: Any, found: Any, places: Any, line: Any, outs: Any,
     blocks: Any, relu: Any, high: Any, run: Any, tall: Any, broad: Any, down: Any, across: Any,
     lanes: Any,
@@ -168,20 +168,20 @@ def _row_ahead(
         image, weight, bias, found, places, line, outs, blocks, relu, *_ = args
         width = lanes.literal_value
         kernel = [
-            load(builder, FLOAT, weight, builder.mul(outs, known(place)), width)
+            load(builder, FLOAT, weight, builder.mul(outs, constant(place)), width)
             for place in range(high.literal_value * run.literal_value)
         ]
-        own = load(builder, FLOAT, bias, known(0), width)
-        cut = spread(builder, relu, width)
-        none, off = every(FLOAT, 0.0, width), every(BYTE, OFF, width)
+        own = load(builder, FLOAT, bias, constant(0), width)
+        cut = broadcast(builder, relu, width)
+        none, off = constant_vector(FLOAT, 0.0, width), constant_vector(BYTE, OFF, width)
         with counted(builder, blocks) as loop:
             sums = []
-            for looks in _looked_at(builder, image, line, loop.index, shape):
+            for looks in _patch_vectors(builder, image, line, loop.index, shape):
                 products = [
-                    multiplied(builder, look, one) for look, one in zip(looks, kernel, strict=True)
+                    multiply(builder, look, one) for look, one in zip(looks, kernel, strict=True)
                 ]
-                sums.append(functools.reduce(functools.partial(added, builder), products))
-            largest, which = sums[0], every(BYTE, 0, width)
+                sums.append(functools.reduce(functools.partial(add, builder), products))
+            largest, which = sums[0], constant_vector(BYTE, 0, width)
             for place, value in enumerate(sums[1:], 1):
                 # Also true for NaN, which then propagates.
                 more = builder.or_(
@@ -189,7 +189,7 @@ def _row_ahead(
                     builder.fcmp_unordered("uno", value, value),
                 )
                 largest = builder.select(more, value, largest)
-                which = builder.select(more, every(BYTE, place, width), which)
+                which = builder.select(more, constant_vector(BYTE, place, width), which)
             value = builder.fadd(largest, own)
             cuts = builder.and_(cut, builder.fcmp_ordered("<=", value, none))
             to = builder.mul(loop.index, outs)
@@ -200,54 +200,54 @@ def _row_ahead(
     return types.void(*given, *shape), write
 
 
-@written
-def _row_back(
-    typing: Any, image: Any, weight: Any, bias: Any, slopes: Any, places: Any, line: Any, outs: Any,
+@emitter
+def _row_backward(
+    typing: Any, image: Any, weight: Any, bias: Any, grads: Any, places: Any, line: Any, outs: Any,
     blocks: Any, high: Any, run: Any, tall: Any, broad: Any, down: Any, across: Any, lanes: Any,
 ) -> Any:  # fmt: skip
-    """Emits the backward pass of `_row_ahead`; adds to the gradients of weight and bias."""
-    given = (image, weight, bias, slopes, places, line, outs, blocks)
+    """Emits the backward pass of `_row_forward`; adds to the gradients of weight and bias."""
+    given = (image, weight, bias, grads, places, line, outs, blocks)
     shape = (high, run, tall, broad, down, across, lanes)
 
     def write(context: Any, builder: Builder, _: Any, args: Any) -> Value:
-        image, weight, bias, slopes, places, line, outs, blocks, *_ = args
+        image, weight, bias, grads, places, line, outs, blocks, *_ = args
         width = lanes.literal_value
-        at = [builder.mul(outs, known(k)) for k in range(high.literal_value * run.literal_value)]
-        none = every(FLOAT, 0.0, width)
+        at = [builder.mul(outs, constant(k)) for k in range(high.literal_value * run.literal_value)]
+        none = constant_vector(FLOAT, 0.0, width)
         sums, own = [memory(builder, none) for _ in at], memory(builder, none)
         with counted(builder, blocks) as loop:
             start = builder.mul(loop.index, outs)
-            slope = load(builder, FLOAT, slopes, start, width)
+            grad = load(builder, FLOAT, grads, start, width)
             place = load(builder, BYTE, places, start, width)
-            for result, looks in enumerate(_looked_at(builder, image, line, loop.index, shape)):
-                here = builder.icmp_unsigned("==", place, every(BYTE, result, width))
-                taken = builder.select(here, slope, none)
-                builder.store(added(builder, builder.load(own), taken), own)
+            for result, looks in enumerate(_patch_vectors(builder, image, line, loop.index, shape)):
+                here = builder.icmp_unsigned("==", place, constant_vector(BYTE, result, width))
+                taken = builder.select(here, grad, none)
+                builder.store(add(builder, builder.load(own), taken), own)
                 for look, one in zip(looks, sums, strict=True):
-                    product = multiplied(builder, taken, look)
-                    builder.store(added(builder, builder.load(one), product), one)
+                    product = multiply(builder, taken, look)
+                    builder.store(add(builder, builder.load(one), product), one)
         # One partial sum per row of blocks: a single sum over a large image would round more.
         for place, one in zip(at, sums, strict=True):
-            total = added(builder, load(builder, FLOAT, weight, place, width), builder.load(one))
+            total = add(builder, load(builder, FLOAT, weight, place, width), builder.load(one))
             store(builder, FLOAT, total, weight, place)
-        total = added(builder, load(builder, FLOAT, bias, known(0), width), builder.load(own))
-        store(builder, FLOAT, total, bias, known(0))
+        total = add(builder, load(builder, FLOAT, bias, constant(0), width), builder.load(own))
+        store(builder, FLOAT, total, bias, constant(0))
         return context.get_dummy_value()
 
     return types.void(*given, *shape), write
 
 
-def _looked_at(
+def _patch_vectors(
     builder: Builder, image: Value, line: Value, block: Value, shape: Sequence[Any]
 ) -> Iterator[list[Value]]:
     """Yields, for each result of a block, its input patch, each number spread over a vector."""
     high, run, tall, broad, down, across, lanes = (one.literal_value for one in shape)
-    left = builder.mul(block, known(broad * across))
+    left = builder.mul(block, constant(broad * across))
     for y, x in itertools.product(range(tall), range(broad)):
         looks = []
         for i in range(high):
-            begin = builder.add(left, builder.mul(line, known(y * down + i)))
+            begin = builder.add(left, builder.mul(line, constant(y * down + i)))
             for j in range(run):
-                at = builder.add(begin, known(x * across + j))
-                looks.append(spread(builder, load(builder, FLOAT, image, at), lanes))
+                at = builder.add(begin, constant(x * across + j))
+                looks.append(broadcast(builder, load(builder, FLOAT, image, at), lanes))
         yield looks

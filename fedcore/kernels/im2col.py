@@ -18,7 +18,7 @@ from fedcore.kernels.window import ConvolutionWindow
 
 Floats = NDArray[np.float32]
 Bytes = NDArray[np.uint8]
-Look = tuple[int, int, int, int, int, int, int, int, int, int, int]
+Geometry = tuple[int, int, int, int, int, int, int, int, int, int, int]
 """Height, width and channels of an image; the kernel's height and width, stride and padding, each
 down and across; results down and across, limited to whole pooling blocks."""
 Blocks = tuple[int, int, int, int]
@@ -30,7 +30,7 @@ OFF = 255
 """Position of a block's maximum where a ReLU follows and the value is at most 0."""
 
 
-def conv_geometry(window: ConvolutionWindow, height: int, width: int, channels: int) -> Look:
+def conv_geometry(window: ConvolutionWindow, height: int, width: int, channels: int) -> Geometry:
     """Returns the convolution's geometry for images of this size, as the kernels need it."""
     down, across = window.cells(height, width)
     results = down * window.pool[0], across * window.pool[1]
@@ -48,16 +48,16 @@ _LAY = "void(float32[::1], float32[::1], UniTuple(int64, 11))"
 
 
 @compiled(_LAY, fastmath=set())
-def im2col_rows(images: Floats, rows: Floats, look: Look) -> None:
+def im2col_rows(images: Floats, rows: Floats, geometry: Geometry) -> None:
     """Writes a convolution's input patches as rows, one per result, in the order of the image.
 
     Args:
         images: Shape ``(N, H, W, C)``, flat.
         rows: Output, ``(N * results, F)``, flat; each row in the order (kernel's height, its width,
             channel).
-        look: From `conv_geometry`.
+        geometry: From `conv_geometry`.
     """
-    height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = look
+    height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = geometry
     line, run = width * channels, wide * channels
     size = height * line
     at = 0
@@ -79,15 +79,15 @@ def im2col_rows(images: Floats, rows: Floats, look: Look) -> None:
 
 
 @compiled(_LAY, fastmath=set())
-def im2col_columns(images: Floats, columns: Floats, look: Look) -> None:
+def im2col_columns(images: Floats, columns: Floats, geometry: Geometry) -> None:
     """Writes a convolution's input patches as columns, in longer runs where rows would be short.
 
     Args:
         images: Shape ``(N, H, W, C)``, flat.
         columns: Output, ``(N, F, results)``, flat: the transpose of the rows of `im2col_rows`.
-        look: From `conv_geometry`.
+        geometry: From `conv_geometry`.
     """
-    height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = look
+    height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = geometry
     line, size = width * channels, height * width * channels
     if pad_y or pad_x:
         columns[:] = 0
@@ -110,15 +110,15 @@ def im2col_columns(images: Floats, columns: Floats, look: Look) -> None:
 
 
 @compiled(_LAY, fastmath=set())
-def col2im(rows: Floats, images: Floats, look: Look) -> None:
+def col2im(rows: Floats, images: Floats, geometry: Geometry) -> None:
     """Computes image gradients from patch gradients: the backward pass of `im2col_rows`.
 
     Args:
         rows: Patch gradients, ``(N * results, F)``, flat.
         images: Output, ``(N, H, W, C)``, flat: for each number the sum over all patches with it.
-        look: From `conv_geometry`.
+        geometry: From `conv_geometry`.
     """
-    height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = look
+    height, width, channels, high, wide, step_y, step_x, pad_y, pad_x, down, across = geometry
     line, run = width * channels, wide * channels
     size = height * line
     images[:] = 0
@@ -197,11 +197,11 @@ def pool(
     "void(float32[:, ::1], uint8[:, ::1], float32[:, ::1], float32[:, ::1], UniTuple(int64, 4))",
     fastmath=set(),
 )
-def unpool(slopes: Floats, places: Bytes, products: Floats, biases: Floats, blocks: Blocks) -> None:
+def unpool(grads: Floats, places: Bytes, products: Floats, biases: Floats, blocks: Blocks) -> None:
     """Computes the gradients of convolution results and biases: the backward pass of `pool`.
 
     Args:
-        slopes: Gradients of the pooled results, ``(N * blocks, out)``.
+        grads: Gradients of the pooled results, ``(N * blocks, out)``.
         places: From `pool`.
         products: Output, ``(N * results, out)``: gradients of the convolution results.
         biases: Output, ``(N, out)``: gradients of each image's bias.
@@ -218,8 +218,8 @@ def unpool(slopes: Floats, places: Bytes, products: Floats, biases: Floats, bloc
                     row = y * width + x + place // wide * width + place % wide
                     for o in range(outs):
                         here = places[at, o] == place
-                        products[row, o] = slopes[at, o] if here else np.float32(0)
+                        products[row, o] = grads[at, o] if here else np.float32(0)
                 for o in range(outs):
                     off = places[at, o] == OFF
-                    biases[image, o] += np.float32(0) if off else slopes[at, o]
+                    biases[image, o] += np.float32(0) if off else grads[at, o]
                 at += 1

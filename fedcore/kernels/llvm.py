@@ -29,7 +29,7 @@ counted: Any = cgutils.for_range
 ``index``."""
 
 
-def written(writer: Callable[..., Any]) -> Any:
+def emitter(writer: Callable[..., Any]) -> Any:
     """Makes a code emitter callable from compiled loops; a decorator.
 
     Arguments that are constants at compile time arrive as literals.
@@ -37,22 +37,22 @@ def written(writer: Callable[..., Any]) -> Any:
     return intrinsic(prefer_literal=True)(writer)
 
 
-def lanes_of(numbers: int) -> int:
+def vector_length(numbers: int) -> int:
     """Returns the longest vector length that divides ``numbers``; 0 if none does."""
     return next((lanes for lanes in (16, 8) if numbers % lanes == 0), 0)
 
 
-def known(value: int) -> Value:
+def constant(value: int) -> Value:
     """Returns a constant index or offset."""
     return INT(value)
 
 
-def every(kind: ir.Type, value: float, lanes: int) -> Value:
+def constant_vector(kind: ir.Type, value: float, lanes: int) -> Value:
     """Returns a vector with one constant in all lanes."""
     return ir.Constant(ir.VectorType(kind, lanes), [value] * lanes)
 
 
-def spread(builder: Builder, value: Value, lanes: int) -> Value:
+def broadcast(builder: Builder, value: Value, lanes: int) -> Value:
     """Returns a vector with one value in all lanes."""
     of = ir.VectorType(value.type, lanes)
     first = builder.insert_element(ir.Constant(of, ir.Undefined), value, ir.IntType(32)(0))
@@ -78,11 +78,11 @@ def store(builder: Builder, kind: ir.Type, value: Value, address: Value, at: Val
     builder.store(value, pointer, align=_ALIGNED[kind])
 
 
-def multiplied(builder: Builder, one: Value, other: Value) -> Value:
-    """Returns the product, which LLVM may fuse with the sum of `added` into one rounding."""
+def multiply(builder: Builder, one: Value, other: Value) -> Value:
+    """Returns the product, which LLVM may fuse with the sum of `add` into one rounding."""
     return builder.fmul(one, other, flags=_FREE)
 
 
-def added(builder: Builder, one: Value, other: Value) -> Value:
-    """Returns the sum, which LLVM may fuse with the product of `multiplied` into one rounding."""
+def add(builder: Builder, one: Value, other: Value) -> Value:
+    """Returns the sum, which LLVM may fuse with the product of `multiply` into one rounding."""
     return builder.fadd(one, other, flags=_FREE)

@@ -55,7 +55,7 @@ _C1, _C2, _C3, _C4, _C5, _C6 = (
 )
 
 
-def _reads_as(source: Any, target: Any, kind: Any) -> Any:
+def _bitcast(source: Any, target: Any, kind: Any) -> Any:
     """Returns a function that reinterprets the bits of one number type as another type."""
 
     @intrinsic
@@ -68,8 +68,8 @@ def _reads_as(source: Any, target: Any, kind: Any) -> Any:
     return read
 
 
-_bits = _reads_as(types.float64, types.uint64, ir.IntType(64))
-_number = _reads_as(types.uint64, types.float64, ir.DoubleType())
+_bits = _bitcast(types.float64, types.uint64, ir.IntType(64))
+_number = _bitcast(types.uint64, types.float64, ir.DoubleType())
 
 
 @compiled(

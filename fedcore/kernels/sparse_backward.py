@@ -25,17 +25,17 @@ from fedcore.kernels.llvm import (
     SHORT,
     Builder,
     Value,
-    added,
+    add,
+    broadcast,
+    constant,
+    constant_vector,
     counted,
-    every,
-    known,
-    lanes_of,
+    emitter,
     load,
     memory,
-    multiplied,
-    spread,
+    multiply,
     store,
-    written,
+    vector_length,
 )
 from fedcore.kernels.window import ConvolutionWindow
 
@@ -47,7 +47,7 @@ Fills the gradients of images, of weights ``(K, out, F)`` and of biases ``(K, ou
 images, their gradients, weights, their gradients, biases' gradients, results' gradients, positions,
 size."""
 
-_MOST_PLACES = 64  # positions of a kernel, which are unrolled
+_MAX_PLACES = 64  # positions of a kernel, which are unrolled
 _REGISTERS = 12  # kernel positions (and gradients) at once: processors have 16 or 32 vectors
 _NEAR_NUMBERS = 8 << 10  # 32 KiB of images and their gradients, in a core's L1 cache
 
@@ -57,15 +57,15 @@ _NEAR_NUMBERS = 8 << 10  # 32 KiB of images and their gradients, in a core's L1 
     "float32[:, ::1], uint32[:, ::1], int64[::1], float32[::1])",
     fastmath=set(),
 )
-def _list(
-    slopes: Floats,
+def _list_selected(
+    grads: Floats,
     places: Bytes,
     begins: NDArray[np.int64],
     first: int,
     last: int,
     away: NDArray[np.uint32],
     step: np.uint32,
-    taken: Floats,
+    selected: Floats,
     starts: NDArray[np.uint32],
     counts: NDArray[np.int64],
     of_bias: Floats,
@@ -73,30 +73,30 @@ def _list(
     """Lists the selected results in some rows of blocks, per output: gradient and patch offset.
 
     Args:
-        slopes: One client's gradients of the pooled results, ``(N, out, down, across)``.
+        grads: One client's gradients of the pooled results, ``(N, out, down, across)``.
         places: Their maxima's positions, ``(N * blocks, out)``.
         begins: Offset of each row of blocks, counted over all images.
         first: The first row.
         last: The row after the last.
         away: Offset of each position in a block.
         step: Distance between adjacent blocks.
-        taken: Output: the gradients.
+        selected: Output: the gradients.
         starts: Output: offsets of the patches from the start of the first row.
         counts: Output: number of selected results per output.
         of_bias: Gradients of the biases, to which the listed gradients are added.
     """
-    rows, blocks = unsigned(slopes.shape[2]), unsigned(slopes.shape[3])
-    for out in range(unsigned(slopes.shape[1])):
+    rows, blocks = unsigned(grads.shape[2]), unsigned(grads.shape[3])
+    for out in range(unsigned(grads.shape[1])):
         count, total = unsigned(0), np.float32(0)
         image, y = unsigned(first) // rows, unsigned(first) % rows
         for row in range(unsigned(first), unsigned(last)):
             start, at = np.uint32(begins[row] - begins[first]), row * blocks
             for x in range(blocks):
-                place, slope = places[at + x, out], slopes[image, out, y, x]
+                place, grad = places[at + x, out], grads[image, out, y, x]
                 # Always written, but counted only if selected: avoids mispredicted branches.
-                taken[out, count], starts[out, count] = slope, start + away[place]
+                selected[out, count], starts[out, count] = grad, start + away[place]
                 on = place != OFF
-                total += slope if on else np.float32(0)
+                total += grad if on else np.float32(0)
                 count += unsigned(on)
                 start += step
             y += unsigned(1)
@@ -117,8 +117,8 @@ def compile_sparse_backward(window: ConvolutionWindow, channels: int) -> Back | 
         channels: Channels of the images.
     """
     (high, wide), (down, across), (tall, broad) = window.kernel, window.stride, window.pool
-    lanes = lanes_of(channels)
-    if not lanes or high * wide > _MOST_PLACES:
+    lanes = vector_length(channels)
+    if not lanes or high * wide > _MAX_PLACES:
         return None
 
     @compiled(
@@ -127,18 +127,18 @@ def compile_sparse_backward(window: ConvolutionWindow, channels: int) -> Back | 
         fastmath=set(),
         shape=(window, channels, lanes),
     )
-    def back(
+    def backward(
         images: Floats,
         of_images: Floats,
         weights: Floats,
         of_weights: Floats,
         of_biases: Floats,
-        slopes: Floats,
+        grads: Floats,
         places: Bytes,
         size: Size,
     ) -> None:
         height, width, rows, blocks = size
-        outs, whole = weights.shape[1], slopes.shape[1] * rows  # rows of blocks in all images
+        outs, whole = weights.shape[1], grads.shape[1] * rows  # rows of blocks in all images
         begins = np.empty(whole, np.int64)  # offsets in units of the near buffer, like all below
         for row in range(whole):
             begins[row] = (row // rows * height + row % rows * tall * down) * width * lanes
@@ -151,7 +151,7 @@ def compile_sparse_backward(window: ConvolutionWindow, channels: int) -> Back | 
         for first in range(0, whole, band):
             most = max(most, begins[min(whole, first + band) - 1] + looked_at - begins[first])
         near, of_near = np.empty(most, np.float32), np.empty(most, np.float32)
-        taken = np.empty((outs, band * blocks), np.float32)
+        selected = np.empty((outs, band * blocks), np.float32)
         starts = np.empty((outs, band * blocks), np.uint32)
         counts = np.empty(outs, np.int64)
         step = np.uint32(broad * across * lanes)
@@ -163,9 +163,9 @@ def compile_sparse_backward(window: ConvolutionWindow, channels: int) -> Back | 
             weight = weights[client // each]
             for first in range(0, whole, band):
                 last = min(whole, first + band)
-                _list(
-                    slopes[client], places[client], begins, first, last, away, step,
-                    taken, starts, counts, of_biases[client],
+                _list_selected(
+                    grads[client], places[client], begins, first, last, away, step,
+                    selected, starts, counts, of_biases[client],
                 )  # fmt: skip
                 begin = begins[first] // lanes
                 pixels = (begins[last - 1] + looked_at) // lanes - begin
@@ -173,62 +173,62 @@ def compile_sparse_backward(window: ConvolutionWindow, channels: int) -> Back | 
                     at = 4 * (begin * channels + channel)
                     image = images[client].ctypes.data + at
                     of_image = of_images[client].ctypes.data + at
-                    _fetch(image, near.ctypes.data, pixels, channels, lanes)
+                    _gather(image, near.ctypes.data, pixels, channels, lanes)
                     of_near[:] = 0
                     for out in range(outs):
                         _add(
                             near.ctypes.data, of_near.ctypes.data,
                             weight[out].ctypes.data + 4 * channel,
                             of_weights[client, out].ctypes.data + 4 * channel,
-                            taken[out].ctypes.data, starts[out].ctypes.data, counts[out], width,
+                            selected[out].ctypes.data, starts[out].ctypes.data, counts[out], width,
                             high, wide, channels, lanes,
                         )  # fmt: skip
-                    _bring(of_near.ctypes.data, of_image, pixels, channels, lanes)
+                    _scatter(of_near.ctypes.data, of_image, pixels, channels, lanes)
 
-    return back
+    return backward
 
 
-@written
-def _fetch(typing: Any, images: Any, near: Any, pixels: Any, channels: Any, lanes: Any) -> Any:
+@emitter
+def _gather(typing: Any, images: Any, near: Any, pixels: Any, channels: Any, lanes: Any) -> Any:
     """Emits a copy of some channels of pixels into a contiguous buffer."""
 
     def write(context: Any, builder: Builder, _: Any, args: Any) -> Value:
         images, near, pixels, *_ = args
         width = lanes.literal_value
         with counted(builder, pixels) as loop:
-            at = builder.mul(loop.index, known(channels.literal_value))
-            to = builder.mul(loop.index, known(width))
+            at = builder.mul(loop.index, constant(channels.literal_value))
+            to = builder.mul(loop.index, constant(width))
             store(builder, FLOAT, load(builder, FLOAT, images, at, width), near, to)
         return context.get_dummy_value()
 
     return types.void(images, near, pixels, channels, lanes), write
 
 
-@written
-def _bring(typing: Any, near: Any, images: Any, pixels: Any, channels: Any, lanes: Any) -> Any:
-    """Emits the reverse of `_fetch`: adds a contiguous buffer to some channels of pixels."""
+@emitter
+def _scatter(typing: Any, near: Any, images: Any, pixels: Any, channels: Any, lanes: Any) -> Any:
+    """Emits the reverse of `_gather`: adds a contiguous buffer to some channels of pixels."""
 
     def write(context: Any, builder: Builder, _: Any, args: Any) -> Value:
         near, images, pixels, *_ = args
         width = lanes.literal_value
         with counted(builder, pixels) as loop:
-            at = builder.mul(loop.index, known(width))
-            to = builder.mul(loop.index, known(channels.literal_value))
+            at = builder.mul(loop.index, constant(width))
+            to = builder.mul(loop.index, constant(channels.literal_value))
             held = load(builder, FLOAT, images, to, width)
             more = load(builder, FLOAT, near, at, width)
-            store(builder, FLOAT, added(builder, held, more), images, to)
+            store(builder, FLOAT, add(builder, held, more), images, to)
         return context.get_dummy_value()
 
     return types.void(near, images, pixels, channels, lanes), write
 
 
-@written
+@emitter
 def _add(
-    typing: Any, near: Any, of_near: Any, weight: Any, of_weight: Any, taken: Any, starts: Any,
+    typing: Any, near: Any, of_near: Any, weight: Any, of_weight: Any, selected: Any, starts: Any,
     count: Any, pixels: Any, high: Any, wide: Any, channels: Any, lanes: Any,
 ) -> Any:  # fmt: skip
     """Emits the gradients from one output's selected results; ``pixels`` is the width of a line."""
-    given = (near, of_near, weight, of_weight, taken, starts, count, pixels)
+    given = (near, of_near, weight, of_weight, selected, starts, count, pixels)
     places = list(itertools.product(range(high.literal_value), range(wide.literal_value)))
     each = -(-len(places) // -(-len(places) // _REGISTERS))  # in parts of similar size
     width = lanes.literal_value
@@ -239,25 +239,27 @@ def _add(
         return context.get_dummy_value()
 
     def write_part(builder: Builder, args: Any, part: list[tuple[int, int]]) -> None:
-        near, of_near, weight, of_weight, taken, starts, count, pixels, *_ = args
-        line = builder.mul(pixels, known(width))
-        at = [known((i * wide.literal_value + j) * channels.literal_value) for i, j in part]
+        near, of_near, weight, of_weight, selected, starts, count, pixels, *_ = args
+        line = builder.mul(pixels, constant(width))
+        at = [constant((i * wide.literal_value + j) * channels.literal_value) for i, j in part]
         own = [load(builder, FLOAT, weight, one, width) for one in at]
-        sums = [memory(builder, every(FLOAT, 0.0, width)) for _ in at]  # for this band only
-        away = [builder.add(builder.mul(line, known(i)), known(j * width)) for i, j in part]
+        sums = [
+            memory(builder, constant_vector(FLOAT, 0.0, width)) for _ in at
+        ]  # for this band only
+        away = [builder.add(builder.mul(line, constant(i)), constant(j * width)) for i, j in part]
         with counted(builder, count) as loop:
-            slope = spread(builder, load(builder, FLOAT, taken, loop.index), width)
+            grad = broadcast(builder, load(builder, FLOAT, selected, loop.index), width)
             start = builder.zext(load(builder, SHORT, starts, loop.index), INT)
             for kernel, total, distance in zip(own, sums, away, strict=True):
                 place = builder.add(start, distance)
                 look = load(builder, FLOAT, near, place, width)
-                product = multiplied(builder, slope, look)
-                builder.store(added(builder, builder.load(total), product), total)
+                product = multiply(builder, grad, look)
+                builder.store(add(builder, builder.load(total), product), total)
                 held = load(builder, FLOAT, of_near, place, width)
-                product = multiplied(builder, slope, kernel)
-                store(builder, FLOAT, added(builder, held, product), of_near, place)
+                product = multiply(builder, grad, kernel)
+                store(builder, FLOAT, add(builder, held, product), of_near, place)
         for one, total in zip(at, sums, strict=True):
             before = load(builder, FLOAT, of_weight, one, width)
-            store(builder, FLOAT, added(builder, before, builder.load(total)), of_weight, one)
+            store(builder, FLOAT, add(builder, before, builder.load(total)), of_weight, one)
 
     return types.void(*given, high, wide, channels, lanes), write

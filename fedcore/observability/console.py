@@ -265,7 +265,7 @@ def in_cell(
     def draw() -> None:
         nonlocal drawn_s
         drawn_s = clock()
-        earlier = [f"... {counted(left_out, 'line')} before"] if left_out else []
+        earlier = [f"... {counted(left_out, 'line')} earlier"] if left_out else []
         now = [bounded_line(f"{stage}: {at}{steps}")] if stage else []
         text = "\n".join([*earlier, *lines, *_aligned(rows), *now])
         handle.update({"text/plain": text}, raw=True)

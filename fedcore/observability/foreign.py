@@ -10,18 +10,18 @@ import re
 import sys
 from typing import TextIO
 
-MOST_CHARACTERS = 400
+MAX_CHARACTERS = 400
 """Most characters of one text from a peer."""
 MOST_LINE_BYTES = 1900
 """Most bytes of a line in a log."""
-MOST_PARAGRAPH = 1800
+MAX_PARAGRAPH = 1800
 """Most characters of an error's text."""
 _HEAD, _TAIL = 1100, 600
 _LINE_ENDS = re.compile(r"\s*[\r\n]\s*")
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
 
-def foreign(text: object, most: int = MOST_CHARACTERS) -> str:
+def foreign(text: object, most: int = MAX_CHARACTERS) -> str:
     r"""Returns ``text`` on one line of at most ``most`` characters, plus its length if cut.
 
     Unprintable characters (control and escape characters, marks of text direction, unpaired
@@ -75,7 +75,7 @@ def bounded_line(text: str, most_bytes: int = MOST_LINE_BYTES) -> str:
 
 
 def paragraph(text: str) -> str:
-    r"""Returns ``text`` on one line, escaped, of about `MOST_PARAGRAPH` characters at most.
+    r"""Returns ``text`` on one line, escaped, of about `MAX_PARAGRAPH` characters at most.
 
     A longer text loses its middle: an error begins with what happened, and ends with what to do.
 
@@ -83,7 +83,7 @@ def paragraph(text: str) -> str:
     "it says 'a\\x1b[2J'. Nothing was done."
     """
     line = escaped(_LINE_ENDS.sub(" ", text))
-    if len(line) <= MOST_PARAGRAPH:
+    if len(line) <= MAX_PARAGRAPH:
         return line
     return f"{line[:_HEAD]}... ({len(text)} characters) ...{line[-_TAIL:]}"
 

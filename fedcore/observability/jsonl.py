@@ -48,7 +48,7 @@ def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
     path.parent.mkdir(parents=True, exist_ok=True)
     with disk_errors(path):
         flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
-        file = FileIO(open_regular(path, flags, what="a file of events", mode=0o666), "wb")
+        file = FileIO(open_regular(path, flags, what="the event file", mode=0o666), "wb")
     told = False
 
     def append(record: bytes) -> None:
@@ -56,8 +56,8 @@ def appending(path: Path) -> Iterator[Callable[[bytes], None]]:
         if not told and not _leads_to(path, file):
             told = True
             log.warning(
-                "%s was removed or replaced while it is written: what is told from here on is not "
-                "in it. Look who may write there; a run that is gone on with writes it again.",
+                "%s was removed or replaced while it was being written: later events are not in "
+                "it. Check who has write access there; resuming the run writes the file again.",
                 path,
             )
         end = file.tell()

@@ -11,7 +11,7 @@ from typing import TextIO
 
 from fedcore.files import disk_errors
 from fedcore.observability.foreign import MOST_LINE_BYTES, bounded_line, foreign
-from fedcore.observability.throttle import Throttle, left_out
+from fedcore.observability.throttle import Throttle, omitted_suffix
 
 MAX_BYTES, KEPT = 10 << 20, 5
 """Size at which a log file is rotated, and old files kept: 60 MiB at most in total."""
@@ -65,13 +65,13 @@ class OneLine(logging.Formatter):
             message = record.getMessage()
         except Exception as error:  # arguments that do not match, or cannot be converted
             message = (
-                f"{record.msg!s:.200} (its arguments cannot be written: {type(error).__name__})"
+                f"{record.msg!s:.200} (its arguments cannot be formatted: {type(error).__name__})"
             )
         if record.exc_info and record.exc_info[1] is not None:
             message = f"{foreign(message, _MESSAGE)} [{_named(record.exc_info[1])}]"
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = f"{moment}.{int(record.msecs):03d}Z {record.levelname} {message}"
-        more = left_out(getattr(record, _LEFT_OUT, 0))
+        more = omitted_suffix(getattr(record, _LEFT_OUT, 0))
         return bounded_line(line, MOST_LINE_BYTES - len(more)) + more
 
 

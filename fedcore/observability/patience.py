@@ -14,11 +14,11 @@ from fedcore.observability.words import seconds_text
 _AFTER_S = 3.0
 
 FIRST_STEP = (
-    "note: trying a first step. Torch loads its compiler with the first one of a process, which "
-    "can take some ten seconds."
+    "note: running a first step. Torch loads its compiler at the first step of a process, which "
+    "can take about ten seconds."
 )
 """Note for the first training step: dispatch modes and all optimisers import torch's compiler."""
-LOADING = "note: loading torch and what else this needs."
+LOADING = "note: loading torch and other libraries."
 
 
 @contextmanager
@@ -92,7 +92,7 @@ def report_loading(
     def watch() -> None:
         while not over.wait(_LOOK_S):
             if reminder.due() is not None:
-                tell(_how_far(time.monotonic() - began_s, before, len(sys.modules), modules))
+                tell(_progress_text(time.monotonic() - began_s, before, len(sys.modules), modules))
 
     watching = threading.Thread(target=watch, name="loading", daemon=True)
     watching.start()
@@ -103,11 +103,11 @@ def report_loading(
         watching.join()
 
 
-def _how_far(lasted_s: float, before: int, now: int, expected: int) -> str:
+def _progress_text(lasted_s: float, before: int, now: int, expected: int) -> str:
     text = (
-        f"loading torch and what else this needs: {now} of about {max(expected, now)} modules in "
+        f"loading torch and other libraries: {now} of about {max(expected, now)} modules in "
         f"{seconds_text(lasted_s)}"
     )
     if before < now < expected:
         text += f", about {seconds_text(lasted_s * (expected - now) / (now - before))} left"
-    return f"{text}; the first start after an installation takes longest"
+    return f"{text}; the first start after installation takes longest"

@@ -10,7 +10,7 @@ TOLD_S = 10.0
 """Seconds between two log lines about an event that a peer keeps causing."""
 TOLD_BURST = 20
 """Lines of a kind from one peer that are written at once; then one in `TOLD_S` seconds."""
-_MOST_KINDS = 10_000
+_MAX_KINDS = 10_000
 
 _Key = TypeVar("_Key")
 
@@ -52,7 +52,7 @@ class Throttle(Generic[_Key]):
         Returns:
             The number of lines left out since the last admitted one; None if this one is left out.
         """
-        if len(self._left) >= _MOST_KINDS and key not in self._left:
+        if len(self._left) >= _MAX_KINDS and key not in self._left:
             self._left.clear()
             self._silent.clear()
         now_s = self._clock()
@@ -62,6 +62,6 @@ class Throttle(Generic[_Key]):
         return self._silent.pop(key, 0)
 
 
-def left_out(count: int) -> str:
+def omitted_suffix(count: int) -> str:
     """Returns the end of a line that stands for omitted ones; empty if there are none."""
-    return f" ({count} more since the last such line)" if count else ""
+    return f" ({count} more of these since the last one was logged)" if count else ""

@@ -59,7 +59,7 @@ FILTER_ORDERS = (2, 3, 4, 5, 7, 10, 16, 32, 64, 128)
 """Renyi orders of the filter; fixed, because choosing an order by released outputs voids it."""
 FILTER_SHARE = 0.1
 """Share of delta reserved for ledgers whose settings change."""
-MOST_KEPT = 1 << 15
+MAX_KEPT = 1 << 15
 """Cache size: mechanisms whose cost at the filter's orders is cached, at half a kilobyte each. A
 longer ledger is still counted, but slowly."""
 MIN_NOISE, MAX_NOISE = 0.1, 1e6
@@ -89,7 +89,7 @@ class Charge:
         if not (
             0 < self.noise_multiplier < math.inf and 0 < self.sample_rate <= 1 and self.steps >= 0
         ):
-            raise ValueError(f"{self}: this is no step of DP-SGD")
+            raise ValueError(f"{self}: these are not the parameters of a DP-SGD step")
 
 
 def epsilon_of(
@@ -125,8 +125,8 @@ def epsilon_of(
     """
     if not 0 < target_delta < 1:
         raise PrivacyError(
-            f"target_delta = {target_delta}: epsilon is counted at a probability between 0 and 1. "
-            "Nothing was counted; set it well below one over the number of examples."
+            f"target_delta = {target_delta}: expected a probability between 0 and 1. No epsilon "
+            "was computed; set it well below one over the number of examples."
         )
     history = _history(charges)
     if not history:
@@ -196,10 +196,10 @@ def _countable(history: History, target_delta: float) -> Iterator[None]:
         first, steps = history[0], sum(each.number for each in history)
         many = f"{steps}" if steps < 10**15 else "more than 10^15"
         raise PrivacyError(
-            f"epsilon of {many} steps of {len(history)} mechanisms, the first of them of noise "
+            f"epsilon of {many} steps of {len(history)} mechanisms, the first with noise "
             f"multiplier {first.noise_multiplier:g} at sample rate {first.sample_rate:g}, cannot "
-            f"be counted at delta {target_delta:g} on this machine ({type(error).__name__}: "
-            f"{error}). Nothing was trained; set privacy.accountant to 'rdp', which needs no "
+            f"be computed at delta {target_delta:g} on this machine ({type(error).__name__}: "
+            f"{error}). Nothing was trained; set privacy.accountant to 'rdp', which needs little "
             "memory, plan fewer rounds or epochs, or use settings that change less often."
         ) from error
 
@@ -222,7 +222,7 @@ def _renyi_costs(noise_multiplier: float, sample_rate: float) -> FloatArray:
     return renyi_divergences(noise_multiplier, sample_rate, ORDERS)
 
 
-@lru_cache(maxsize=MOST_KEPT)
+@lru_cache(maxsize=MAX_KEPT)
 def _filter_costs(noise_multiplier: float, sample_rate: float) -> FloatArray:
     return renyi_divergences(noise_multiplier, sample_rate, FILTER_ORDERS)
 
@@ -267,9 +267,9 @@ def noise_for(
         if high == MAX_NOISE:
             raise PrivacyError(
                 f"privacy.max_epsilon = {max_epsilon} at target_delta = {target_delta} cannot be "
-                f"kept over {counted(steps, 'step')} at sample rate {sample_rate:.3g} by any noise "
-                f"multiplier up to {MAX_NOISE:g}. Nothing was trained; allow more epsilon, or plan "
-                "fewer rounds or epochs."
+                f"met over {counted(steps, 'step')} at sample rate {sample_rate:.3g} with any "
+                f"noise multiplier up to {MAX_NOISE:g}. Nothing was trained; allow more epsilon, "
+                "or plan fewer rounds or epochs."
             )
         low, high = high, min(4 * high, MAX_NOISE)
     if low == high:

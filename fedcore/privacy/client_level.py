@@ -58,10 +58,10 @@ class Bound:
         found = distance(self.start, parts)
         if not found <= self.clip_norm * (1 + SLACK):
             raise InvalidUpdate(
-                f"{where}: it is {found:.6g} away from the weights that were sent, expected at "
-                f"most privacy.client.clip_norm = {self.clip_norm:.6g}. It was not used: noise "
-                "that hides one client hides no more than that. Install the server's version of "
-                "fedcore on this client."
+                f"{where}: its distance is {found:.6g} from the weights that were sent, "
+                f"expected at most privacy.client.clip_norm = {self.clip_norm:.6g}. It was not "
+                "used, because the noise only hides updates within that bound; install the "
+                "server's version of fedcore on this client."
             )
         if self.adaptive and metrics.get(UNCLIPPED) not in (0.0, 1.0):
             raise InvalidUpdate(
@@ -123,9 +123,9 @@ def bounded(
     """
     if not 0 < instruction.clip_norm < math.inf:
         raise InvalidUpdate(
-            f"round {instruction.round}: privacy.unit = {privacy.unit!r}, and the server's message "
-            "names no bound for the update. None was sent; server and client must run the same "
-            "version."
+            f"round {instruction.round}: privacy.unit = {privacy.unit!r}, but the server's "
+            "message contains no bound for the update. No update was sent; server and client "
+            "must run the same version."
         )
     clipped = clip(instruction.weights, weights, instruction.clip_norm)
     kept = {EPSILON: metrics[EPSILON]} if EPSILON in metrics else {}

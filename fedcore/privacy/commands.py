@@ -13,5 +13,5 @@ from fedcore.cli import group
 _installed = sorted(entry_points(group="fedcore.privacy"), key=lambda entry: entry.name)
 privacy = group(
     {entry.name: entry.load() for entry in _installed},
-    help="plan a privacy budget, look at what was spent, and audit the mechanism",
+    help="plan a privacy budget, show what was spent, and audit the mechanism",
 )

@@ -26,7 +26,7 @@ float32 arithmetic in gradients, norms and sums, and that of the grid."""
 
 _CHUNK = 1 << 15  # words per chunk: with as many zeros, 512 KiB in a core's cache
 _GRID_BITS = 36  # the grid's step is deviation * 2**-36, rounded down to a power of two
-_LEAST_DEVIATION = 1e-100  # from it to its inverse, float64 represents the grid with a wide margin
+_MIN_DEVIATION = 1e-100  # from it to its inverse, float64 represents the grid with a wide margin
 _EXACT_BITS = 51  # sums and noise stay below 2**51 steps, so that the shift that rounds them fits
 
 
@@ -132,8 +132,8 @@ class SystemDraws:
             ValueError: ``deviation`` is outside 1e-100 to 1e100, where float64 cannot represent the
                 grid.
         """
-        if not _LEAST_DEVIATION <= deviation <= 1 / _LEAST_DEVIATION:
-            raise ValueError(f"a deviation of {deviation:g}: float64 has no room for its grid")
+        if not _MIN_DEVIATION <= deviation <= 1 / _MIN_DEVIATION:
+            raise ValueError(f"a deviation of {deviation:g}: too large for a float64 grid")
         step = grid_step(deviation, bound)
         shift = 1.5 * 2.0 ** (_EXACT_BITS + 1) * step  # where float64's spacing is one step
         exact = [one if _is_plain(one) else one.to("cpu", torch.float64) for one in sums]

@@ -25,8 +25,8 @@ def check_layers(module: nn.Module) -> None:
     if named:
         listed = "; ".join(f"{name} ({kind})" for name, kind, _ in named)
         raise UnsupportedLayer(
-            f"model: example-level privacy cannot take {listed}: such a layer mixes examples of a "
-            "batch, or keeps statistics of them. Nothing was trained; use "
+            f"model: example-level privacy does not support {listed}: these layers mix the "
+            "examples of a batch or keep statistics of them. Nothing was trained; use "
             f"{', '.join(sorted({instead for _, _, instead in named}))}, or set privacy.unit to "
             "'none'."
         )

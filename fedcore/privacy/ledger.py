@@ -22,9 +22,9 @@ from fedcore.observability.words import counted, epsilon_text
 from fedcore.privacy.accounting import Charge, epsilon_of
 
 _RECORD, _KEY = "fedcore.ledger", "charges"
-_MOST_ROUNDS = 1 << 16
+_MAX_ROUNDS = 1 << 16
 """Upper limit of the search for rounds that fit."""
-_NEAR_ROUNDS, _MOST_STEPS = 16, 3000
+_NEAR_ROUNDS, _MAX_STEPS = 16, 3000
 """Within this many rounds of a spent budget, and up to this many steps, PRV accounting also counts
 what fits; it takes half a second for so many steps, and memory for more. Earlier, Renyi accounting,
 which is instant, gives an estimate, mostly some percent below the PRV count."""
@@ -52,17 +52,17 @@ class OtherRuns:
     """Smallest delta at which any run on these data was counted."""
     max_epsilon: float | None = None
     """The owner's budget for these data, where it differs from the device's."""
-    most_charges: int | None = None
+    max_charges: int | None = None
     """Maximum number of this run's charges, given those of all other runs on any data; None for no
     limit."""
 
 
 NO_OTHER_RUNS = OtherRuns()
 FULL = (
-    "A ledger forgets nothing, so nothing was charged or trained; a server that asked for so much "
-    "may be hostile. Should this device go on, lower each max_epsilon in the owner's file by what "
-    "`fedcore privacy show` says was spent, keep the folder, name an empty one with --state, and "
-    "remove ledger.mark and ledger.count."
+    "A ledger never drops charges, so nothing was charged or trained; a server that caused so "
+    "many may be hostile. To let this device continue, lower each max_epsilon in the owner's "
+    "file by what `fedcore privacy show` reports as spent, keep this folder, pass an empty one "
+    "with --state, and remove ledger.mark and ledger.count."
 )
 """An owner's options when a ledger is full, for error messages."""
 
@@ -110,11 +110,11 @@ def charge(
         OwnersBudgetExhausted: The charge would exceed the owner's budget over all runs; the client
             must not train.
     """
-    if others.most_charges is not None and len(ledger.charges) >= others.most_charges:
+    if others.max_charges is not None and len(ledger.charges) >= others.max_charges:
         raise LedgerFull(
-            f"round {new.round}: client {client!r} has {counted(len(ledger.charges), 'charge')} of "
-            f"this run in its ledger, where {others.most_charges} may be beside those of all other "
-            f"runs. {FULL}"
+            f"round {new.round}: client {client!r} has {counted(len(ledger.charges), 'charge')} "
+            f"of this run in its ledger, the limit is {others.max_charges} beside those of all "
+            f"other runs. {FULL}"
         )
     after = Ledger((*ledger.charges, new))
     whole = owners_budget(privacy, owner, others)
@@ -123,7 +123,7 @@ def charge(
             Ledger((*others.charges, *ledger.charges)),
             Ledger((*others.charges, *after.charges)),
             whole,
-            f"round {new.round}: over all runs client {client!r} has spent",
+            f"round {new.round}: over all runs, client {client!r} has spent",
             kind=OwnersBudgetExhausted,
         )
     # The run's budget comes second: if both are exceeded, raising it would not help.
@@ -140,7 +140,7 @@ def owners_budget(privacy: Privacy, owner: OwnerPolicy, others: OtherRuns) -> Pr
     return privacy.model_copy(update={"max_epsilon": min(limits), "target_delta": delta})
 
 
-def room(
+def remaining_rounds(
     ledger: Ledger,
     privacy: Privacy,
     *,
@@ -150,18 +150,18 @@ def room(
     """Returns how many more rounds like the latest fit into all budgets; None before the first."""
     if not ledger.charges:
         return None
-    new, found = ledger.charges[-1], room_for(ledger.charges, ledger.charges[-1], privacy)
+    new, found = ledger.charges[-1], remaining_charges(ledger.charges, ledger.charges[-1], privacy)
     whole = owners_budget(privacy, owner, others)
     if whole is not None:
-        over_all = room_for((*others.charges, *ledger.charges), new, whole)
+        over_all = remaining_charges((*others.charges, *ledger.charges), new, whole)
         found = min(found, over_all, key=lambda one: one.rounds)
     return found
 
 
-def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> RemainingRounds:
+def remaining_charges(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> RemainingRounds:
     """Returns how many more charges like ``new`` fit into ``privacy.max_epsilon``."""
     if not new.steps:
-        return RemainingRounds(_MOST_ROUNDS, exact=False)
+        return RemainingRounds(_MAX_ROUNDS, exact=False)
     made_by: dict[tuple[float, float], int] = {}  # merged by mechanism: few, however many charges
     for one in charges:
         mechanism = (one.noise_multiplier, one.sample_rate)
@@ -169,8 +169,8 @@ def room_for(charges: Sequence[Charge], new: Charge, privacy: Privacy) -> Remain
     made = -(-made_by.pop((new.noise_multiplier, new.sample_rate), 0) // new.steps)
     other = tuple(Charge(0, *mechanism, steps) for mechanism, steps in made_by.items())
     most = _most(other, replace(new, round=0), privacy.model_copy(update={"accountant": "rdp"}))
-    exact = privacy.accountant == "rdp" and most < _MOST_ROUNDS
-    if not exact and most - made <= _NEAR_ROUNDS and most * new.steps <= _MOST_STEPS:
+    exact = privacy.accountant == "rdp" and most < _MAX_ROUNDS
+    if not exact and most - made <= _NEAR_ROUNDS and most * new.steps <= _MAX_STEPS:
         most, exact = _most(other, replace(new, round=0), privacy, near=most), True
     return RemainingRounds(max(0, most - made), exact)
 
@@ -183,7 +183,7 @@ def _most(other: tuple[Charge, ...], new: Charge, privacy: Privacy, near: int | 
         return Ledger((*other, alike)).epsilon(privacy) <= privacy.max_epsilon
 
     if near is None:
-        return _last(fits, 0, _MOST_ROUNDS + 1)
+        return _last(fits, 0, _MAX_ROUNDS + 1)
     if not fits(near):
         return _last(fits, 0, near)
     low, high = near, near + 2
@@ -213,8 +213,9 @@ def _check(
         whose = " that its owner allows" if kind is OwnersBudgetExhausted else ""
         raise kind(
             f"{who} epsilon {epsilon_text(spent)} of {privacy.max_epsilon:g}{whose} at delta "
-            f"{privacy.target_delta:g}, and this round would take it to {epsilon_text(needed)}. It "
-            "declined, and takes no further part unless its budget is raised."
+            f"{privacy.target_delta:g}, and this round would raise that to "
+            f"{epsilon_text(needed)}. It declined, and will not take part again unless its "
+            "budget is raised."
         )
 
 
@@ -241,8 +242,8 @@ def ledger_in(state: RecordDict) -> Ledger:
         return Ledger(tuple(Charge(**entry) for entry in json.loads(str(record[_KEY]))))
     except (KeyError, TypeError, ValueError) as error:
         raise PrivacyError(
-            f"ledger: the recorded charges cannot be read ({error}). What was spent is unknown, so "
-            "nothing was trained; restore the ledger from a backup."
+            f"ledger: the recorded charges cannot be read ({error}). The epsilon spent is "
+            "unknown, so nothing was trained; restore the ledger from a backup."
         ) from None
 
 

@@ -30,7 +30,7 @@ MIN_NOISE = 0.05
 _INFLATION = 1e-3  # maximum relative increase of the loss's variance by the grid
 _CUT = 1e-6  # share of delta allowed for the tails
 _MAX_LOSS = 600.0  # maximum loss of one step: its exponential is within float range
-_MOST_STEPS = 2**30  # beyond, powers of a transform have no significant digits in the tail
+_MAX_STEPS = 2**30  # beyond, powers of a transform have no significant digits in the tail
 _LEAST = 1e-307  # replaces sums that underflow
 _ROUNDING = 1e-14  # relative error of the normal distribution functions
 
@@ -104,7 +104,7 @@ def composed_epsilon(history: Sequence[MechanismSteps], target_delta: float) -> 
     """
     if min(steps.noise_multiplier for steps in history) < MIN_NOISE:
         return math.inf
-    if sum(steps.number for steps in history) > _MOST_STEPS:
+    if sum(steps.number for steps in history) > _MAX_STEPS:
         return math.inf
     width = _width(history)
     while width <= _MAX_LOSS:

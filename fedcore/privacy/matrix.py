@@ -23,7 +23,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Floats = NDArray[np.float64]
-_MOST_BANDS = 64  # each stores one noise vector of the model's size
+_MAX_BANDS = 64  # each stores one noise vector of the model's size
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def factor_for(rounds: int, separation: int) -> Factor:
 
     More bands cancel more noise but have a larger norm; there are at most ``separation`` bands.
     """
-    most = min(separation, rounds, _MOST_BANDS)
+    most = min(separation, rounds, _MAX_BANDS)
     tried = sorted({most, *(2**power for power in range(most.bit_length()))} - {0})
     factors = [square_root(bands) for bands in tried if bands <= most]
     return min(factors, key=lambda factor: factor.norm * factor.error(rounds))

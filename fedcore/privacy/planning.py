@@ -79,21 +79,22 @@ def plan_for(
     """
     if count < 1:
         raise PrivacyError(
-            f"round {round}: this client has {counted(count, 'example')}. Nothing was trained, as "
-            "there is nothing to train on; give it data, or leave it out."
+            f"round {round}: this client has {counted(count, 'example')}. Nothing was trained; "
+            "give the client data, or leave it out."
         )
     if count > MAX_EXAMPLES:
         raise PrivacyError(
-            f"round {round}: a client of more than {MAX_EXAMPLES:g} examples, for which nothing "
-            "can be counted. Nothing was trained; name how many one client really has."
+            f"round {round}: a client has more than {MAX_EXAMPLES:g} examples, for which epsilon "
+            "cannot be computed. Nothing was trained; give the real number of examples of one "
+            "client."
         )
     if privacy.target_delta * count > max_delta_share * (1 + 1e-9):
         raise PrivacyError(
             f"privacy.target_delta = {privacy.target_delta:g} on a client of "
             f"{counted(count, 'example')} is above {max_delta_share:g}/{count} = "
-            f"{max_delta_share / count:.3g}: at 1/{count}, showing one of them to everyone would "
+            f"{max_delta_share / count:.3g}: at 1/{count}, publishing one of the examples would "
             f"count as private. Nothing was trained; set it to {max_delta_share / count:.3g} or "
-            "less, or max_delta_share in the owner's file higher."
+            "less, or raise max_delta_share in the owner's file."
         )
     steps_per_epoch = -(-count // client.batch_size)
     sample_rate = 1 / steps_per_epoch

@@ -39,9 +39,9 @@ def _leaks(run: RunConfig) -> list[str]:
         )
     if federation.strategy == "QFedAvg":
         found.append(
-            f"federation.strategy = 'QFedAvg' contradicts privacy.unit = {unit!r}: it weighs "
-            f"clients by their training loss, which would {leaves}. Choose "
-            "another strategy, or set privacy.unit to 'none'."
+            f"federation.strategy = 'QFedAvg' contradicts privacy.unit = {unit!r}: it weights "
+            f"clients by their training loss, which would {leaves}. Choose another strategy, or "
+            "set privacy.unit to 'none'."
         )
     return found
 
@@ -59,20 +59,21 @@ def _unbounded(run: RunConfig) -> list[str]:
         )
     if federation.over_selection > 1:
         found.append(
-            f"federation.over_selection = {federation.over_selection:g} contradicts {unit}: who "
-            "takes part would depend on who answers first, which no draw of the server's decides. "
-            "Set over_selection to 1; the noise does not depend on how many answer."
+            f"federation.over_selection = {federation.over_selection:g} contradicts {unit}: "
+            "participation would depend on who responds first instead of on the server's random "
+            "sampling. Set over_selection to 1; the noise does not depend on how many clients "
+            "respond."
         )
     if client.mechanism == "matrix" and client.clip_norm == "adaptive":
         found.append(
             "privacy.client.clip_norm = 'adaptive' contradicts privacy.client.mechanism = "
-            "'matrix': noise that is correlated over rounds is counted for one bound in all of "
-            "them. Set clip_norm to a number, or mechanism to 'gaussian'."
+            "'matrix': the accounting of noise correlated over rounds requires the same bound in "
+            "all rounds. Set clip_norm to a number, or mechanism to 'gaussian'."
         )
     if client.mechanism == "gaussian" and client.separation is not None:
         found.append(
             f"privacy.client.separation = {client.separation} contradicts "
-            "privacy.client.mechanism = 'gaussian': its clients are drawn again in each round, "
-            "whoever was drawn before. Leave separation out, or set mechanism to 'matrix'."
+            "privacy.client.mechanism = 'gaussian': it samples clients independently in each "
+            "round. Leave separation out, or set mechanism to 'matrix'."
         )
     return found

@@ -5,7 +5,7 @@ from __future__ import annotations
 import socket
 import time
 
-_MOST_ADDRESSES = 8
+_MAX_ADDRESSES = 8
 """Most addresses tried per name: a hostile DNS server can list thousands."""
 
 
@@ -23,7 +23,7 @@ def dial(host: str, port: int, timeout_s: float) -> socket.socket:
     Raises:
         OSError: no address accepts a connection.
     """
-    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:_MOST_ADDRESSES]
+    found = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[:_MAX_ADDRESSES]
     until_s, failed = time.monotonic() + timeout_s, OSError(f"{host}: no address")
     for place, (family, kind, protocol, _, address) in enumerate(found):
         share_s = (until_s - time.monotonic()) / (len(found) - place)

@@ -19,8 +19,8 @@ PROTOCOL = 2
 """Version of the protocol; increases when messages between device and server change."""
 _MAX_TASK_BYTES = 16 * 2**20
 _NO_TASK = (
-    "Nothing was run; name the task file that is there: by --task on a device, as `task` in the "
-    "run's file on a server."
+    "Nothing was run; give the path of an existing task file: with --task on a device, as `task` "
+    "in the run's file on a server."
 )
 _TASK_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
 _PROCESS_NAME = re.compile(r"[A-Za-z0-9._-]{1,64}")
@@ -113,12 +113,12 @@ def instance_of(headers: Mapping[str, str]) -> str:
     return named if _PROCESS_NAME.fullmatch(named) else ""
 
 
-def again_in(seconds: float) -> dict[str, str]:
+def next_request_header(seconds: float) -> dict[str, str]:
     """Returns the header by which a device promises its next request within so many seconds."""
     return {_AGAIN: f"{seconds:.2f}"}
 
 
-def again_s_of(headers: Mapping[str, str]) -> float | None:
+def next_request_s(headers: Mapping[str, str]) -> float | None:
     """Returns the seconds in which a device promises its next request; None if absent."""
     try:
         seconds = float(headers.get(_AGAIN, ""))
@@ -136,20 +136,20 @@ def check_hello(headers: Mapping[str, str], server: Hello) -> None:
     theirs = headers.get("fedcore-protocol", "none")
     if theirs != str(server.protocol):
         raise DeviceError(
-            f"handshake: this device speaks protocol {theirs[:16]}, and the server "
-            f"{server.protocol} (fedcore {server.app}). It takes no part; install "
+            f"handshake: this device speaks protocol {theirs[:16]}, but the server speaks "
+            f"{server.protocol} (fedcore {server.app}). It does not take part; install "
             f"fedcore=={server.app} on it."
         )
     app = headers.get("fedcore-app", "none")
     if app.split(".")[:2] != server.app.split(".")[:2]:
         raise DeviceError(
-            f"handshake: this device runs fedcore {app[:32]}, and the server {server.app}. It "
-            f"takes no part; install fedcore=={server.app} on it."
+            f"handshake: this device runs fedcore {app[:32]}, but the server runs {server.app}. "
+            f"It does not take part; install fedcore=={server.app} on it."
         )
     name, _, digest = headers.get("fedcore-task", "none none").partition(" ")
     if (name, digest) != (server.task, server.task_digest):
         raise DeviceError(
-            f"handshake: this device has task {name[:64]!r} (sha256 {digest[:16]}...), and the "
-            f"server runs task {server.task!r} (sha256 {server.task_digest[:16]}...). It takes no "
-            "part; put the server's task file on it, and name it with --task."
+            f"handshake: this device has task {name[:64]!r} (sha256 {digest[:16]}...), but the "
+            f"server runs task {server.task!r} (sha256 {server.task_digest[:16]}...). It does "
+            "not take part; copy the server's task file to it, and pass that with --task."
         )

@@ -26,7 +26,7 @@ from fedcore.rpc.dial import dial
 _LOOK_S = 0.5
 """Seconds between checks whether a waiting request must stop."""
 _PIECE = 1 << 16
-LEAST_PIECE_BYTES = 256
+MIN_PIECE_BYTES = 256
 """Least bytes that a piece counts in the limit on pieces. Each passes several parsers: a response
 byte by byte costs a hundred times the work of the same response at once."""
 _Found = TypeVar("_Found")
@@ -69,8 +69,8 @@ class Traffic:
         self.received_bytes += count
         if self.received_bytes > self.most_bytes:
             raise TooLarge(
-                f"{self.received_bytes} bytes have come with what is around the answer, at most "
-                f"{self.most_bytes} are taken"
+                f"{self.received_bytes} bytes were received including protocol overhead, "
+                f"expected at most {self.most_bytes}"
             )
         self.piece()
 
@@ -81,10 +81,8 @@ class Traffic:
             TooLarge: there are more pieces than a response has that is not split on purpose.
         """
         self.pieces += 1
-        if self.pieces * LEAST_PIECE_BYTES > self.most_bytes:
-            raise TooLarge(
-                f"the answer has come in {self.pieces} pieces, which is more than it may"
-            )
+        if self.pieces * MIN_PIECE_BYTES > self.most_bytes:
+            raise TooLarge(f"the response arrived in {self.pieces} pieces, more than allowed")
 
 
 class Meter:
@@ -106,7 +104,7 @@ class Meter:
     def now(self) -> Traffic:
         """The request that this thread is making."""
         found: Traffic | None = getattr(self._calls, "now", None)
-        assert found is not None, "a call of this client that nobody counts"
+        assert found is not None, "a request of this client that is not metered"
         return found
 
 
@@ -135,7 +133,7 @@ class _Metered(httpx.BaseTransport):
     def __init__(
         self, inner: httpx.BaseTransport, backend: httpcore.NetworkBackend, keep: Collection[str]
     ) -> None:
-        assert isinstance(inner, httpx.HTTPTransport), "another httpx than the one that is known"
+        assert isinstance(inner, httpx.HTTPTransport), "an unsupported version of httpx"
         inner._pool._network_backend = backend
         self._inner, self._keep = inner, frozenset(keep)
 
@@ -166,7 +164,7 @@ class _Backend(httpcore.NetworkBackend):
         """Returns a connection, within the time limit of the thread's request."""
         left_s = self._meter.now.left_s()
         if left_s <= 0:
-            raise httpcore.ConnectTimeout("the call is over")
+            raise httpcore.ConnectTimeout("the request has ended")
         try:
             connected = dial(host, port, left_s if timeout is None else min(timeout, left_s))
         except TimeoutError as error:
@@ -222,7 +220,7 @@ class _Plain(_CountedStream):
         while True:
             left_s = min(call.left_s(), end - time.monotonic())
             if left_s <= 0:
-                raise late("the other side took too long, or this process ends")
+                raise late("the peer took too long, or this process is stopping")
             try:
                 self._socket.settimeout(min(left_s, _LOOK_S))
                 return work()

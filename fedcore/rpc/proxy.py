@@ -42,16 +42,16 @@ def check_proxies(environment: Mapping[str, str]) -> None:
         if not _is_exemption(entry):
             raise ConfigError(
                 f"environment: {_value(environment, 'no_proxy')[0]}: {entry!r}: expected a host "
-                "name or an address, as example.org, .example.org:9092, 10.0.0.1 or ::1. No "
-                "connection was tried; write it so, or leave it out."
+                "name or an address, e.g. example.org, .example.org:9092, 10.0.0.1 or ::1. No "
+                "connection was attempted; correct it, or leave it out."
             )
     for small in _PROXIES:
         name, value = _value(environment, small)
         if value and not _is_proxy(value if "://" in value else f"http://{value}"):
             raise ConfigError(
                 f"environment: {name} = {_masked(value)}: expected the address of an HTTP proxy, "
-                "as http://proxy.example.org:3128. No connection was tried; set it so, or unset it "
-                "(SOCKS proxies are not supported)."
+                "e.g. http://proxy.example.org:3128. No connection was attempted; correct it, or "
+                "unset it (SOCKS proxies are not supported)."
             )
 
 

@@ -30,7 +30,7 @@ _LOOK_S = 0.5
 _STUCK_S = 20.0
 """Seconds that one side may take to read what the other has sent."""
 _LONGEST_ROOT = 60  # systems allow 104 or 108 bytes for the path of a socket
-_MOST_ANSWER = 1 << 13
+_MAX_ANSWER = 1 << 13
 """Most bytes of a proxy's response."""
 
 
@@ -103,7 +103,7 @@ def _connected(host: str, port: int, proxy: str | None, timeout_s: float) -> soc
     until_s = time.monotonic() + timeout_s
     parts = urlsplit(proxy)
     if parts.scheme != "http":
-        raise OSError("a proxy that is reached by TLS is not supported for streams")
+        raise OSError("a proxy reached over TLS is not supported for streams")
     server = dial(parts.hostname or "", parts.port or 80, timeout_s)
     try:
         there = f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
@@ -116,8 +116,8 @@ def _connected(host: str, port: int, proxy: str | None, timeout_s: float) -> soc
         while not came.endswith(b"\r\n\r\n"):  # byte by byte: what follows belongs to the server
             server.settimeout(max(until_s - time.monotonic(), 0.001))
             piece = server.recv(1)
-            if not piece or len(came) > _MOST_ANSWER:
-                raise OSError("the proxy did not answer as one does")
+            if not piece or len(came) > _MAX_ANSWER:
+                raise OSError("the proxy did not answer like an HTTP proxy")
             came += piece
         status = came.split(b"\r\n", 1)[0].split(b" ")
         if len(status) < 2 or status[1] != b"200":

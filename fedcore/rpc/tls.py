@@ -18,7 +18,7 @@ def silence_grpc_core() -> None:
     os.environ.setdefault("GRPC_VERBOSITY", "NONE")
 
 
-def only_tls_1_3() -> None:
+def require_tls_1_3() -> None:
     """Disables TLS below 1.3 for gRPC in this process; call it before grpc is imported.
 
     gRPC has no setting for the minimum version, only a list of TLS 1.2 ciphers that it reads on
@@ -32,7 +32,7 @@ def only_tls_1_3() -> None:
         return
     if "grpc" in sys.modules:
         raise ResourceError(
-            "start: grpc was imported before its TLS could be limited to version 1.3. Nothing was "
-            f"started; set {_NAME}={_SUITES} in the environment, or start it by `fedcore`."
+            "start: grpc was imported before its TLS could be limited to version 1.3. Nothing "
+            f"was started; set {_NAME}={_SUITES} in the environment, or start it with `fedcore`."
         )
     os.environ[_NAME] = _SUITES

@@ -108,9 +108,9 @@ class Task:
     def __post_init__(self) -> None:
         if not is_task_name(self.name):
             raise TaskError(
-                f"task {self.name!r}: a task's name is 1 to 64 of the letters A-Z and a-z, digits, "
-                "'.', '_' and '-', which devices and the server tell each other. Nothing was run; "
-                "choose another name in the task file."
+                f"task {self.name!r}: a task's name is 1 to 64 of the letters A-Z and a-z, "
+                "digits, '.', '_' and '-', because devices and the server exchange it. Nothing "
+                "was run; choose another name in the task file."
             )
         if self.kind not in _LOSSES:
             raise TaskError(
@@ -146,10 +146,10 @@ def load_task(path: Path) -> Task:
     """
     path = path.resolve()
     if not path.is_file():
-        wrong = "is a folder or something else" if path.exists() else "does not exist"
+        wrong = "is not a regular file" if path.exists() else "does not exist"
         raise TaskError(
-            f"{path}: this task file {wrong}. Nothing was run; name the one that is there: as "
-            "`task` in the run's file, by --task on a device."
+            f"{path}: this task file {wrong}. Nothing was run; give the path of an existing one: "
+            "as `task` in the run's file, or with --task on a device."
         )
     name = f"fedcore_task_{sha256_hex(str(path).encode())[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
@@ -166,8 +166,8 @@ def load_task(path: Path) -> Task:
         raise
     except (Exception, SystemExit) as error:  # the user's file may raise anything
         raise TaskError(
-            f"{path}: importing this task failed: {type(error).__name__}: {error}. "
-            "Nothing was run; `python` on the file shows where."
+            f"{path}: importing this task failed: {type(error).__name__}: {error}. Nothing was "
+            "run; run `python` on the file to see where."
         ) from error
     finally:
         sys.path.remove(str(path.parent))
@@ -210,12 +210,12 @@ def read_examples(load: Callable[[], Examples], *, what: str, least: int = 1) ->
     except (Exception, SystemExit) as error:  # user code: any failure counts as one of the data
         raise DataError(
             f"{what}: reading it failed: {type(error).__name__}: {error}. Nothing was trained on "
-            "it; mend the file or the task's loader."
+            "it; fix the file or the task's loader."
         ) from error
     if count < least:
         raise DataError(
-            f"{what}: it holds no examples, and at least 1 is needed. Nothing was trained on it; "
-            "leave this client out, or give it data."
+            f"{what}: got no examples, expected at least 1. Nothing was trained on it; leave "
+            "this client out, or give it data."
         )
     return examples
 
@@ -232,14 +232,14 @@ def check_inputs(task: Task, examples: Examples, *, what: str) -> None:
     except Exception as error:
         raise DataError(
             f"{what}: reading its first example failed: {type(error).__name__}: {error}. Nothing "
-            "was trained; examples are pairs (input, target)."
+            "was trained; each example must be a pair (input, target)."
         ) from error
     example = task.example_input
     if inputs.shape != example.shape or inputs.dtype != example.dtype:
         raise TaskError(
-            f"{what}: inputs are {inputs.dtype} {tuple(inputs.shape)}, and example_input of task "
+            f"{what}: inputs are {inputs.dtype} {tuple(inputs.shape)}, but example_input of task "
             f"{task.name!r} is {example.dtype} {tuple(example.shape)}: the exported model would "
-            "refuse them. Nothing was trained; make the two alike."
+            "refuse them. Nothing was trained; give both the same type and shape."
         )
 
 

@@ -42,8 +42,8 @@ class Metric:
         if not -LARGEST_METRIC <= self.low < self.high <= LARGEST_METRIC:
             raise TaskError(
                 f"metric {self.name!r}: its range is {self.low:g} to {self.high:g}, expected low "
-                f"below high, both within {LARGEST_METRIC:g} of zero. Nothing was run; mend the "
-                "task file."
+                f"below high, both within {LARGEST_METRIC:g} of zero. Nothing was run; correct "
+                "the task file."
             )
 
     def worsening(self, before: float, after: float) -> float:

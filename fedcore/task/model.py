@@ -75,11 +75,13 @@ def build_model(task: Task, run: RunConfig) -> FullModel:
         ) from error
     if any(True for _ in preprocess.parameters()):
         raise TaskError(
-            f"task {task.name!r}: preprocess has parameters; use buffers, so that it is not "
-            "trained. Nothing was run."
+            f"task {task.name!r}: preprocess has parameters, which would be trained. Nothing was "
+            "run; use buffers instead."
         )
     if not any(p.requires_grad for p in model.parameters()):
-        raise TaskError(f"task {task.name!r}: the model has nothing to train. Nothing was run.")
+        raise TaskError(
+            f"task {task.name!r}: the model has no trainable parameters. Nothing was run."
+        )
     if run.federation.normalisation != "task":
         shape = _standardised_shape(task, preprocess)
         preprocess = nn.Sequential(preprocess, Standardise(shape))
@@ -117,8 +119,8 @@ def load_preprocess(raw: bytes, model: FullModel) -> None:
         model.preprocess.load_state_dict(load(raw) if raw else {})
     except (SafetensorError, RuntimeError) as error:
         raise InvalidUpdate(
-            f"preprocessing: what the server sent does not fit this task: {foreign(error)}. "
-            "Nothing was trained; server and client must run the same task."
+            "preprocessing: the values that the server sent do not fit this task: "
+            f"{foreign(error)}. Nothing was trained; server and client must run the same task."
         ) from None
 
 
@@ -146,8 +148,8 @@ def load_checkpoint(raw: bytes, model: nn.Module, *, where: str) -> None:
         missing, extra = sorted(mine.keys() - theirs.keys()), sorted(theirs.keys() - mine.keys())
         changed = sorted(n for n in mine.keys() & theirs.keys() if mine[n] != theirs[n])
         raise DataError(
-            f"{where}: this checkpoint is of another model: missing {missing}, extra {extra}, "
-            f"other shapes {changed}. Nothing was run."
+            f"{where}: this checkpoint belongs to another model: missing {missing}, extra "
+            f"{extra}, other shapes {changed}. Nothing was run."
         )
     model.load_state_dict(state)
 

@@ -143,7 +143,7 @@ def _column(values: object) -> tuple[NDArray[np.generic], Rows]:
     column: NDArray[np.generic] = np.asarray(values)
     if column.ndim != 1:
         raise DataError(
-            f"partition: expected one value a row, got an array of shape {column.shape}. "
+            f"partition: expected one value per row, got an array of shape {column.shape}. "
             "Nothing was split."
         )
     distinct, numbers = np.unique(column, return_inverse=True)
@@ -154,6 +154,6 @@ def _check(count: int, clients: int, *, each: int) -> None:
     if clients < 1 or each < 1 or count < clients * each:
         raise DataError(
             f"partition: {counted(count, 'row')} cannot be split among "
-            f"{counted(clients, 'client')} with at least {each} "
-            "each. Nothing was split; take fewer clients, or ask for fewer rows each."
+            f"{counted(clients, 'client')} with at least {each} each. Nothing was split; use "
+            "fewer clients, or require fewer rows each."
         )

@@ -65,13 +65,14 @@ def new_task(folder: str | PathLike[str], *, kind: str = KINDS[0]) -> NewTask:
     name = folder.name
     if not _NAME.fullmatch(name):
         raise ConfigError(
-            f"fedcore new {folder}: {name!r} cannot name a run; expected 1 to 64 of a-z, 0-9, '_' "
-            "and '-', with a letter or digit first. Nothing was written; choose another name."
+            f"fedcore new {folder}: {name!r} is not a valid run name; expected 1 to 64 of a-z, "
+            "0-9, '_' and '-', with a letter or digit first. Nothing was written; choose another "
+            "name."
         )
     if folder.exists() and not folder.is_dir():
         raise ConfigError(
-            f"fedcore new {folder}: a file of that name is in the way of the folder. "
-            "Nothing was written; choose another name."
+            f"fedcore new {folder}: expected a new folder, but a file has that name. Nothing was "
+            "written; choose another name."
         )
     paths = folder / "task.py", folder / "run.toml"
     for path in paths:
@@ -96,28 +97,30 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "name",
         metavar="NAME",
         type=Path,
-        help="folder to write into; its last part names the run, as in turbines or work/turbines",
+        help=(
+            "folder to write into; its last part is the run's name, e.g. turbines or work/turbines"
+        ),
     )
     parser.add_argument(
         "--kind",
         choices=KINDS,
         default=KINDS[0],
-        help="what the model learns, as in --kind regression (default: %(default)s)",
+        help="what the model learns, e.g. --kind regression (default: %(default)s)",
     )
 
 
 def _run(options: argparse.Namespace) -> int:
     task, run = new_task(options.name, kind=options.kind)
     if not options.name.resolve().is_relative_to(Path.cwd()):
-        say(f"note: {options.name.resolve()} is outside of the folder that this runs in")
-    say(f"wrote {task}: what is learned; it says what to replace")
-    say(f"wrote {run}: how it is learned")
+        say(f"note: {options.name.resolve()} is outside the current folder")
+    say(f"wrote {task}: the task; its comments say what to replace")
+    say(f"wrote {run}: the configuration of the run")
     say(f"next: fedcore check {task}, then fedcore simulate {run}")
     return 0
 
 
 new = Command(
-    help="write a working task and configuration to start from",
+    help="write a working task and configuration as a starting point",
     arguments=_arguments,
     run=_run,
     example="fedcore new turbines --kind regression",

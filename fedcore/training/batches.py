@@ -12,7 +12,7 @@ from fedcore.errors import DataError, FedcoreError
 from fedcore.task.definition import Examples, size_of
 
 _NO_BATCH = (
-    "data: the examples cannot be put into one batch; each must be a pair (input, target) of "
+    "data: the examples cannot be collated into a batch; each must be a pair (input, target) of "
     "tensors of one shape"
 )
 
@@ -55,8 +55,8 @@ def _example(examples: Examples, row: int) -> tuple[Tensor, Tensor]:
         raise
     except Exception as error:  # the data set is the user's code, and may read files lazily
         raise DataError(
-            f"data: reading example {row} failed: {type(error).__name__}: {error}. Nothing was "
-            "made of this data; mend the file or the task's data set."
+            f"data: reading example {row} failed: {type(error).__name__}: {error}. This data was "
+            "not used; fix the file or the task's data set."
         ) from error
 
 

@@ -80,9 +80,9 @@ class Bounds:
         """
         if self._steps is not None and steps > self._steps:
             raise OwnerLimit(
-                f"training: the server asks for {counted(steps, 'step', ',')} in this round, and "
+                f"training: the server asks for {counted(steps, 'step', ',')} in this round, but "
                 f"{self._file} has max_round_steps = {self._steps:,}. Nothing was trained or "
-                "charged; fewer client.epochs or larger batches ask for less, or the owner allows "
+                "charged; use fewer client.epochs or larger batches, or have the owner allow "
                 "more."
             )
         self.check(memory=False)
@@ -91,10 +91,10 @@ class Bounds:
         one_s, left_s = step_s(), self.left_s
         if steps * one_s > left_s:
             raise OwnerLimit(
-                f"training: the server asks for {counted(steps, 'step', ',')} in this round, which "
-                f"take about {steps * one_s:,.0f} s here, and {max(left_s, 0.0):,.0f} s are left "
-                f"of {self._nearest()}. Nothing was trained or charged; fewer client.epochs ask "
-                "for less, or the owner allows more."
+                f"training: the server asks for {counted(steps, 'step', ',')} in this round, "
+                f"which take about {steps * one_s:,.0f} s here, but "
+                f"only {max(left_s, 0.0):,.0f} s remain of {self._nearest()}. Nothing was trained "
+                "or charged; use fewer client.epochs, or have the owner allow more."
             )
 
     def check(self, *, memory: bool = True) -> None:
@@ -108,7 +108,7 @@ class Bounds:
                 reason.
         """
         if self.left_s <= 0:
-            raise OwnerLimit(f"training: {self._nearest()} is over. {_DROPPED}")
+            raise OwnerLimit(f"training: {self._nearest()} has passed. {_DROPPED}")
         if (reason := self._stopped()) is not None:
             raise OwnerLimit(f"training: {reason}. {_DROPPED}")
         now_s = self._clock()
@@ -118,7 +118,7 @@ class Bounds:
         grown = (self._resident() or 0) - self._before_bytes
         if self._memory_bytes is not None and grown > self._memory_bytes:
             raise OwnerLimit(
-                f"training: this process has grown by {grown:,} bytes, and {self._file} has "
+                f"training: this process has grown by {grown:,} bytes, but {self._file} has "
                 f"max_memory_bytes = {self._memory_bytes:,}. {_DROPPED}"
             )
 
@@ -127,7 +127,10 @@ class Bounds:
         return f"{name} ({seconds:,.0f} s)"
 
 
-_DROPPED = "The work was dropped between two steps, and no update was sent; what was charged stays."
+_DROPPED = (
+    "Training was abandoned between two steps, and no update was sent; the privacy spent stays "
+    "charged."
+)
 
 
 def unbounded() -> Bounds:

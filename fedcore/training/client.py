@@ -52,8 +52,8 @@ def log_skipped(name: str, count: int) -> None:
 def skipped_text(name: str, count: int) -> str:
     """Returns the log message for examples in a client's batches that counted as zero."""
     return (
-        f"client {name!r}: {counted(count, 'example')} of its batches had no finite "
-        "gradient at the server's weights or could not be read, and counted as zero"
+        f"client {name!r}: {counted(count, 'example')} in its batches had no finite gradient at "
+        "the server's weights or could not be read, and counted as zero"
     )
 
 
@@ -79,7 +79,7 @@ class Client:
         return self.owner.data_folder or data_folder()
 
     @cached_property
-    def way(self) -> GradientMethod:
+    def method(self) -> GradientMethod:
         """The per-example gradient method, chosen on synthetic examples and fresh weights."""
         model = build_model(self.task, self.run).to(available(self.run.client.device))
         with self.randomness.library_streams("way"):  # else the first message's draws would differ
@@ -124,7 +124,7 @@ def learn(
         FedcoreError: Training was refused or failed; charges stay in the ledger.
     """
     try:
-        return _learn(client, name, instruction, ledger, on_spend)
+        return _train(client, name, instruction, ledger, on_spend)
     except BaseException as error:
         # The model may be half-trained: the next message builds a new one.
         client.__dict__.pop("resident", None)
@@ -132,7 +132,7 @@ def learn(
             raise
         # Which clients reply, and whether a round reaches its quorum, must not depend on the data.
         log.error(
-            "client %r answers that nothing changed, as client-level privacy asks: %s: %s",
+            "client %r replies with an unchanged model, as client-level privacy requires: %s: %s",
             name,
             type(error).__name__,
             error,
@@ -147,7 +147,7 @@ def _is_of_data(error: BaseException) -> bool:
     return isinstance(error, Exception | SystemExit)
 
 
-def _learn(
+def _train(
     client: Client,
     name: str,
     instruction: Instruction,
@@ -220,7 +220,7 @@ def _train_private(
     """Trains by DP-SGD after charging the ledger; returns the total epsilon, with this round."""
     run, number = client.run, instruction.round
     check_instruction(instruction, model)
-    way = client.way
+    method = client.method
     device = next(model.model.parameters()).device
     planned, ledger = spend(client, name, examples, ledger, settings, round=number)
     memory_bytes = min(MEMORY_BYTES, (client.owner.max_memory_bytes or MEMORY_BYTES) // 2)
@@ -231,7 +231,7 @@ def _train_private(
             step_seconds,
             client.task,
             model,
-            way,
+            method,
             planned,
             batch_size=expected_batch_size(size_of(examples), planned),
             memory_bytes=memory_bytes,
@@ -247,7 +247,7 @@ def _train_private(
         client.task.loss_of,
         settings,
         planned,
-        way=way,
+        method=method,
         draws=client.randomness.draws(device, number, name),
         proximal_mu=instruction.proximal_mu,
         memory_bytes=memory_bytes,
@@ -303,8 +303,8 @@ def settings_of(client: Client, instruction: Instruction) -> Settings:
         return settings_with(client.run.client, asked, private=client.run.private)
     except ValueError as error:
         raise InvalidUpdate(
-            f"round {instruction.round}: the server asks for {error}. Nothing was trained or "
-            "charged; mend what federation.strategy on the server sends to clients."
+            f"round {instruction.round}: invalid settings from the server: {error}. Nothing was "
+            "trained or charged; correct what federation.strategy on the server sends to clients."
         ) from None
 
 

@@ -25,6 +25,6 @@ def available(choice: DeviceChoice) -> torch.device:
         there = ", ".join(name for name, is_there in has.items() if is_there)
         raise ConfigError(
             f"client.device = {choice!r}: this machine has no such device (found: {there}). "
-            "Nothing was trained; set it to 'auto' or to one that is there."
+            "Nothing was trained; set it to 'auto' or to an available device."
         )
     return torch.device(choice)

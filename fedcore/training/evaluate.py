@@ -30,8 +30,8 @@ def outputs_of(
     """
     if not size_of(examples):
         raise DataError(
-            "evaluation: there are no examples to judge the model on, and at least 1 is needed. "
-            "Nothing was judged; bring more data, or hold back a larger share of it."
+            "evaluation: got no examples to evaluate the model on, expected at least 1. Nothing "
+            "was evaluated; provide more data, or hold out a larger share of it."
         )
     device = next((p.device for p in module.parameters()), torch.device("cpu"))
     was_training = module.training

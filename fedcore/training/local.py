@@ -116,7 +116,7 @@ def diverged(value: float, *, epoch: int, learning_rate: float) -> TrainingDiver
     """Returns the error for a loss that is not finite."""
     return TrainingDiverged(
         f"training: the loss was {value} in local epoch {epoch + 1} at learning_rate "
-        f"{learning_rate}. No update was made; lower the learning rate, or look for inputs "
+        f"{learning_rate}. No update was produced; lower the learning rate, or look for inputs "
         "that are not finite."
     )
 

@@ -69,9 +69,8 @@ def check_memory(
     for name, limit in limits.items():
         if limit is not None and needed > limit:
             raise InsufficientMemory(
-                f"training needs at least {needed:,} bytes and {name} is "
-                f"{limit:,} bytes. Nothing was trained; make the model smaller, or use "
-                "a device with more memory."
+                f"training needs at least {needed:,} bytes, but {name} is {limit:,} bytes. "
+                "Nothing was trained; make the model smaller, or use a device with more memory."
             )
 
 
@@ -91,6 +90,6 @@ def memory_errors(what: str) -> Iterator[None]:
 def _out_of_memory(what: str, error: Exception) -> InsufficientMemory:
     told = next(iter(str(error).splitlines()), type(error).__name__)  # MemoryError has no message
     return InsufficientMemory(
-        f"{what}: memory ran out ({told}). The work was dropped; make client.batch_size or the "
-        "model smaller."
+        f"{what}: memory ran out ({told}). The work was abandoned; reduce client.batch_size or "
+        "the size of the model."
     )

@@ -13,7 +13,7 @@ from fedcore.privacy.planning import PrivatePlan, expected_batch_size
 from fedcore.task.definition import Examples, Loss, size_of
 from fedcore.training.local import make_optimizer
 from fedcore.training.per_example.clipped_sum import clipped_sum, read_batch
-from fedcore.training.per_example.gradient_methods import GradientMethod, trained
+from fedcore.training.per_example.gradient_methods import GradientMethod, trainable_parameters
 
 MEMORY_BYTES = 512 << 20
 """Memory for the gradients of one physical batch."""
@@ -28,7 +28,7 @@ def train_private(
     settings: ClientConfig,
     plan: PrivatePlan,
     *,
-    way: GradientMethod,
+    method: GradientMethod,
     draws: Draws,
     proximal_mu: float = 0.0,
     memory_bytes: int = MEMORY_BYTES,
@@ -50,7 +50,7 @@ def train_private(
         loss: Mean loss over a batch; called on batches of one.
         settings: Optimiser settings.
         plan: From `fedcore.privacy.planning.plan`.
-        way: From `fedcore.training.per_example.trial.choose_method`, for this model and loss.
+        method: From `fedcore.training.per_example.trial.choose_method`, for this model and loss.
         draws: Source of batches and noise.
         proximal_mu: Weight of FedProx's penalty. Its gradient does not depend on the data, so it is
             added after the noise and costs no privacy.
@@ -66,7 +66,7 @@ def train_private(
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
     """
     model.train()
-    parameters = list(trained(model).values())
+    parameters = list(trainable_parameters(model).values())
     device, count = parameters[0].device, size_of(examples)
     start = [parameter.detach().clone() for parameter in parameters]
     untrained = _untrained(model)
@@ -78,15 +78,17 @@ def train_private(
             if between is not None:
                 between()
             rows = draws.poisson(count, plan.charge.sample_rate)
-            batches = read_batch(examples, rows, device, seed=seed + step * count, usual=way.usual)
+            batches = read_batch(
+                examples, rows, device, seed=seed + step * count, usual=method.usual
+            )
             found = clipped_sum(
-                way,
+                method,
                 preprocess,
                 model,
                 loss,
                 batches,
                 clip_norm=plan.clip_norm,
-                physical=way.rows(memory_bytes),
+                physical=method.rows(memory_bytes),
             )
             skipped += found.skipped
             draws.add_noise(

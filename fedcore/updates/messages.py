@@ -61,7 +61,7 @@ def code_of(kind: type[FedcoreError]) -> int:
     return DECLINED if issubclass(kind, BudgetExhausted) else REFUSED + kind.exit_code
 
 
-def refused_as(code: int) -> type[FedcoreError]:
+def error_kind(code: int) -> type[FedcoreError]:
     """Returns the kind of error for a reply's error code."""
     return _KINDS.get(code - REFUSED, RoundFailed)
 
@@ -166,7 +166,7 @@ def read_instruction(content: RecordDict) -> Instruction:
         )
     except (KeyError, TypeError, ValueError) as error:
         raise InvalidUpdate(
-            "instruction: the message lacks what a fedcore server sends "
+            "instruction: not a valid message of a fedcore server "
             f"({foreign(repr(error), 200)}). Nothing was trained; server and client must run the "
             "same version."
         ) from None
@@ -208,8 +208,8 @@ def array_of(array: Array, *, where: str) -> NDArray[Any]:
         values: NDArray[Any] = np.lib.format.read_array(stream)
     except Exception as error:  # NumPy's parser fails in many ways on malicious bytes
         raise InvalidUpdate(
-            f"{where}: an array cannot be read ({type(error).__name__}: {foreign(error, 200)}). "
-            "It was not used."
+            f"{where}: cannot read an array ({type(error).__name__}: {foreign(error, 200)}). It "
+            "was not used."
         ) from None
     return values
 
@@ -224,7 +224,7 @@ def _check_declared(stream: io.BytesIO) -> None:
     declared = math.prod(shape) * dtype.itemsize
     left = len(stream.getbuffer()) - stream.tell()
     if min(shape, default=0) < 0 or declared != left:
-        raise ValueError(f"its header declares {str(declared)[:20]} bytes, and {left} follow")
+        raise ValueError(f"its header declares {str(declared)[:20]} bytes, but {left} follow")
     stream.seek(0)
 
 
@@ -273,5 +273,5 @@ def _check_finite(total: float, *, where: str) -> None:
     if not np.isfinite(total):
         raise InvalidUpdate(
             f"{where}: it holds values that are not finite. It was not used; a lower "
-            "client.learning_rate usually mends this."
+            "client.learning_rate usually fixes this."
         )

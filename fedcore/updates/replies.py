@@ -158,8 +158,8 @@ def read_reply(
         kind = reply.metadata.message_type
         if kind != asked.purpose:
             raise InvalidUpdate(
-                f"{where}: it is a reply to {_shown(kind)}, expected one to {asked.purpose!r}. "
-                f"{_NOT_USED}; a client answers what it was asked."
+                f"{where}: it replies to {_shown(kind)}, expected one to {asked.purpose!r}. "
+                f"{_NOT_USED}; a client must reply to the request that it received."
             )
         expected = {METRICS, ARRAYS} if asked.arrays else {METRICS}
         _check_names([one for one in content if one != ENVELOPE], expected, "record", where)
@@ -185,13 +185,13 @@ def _one_refusal(where: str) -> Iterator[None]:
         raise
     except OSError as error:
         raise ResourceError(
-            f"{where}: its bytes cannot be read from this machine's disk "
-            f"({error.strerror or error}). What was taken before stands; make the disk work again, "
-            "and go on with --resume."
+            f"{where}: cannot read its bytes from this machine's disk "
+            f"({error.strerror or error}). Updates accepted before are kept; repair the disk and "
+            "continue with --resume."
         ) from error
     except Exception as error:  # malicious values fail in many ways
         raise InvalidUpdate(
-            f"{where}: it cannot be read ({type(error).__name__}). {_NOT_USED}."
+            f"{where}: cannot read it ({type(error).__name__}). {_NOT_USED}."
         ) from None
 
 
@@ -216,7 +216,7 @@ def _check_entry(value: object, name: str, where: str) -> None:
         if len(shape) > MAX_DIMENSIONS or not all(
             type(size) is int and 0 <= size < 2**63 for size in shape
         ):
-            raise InvalidUpdate(f"{where}: {name!r} has no shape of an array. {_NOT_USED}.")
+            raise InvalidUpdate(f"{where}: {name!r} is not a valid array shape. {_NOT_USED}.")
     elif isinstance(value, bytes):
         if len(value) > MAX_SETTING_BYTES:
             raise InvalidUpdate(
@@ -231,23 +231,23 @@ def _check_entry(value: object, name: str, where: str) -> None:
 
 def _check_names(found: Collection[str], expected: set[str], what: str, where: str) -> None:
     for name in sorted(expected - set(found)):
-        raise InvalidUpdate(f"{where}: no {what} {name!r} in it. {_NOT_USED}.")
+        raise InvalidUpdate(f"{where}: it contains no {what} {name!r}. {_NOT_USED}.")
     for name in found:
         if name not in expected:
             raise InvalidUpdate(
-                f"{where}: it holds {what} {_shown(name)}, which was not asked for. {_NOT_USED}; "
-                "client and server must run the same version and task."
+                f"{where}: it contains {what} {_shown(name)}, which was not requested. "
+                f"{_NOT_USED}; client and server must run the same version and task."
             )
 
 
 def _metrics(record: object, asked: ReplySpec, where: str) -> tuple[int, dict[str, float]]:
     if not isinstance(record, MetricRecord):
-        raise InvalidUpdate(f"{where}: {METRICS!r} is no record of metrics. {_NOT_USED}.")
+        raise InvalidUpdate(f"{where}: {METRICS!r} is not a record of metrics. {_NOT_USED}.")
     told = dict(record)
     count = told.pop(NUM_EXAMPLES, None)
     if count is None:
         raise InvalidUpdate(
-            f"{where}: no record {METRICS!r} with {NUM_EXAMPLES!r} in it. {_NOT_USED}."
+            f"{where}: it contains no record {METRICS!r} with {NUM_EXAMPLES!r}. {_NOT_USED}."
         )
     if type(count) is not int or not 0 < count <= MAX_EXAMPLES:
         raise InvalidUpdate(
@@ -275,7 +275,7 @@ def _metrics(record: object, asked: ReplySpec, where: str) -> tuple[int, dict[st
 
 def _arrays(record: object, asked: Mapping[str, ArraySpec], where: str) -> dict[str, Array]:
     if not isinstance(record, ArrayRecord):
-        raise InvalidUpdate(f"{where}: {ARRAYS!r} is no record of arrays. {_NOT_USED}.")
+        raise InvalidUpdate(f"{where}: {ARRAYS!r} is not a record of arrays. {_NOT_USED}.")
     _check_names(record, set(asked), "array", where)
     for name, form in asked.items():
         array = record[name]
@@ -288,8 +288,9 @@ def _arrays(record: object, asked: Mapping[str, ArraySpec], where: str) -> dict[
         said = (array.dtype, tuple(array.shape), array.stype)
         if said != (form.dtype, form.shape, "numpy.ndarray"):
             raise InvalidUpdate(
-                f"{where}: array {name!r} is announced as {_shown(array.dtype)} "
-                f"{_short(tuple(array.shape))}, and holds {form.dtype} {form.shape}. {_NOT_USED}."
+                f"{where}: array {name!r} is declared as {_shown(array.dtype)} "
+                f"{_short(tuple(array.shape))}, but contains {form.dtype} {form.shape}. "
+                f"{_NOT_USED}."
             )
     return {name: record[name] for name in asked}
 
@@ -314,14 +315,14 @@ def _form_of(array: Array, *, where: str) -> tuple[np.dtype[Any], tuple[int, ...
         }[version]
         shape, fortran, dtype = read(stream)
         if dtype.hasobject or (fortran and len(shape) > 1):
-            raise ValueError("it holds objects, or lies in Fortran's order")
+            raise ValueError("it contains objects, or is in Fortran order")
         start = stream.tell()
         if size - start != prod(shape) * dtype.itemsize:
-            raise ValueError(f"it has {size} bytes, and its header says otherwise")
+            raise ValueError(f"it has {size} bytes, which does not match its header")
     except Exception as error:  # NumPy's parser fails in many ways on malicious bytes
         said = foreign(error, _SHOWN)
         raise InvalidUpdate(
-            f"{where}: an array cannot be read ({type(error).__name__}: {said}). {_NOT_USED}."
+            f"{where}: cannot read an array ({type(error).__name__}: {said}). {_NOT_USED}."
         ) from None
     return dtype, tuple(shape), start
 
@@ -385,6 +386,6 @@ def _measure(array: Array, base: Vector | None, where: str) -> tuple[float | Non
     if not all_finite(peaks):
         raise InvalidUpdate(
             f"{where}: it holds values that are not finite. {_NOT_USED}; a lower "
-            "client.learning_rate usually mends this."
+            "client.learning_rate usually fixes this."
         )
     return (math.sqrt(math.fsum(sums)) if base is not None else None), peaks

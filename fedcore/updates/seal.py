@@ -160,8 +160,8 @@ def verify_reply(
     raw = record.get(ENVELOPE) if isinstance(record, ConfigRecord) else None
     if not isinstance(raw, bytes):
         raise SignatureInvalid(
-            f"round {round}: the update of node {node_id} is not signed. It was not aggregated; a "
-            "node signs each update with the key in its kit."
+            f"round {round}: the update of node {node_id} is not signed. It was not aggregated; "
+            "a node must sign each update with the key in its kit."
         )
     envelope = open_envelope(
         raw,

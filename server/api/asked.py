@@ -50,8 +50,8 @@ def configured(task: AnyTask | None, run: AnyRun | None, settings: Mapping[str, 
     """
     if run is None and task is None:
         raise ConfigError(
-            "neither a task nor a run was given. Nothing was run; give a task, or the file of a "
-            "run that names one."
+            "expected a task or a run, got neither. Nothing was run; pass a task, or the file of "
+            "a run that names one."
         )
     file = None if task is None or isinstance(task, Task) else Path(task).resolve()
     if run is None:
@@ -98,7 +98,7 @@ def loaded(task: AnyTask | None, run: RunConfig) -> Task:
         return task
     if run.task == IN_MEMORY:
         raise ConfigError(
-            f"run {run.name!r} is of a task that was made in memory. Nothing was run; give that "
+            f"run {run.name!r} belongs to a task created in memory. Nothing was run; pass that "
             "task along with the run."
         )
     return load_task(run.path(run.task))
@@ -130,9 +130,9 @@ def refuse_elsewhere(run: RunConfig, task: Task, *, rounds: bool) -> None:
         needs.append(f"simulation.workers = {run.simulation.workers} with {counted(gpus, 'GPU')}")
     if needs:
         raise ConfigError(
-            f"{' and '.join(needs)}: this starts processes that load the task from its file, and "
-            f"task {task.name!r} was made in memory. Nothing was run; write it to a file and give "
-            "that one's name in its place, or pass finetune={'processes': 1} and "
+            f"{' and '.join(needs)}: this starts processes that load the task from its file, but "
+            f"task {task.name!r} was created in memory. Nothing was run; write it to a file and "
+            "pass the file's name instead, or pass finetune={'processes': 1} and "
             "simulation={'engine': 'local', 'workers': 1}."
         )
 

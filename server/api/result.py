@@ -56,7 +56,7 @@ class History:
         except ImportError:
             raise ConfigError(
                 "history.to_pandas() needs pandas, which is not installed: `pip install pandas`, "
-                "or take history.rows()."
+                "or use history.rows()."
             ) from None
         rows = self.rows()
         return pandas.DataFrame(rows).set_index("round") if rows else pandas.DataFrame()
@@ -166,13 +166,13 @@ class Result:
         """
         path = Path(folder)
         if path.exists():
-            raise ConfigError(f"{path}: it is there already. Nothing was saved; name another.")
+            raise ConfigError(f"{path}: it already exists. Nothing was saved; choose another path.")
         try:
             shutil.copytree(self.folder, path)
         except OSError as error:
             shutil.rmtree(path, ignore_errors=True)
             raise ResourceError(
-                f"{path}: it cannot be written ({error}). Nothing was saved; make room, or name a "
-                "folder that this user may write."
+                f"{path}: cannot write it ({error}). Nothing was saved; free some space, or "
+                "choose a folder that is writable by this user."
             ) from error
         return path

@@ -36,7 +36,7 @@ from server.report.folder import open_folder, reopen_folder, write_results
 from server.report.tensorboard import tensorboard_events
 from server.rounds.strategies.own import Own
 from server.simulation.checkpoint import Checkpoint
-from server.simulation.resume import pick_up
+from server.simulation.resume import open_checkpoint
 from server.simulation.run import run_pipeline
 from server.unfinished import allow_drop, require_no_progress
 
@@ -137,8 +137,8 @@ def simulated(
     started = time.monotonic()
     if resume and (fresh or runs is None):
         raise ConfigError(
-            f"resume=True{' with fresh=True' if fresh else ''}: it goes on with what a run left in "
-            "a folder. Nothing was run; name that folder by runs=..., and leave fresh out."
+            f"resume=True{' with fresh=True' if fresh else ''}: resuming needs the folder of the "
+            "interrupted run. Nothing was run; pass that folder as runs=..., and leave fresh out."
         )
     kept = tempfile.TemporaryDirectory(prefix="fedcore-run-") if runs is None else None
     try:
@@ -153,7 +153,7 @@ def simulated(
         else:
             opening = open_folder(run, base, before=allow_drop if fresh else require_no_progress)
         with opening as folder:
-            resumed = pick_up(folder, run, owner) if resume else None
+            resumed = open_checkpoint(folder, run, owner) if resume else None
             with shown(progress) as sink:
                 done, summary = run_in(
                     folder,

@@ -88,8 +88,9 @@ def finetune(
     if cloud is None or not asked.finetune.epochs:
         wrong = "it has no cloud_data" if cloud is None else "finetune.epochs = 0"
         raise ConfigError(
-            f"task {found.name!r}: {wrong}, so there is nothing to fine-tune. Nothing was trained; "
-            "give the task cloud_data and finetune.epochs at least 1, or take the model as it is."
+            f"task {found.name!r}: {wrong}, so there is nothing to fine-tune. Nothing was "
+            "trained; give the task cloud_data and set finetune.epochs to at least 1, or use the "
+            "model as it is."
         )
     quiet()
     start = model_of(model, found, asked)
@@ -241,8 +242,8 @@ def _place(
         return Path(given)
     if of_run is None:
         raise ConfigError(
-            f"publish: {what} is not given, and release.{what} of run {run.name!r} is not set. "
-            f"Nothing was published; pass {what}=..., a folder that `fedcore release init` made."
+            f"publish: {what} was not given, and release.{what} of run {run.name!r} is not set. "
+            f"Nothing was published; pass {what}=..., a folder created by `fedcore release init`."
         )
     return run.path(of_run)
 
@@ -259,12 +260,16 @@ def _refuse_others(compressed: Compressed, result: Result, tuned: Finetuned | No
         ours.add(tuned.model_sha256)
     changed = sha256_hex(checkpoint_bytes(result.federated)) != parent
     if changed or compressed.source_sha256 not in ours:
-        of = "result.federated was changed since" if changed else "the candidates are of a model"
+        of = (
+            "result.federated was modified afterwards"
+            if changed
+            else "the candidates belong to a model"
+        )
         raise ConfigError(
             f"publish: {of} that does not come from the rounds of {result.run.name!r}, so the "
-            "manifest could not say how it was trained. Nothing was published; compress "
-            "result.model, result.federated, or what fedcore.finetune made of result.federated, "
-            "and pass that one's result as tuned=..."
+            "manifest could not state how it was trained. Nothing was published; compress "
+            "result.model, result.federated, or the model that fedcore.finetune trained from "
+            "result.federated, and pass the fine-tuning result as tuned=..."
         )
 
 

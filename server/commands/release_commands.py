@@ -24,14 +24,14 @@ def _places(parser: argparse.ArgumentParser) -> None:
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of the signed repository, as --repository releases",
+        help="folder of the signed repository, e.g. --repository releases",
     )
     parser.add_argument(
         "--keys",
         type=Path,
         required=True,
         metavar="DIR",
-        help="folder of the keys, as --keys keys; never within the repository",
+        help="folder of the keys, e.g. --keys keys; never within the repository",
     )
     json_option(parser)
 
@@ -43,10 +43,10 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="NAME",
-        help="a model that may be published with the online keys, as --model digits; repeat it for "
-        "more, leave it out for any",
+        help="a model that may be published with the online keys, e.g. --model digits; repeat "
+        "for more (default: any)",
     )
-    _threshold(parser, "a role's keys, one each by default")
+    _threshold(parser, "number of keys of a role (default: one each)")
 
 
 def _threshold(parser: argparse.ArgumentParser, what: str) -> None:
@@ -56,8 +56,8 @@ def _threshold(parser: argparse.ArgumentParser, what: str) -> None:
         type=_role_threshold,
         default=[],
         metavar="ROLE=K/N",
-        help=f"{what}, as --threshold root=2/3 for three keys of which two must sign; roles: "
-        f"{', '.join(ROLES)}; repeat it for more",
+        help=f"{what}, e.g. --threshold root=2/3 for three keys of which two must sign; roles: "
+        f"{', '.join(ROLES)}; repeat for more",
     )
 
 
@@ -66,7 +66,7 @@ def _role_threshold(text: str) -> tuple[str, tuple[int, int]]:
     threshold, _, keys = numbers.partition("/")
     if role not in ROLES or not _is_number(threshold) or not _is_number(keys):
         raise argparse.ArgumentTypeError(
-            f"expected ROLE=K/N with a role of {', '.join(ROLES)}, as root=2/3, got {text!r}"
+            f"expected ROLE=K/N with a role of {', '.join(ROLES)}, e.g. root=2/3, got {text!r}"
         )
     return role, (int(threshold), int(keys))
 
@@ -95,13 +95,15 @@ def _init(options: argparse.Namespace) -> int:
 
 def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
     _places(parser)
-    parser.add_argument("--model", required=True, metavar="NAME", help="as --model digits")
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="name of the model, e.g. --model digits"
+    )
     parser.add_argument(
         "--to",
         type=int,
         required=True,
         metavar="VERSION",
-        help="the older version whose bytes are published again, as --to 3",
+        help="older version to publish again, e.g. --to 3",
     )
 
 
@@ -110,15 +112,15 @@ def _rollback(options: argparse.Namespace) -> int:
         options.model, options.to, repository=options.repository, keys=options.keys
     )
     text = (
-        f"{manifest.model}: version {manifest.version} holds the bytes of version {options.to}, "
-        f"sha256 {manifest.onnx.sha256}"
+        f"{manifest.model}: version {manifest.version} contains the bytes of version "
+        f"{options.to}, sha256 {manifest.onnx.sha256}"
     )
     return show(options, text, manifest.model_dump(mode="json"))
 
 
 def _list(options: argparse.Namespace) -> int:
     manifests = list_releases(options.repository, options.keys)
-    text = "\n".join(map(_line, manifests)) or "nothing is published yet"
+    text = "\n".join(map(_line, manifests)) or "nothing has been published yet"
     return show(options, text, [manifest.model_dump(mode="json") for manifest in manifests])
 
 
@@ -136,7 +138,7 @@ def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--offline",
         action="store_true",
-        help="also renew root and targets for a year; the offline keys must be there",
+        help="also renew root and targets for a year; needs the offline keys",
     )
 
 
@@ -155,24 +157,24 @@ def _rotate_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         choices=[*ROLES, *ROLE_GROUPS],
         default=[],
-        help="whose keys are replaced, as --role online (default: online); repeat it for more",
+        help="role whose keys are replaced, e.g. --role online (default: online); repeat for more",
     )
-    _threshold(parser, "the new keys of a role, as many as before by default")
+    _threshold(parser, "number of new keys of a role (default: as before)")
     parser.add_argument(
         "--last-good",
         action="append",
         type=_model_version,
         default=[],
         metavar="MODEL=VERSION",
-        help="what came after this version is withdrawn, and devices go back to it, as "
-        "--last-good digits=7; repeat it for more models",
+        help="withdraw all later versions, so that devices return to this one, e.g. --last-good "
+        "digits=7; repeat for more models",
     )
 
 
 def _model_version(text: str) -> tuple[str, int]:
     model, _, version = text.rpartition("=")
     if not model or not _is_number(version):
-        raise argparse.ArgumentTypeError(f"expected MODEL=VERSION, as digits=7, got {text!r}")
+        raise argparse.ArgumentTypeError(f"expected MODEL=VERSION, e.g. digits=7, got {text!r}")
     return model, int(version)
 
 
@@ -186,7 +188,7 @@ def _rotate(options: argparse.Namespace) -> int:
     )
     offline = sorted({str(path) for path in done.written if path.parent.name == "offline"})
     lines = [
-        f"New keys:   {', '.join(done.roles)}; devices follow by themselves from any root before",
+        f"New keys:   {', '.join(done.roles)}; devices switch automatically from any earlier root",
         f"New root:   version {done.root_version}, {options.keys / 'root.json'}: give it to new "
         "devices",
         *(f"Epoch {epoch}: {model}" for model, epoch in done.epochs.items()),
@@ -206,13 +208,13 @@ def _rotate(options: argparse.Namespace) -> int:
 release = group(
     {
         "init": Command(
-            "Make keys and an empty repository that they sign.",
+            "Create keys and an empty repository signed with them.",
             _init_arguments,
             _init,
             "fedcore release init --repository releases --keys keys --model digits",
         ),
         "rollback": Command(
-            "Publish the bytes of an older version again, under a new version.",
+            "Publish an older version again, under a new version number.",
             _rollback_arguments,
             _rollback,
             "fedcore release rollback --repository releases --keys keys --model digits --to 3",
@@ -224,19 +226,19 @@ release = group(
             "fedcore release list --repository releases --keys keys --json",
         ),
         "refresh": Command(
-            "Sign again what would expire; run it daily, and with --offline once a year.",
+            "Renew signatures before they expire; run it daily, and with --offline once a year.",
             _refresh_arguments,
             _refresh,
             "fedcore release refresh --repository releases --keys keys",
         ),
         "rotate": Command(
-            "Give roles new keys, vouched for by the old root's; undo what a thief published.",
+            "Replace the keys of roles, signed by the old root; withdraw what a thief published.",
             _rotate_arguments,
             _rotate,
             "fedcore release rotate --repository releases --keys keys --role online "
             "--last-good digits=7",
         ),
     },
-    "Keep a signed repository of models: make it, list it, renew it, rotate its keys, roll a "
+    "Manage a signed repository of models: create it, list it, renew it, rotate its keys, roll a "
     "model back.",
 )

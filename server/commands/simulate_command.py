@@ -28,34 +28,34 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--owner",
         type=Path,
-        help="an owner.toml that every virtual client keeps to, e.g. --owner owner.toml",
+        help="an owner.toml that applies to every virtual client, e.g. --owner owner.toml",
     )
     parser.add_argument(
         "--runs",
         type=Path,
         default=_RUNS,
-        help="folder that results go below (default: runs)",
+        help="parent folder of the results (default: runs)",
     )
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
         "--resume",
         action="store_true",
-        help="go on with a run that was interrupted, from its last checkpoint; the result is the "
-        "same, bit for bit",
+        help="continue an interrupted run from its last checkpoint; the result is the same, bit "
+        "for bit",
     )
     again.add_argument(
-        "--fresh", action="store_true", help="begin again, and drop a run that was interrupted"
+        "--fresh", action="store_true", help="start over, and discard an interrupted run"
     )
     again.add_argument(
         "--replay",
         metavar="ROUND:CLIENT",
-        help="train one client of one round again, alone, and show in full how it fails, e.g. "
+        help="repeat the training of one client in one round and show its error in full, e.g. "
         "--replay 3:anna; nothing is written",
     )
     parser.add_argument(
         "--json",
         action="store_true",
-        help="print events, and at the end the summary, as JSON lines",
+        help="print events and the final summary as JSON lines",
     )
 
 
@@ -87,7 +87,7 @@ def _simulate(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             if not (options.runs / run.name / CHECKPOINT).is_file():
                 raise
-            say(f"Interrupted: `{command} --resume` goes on with it.", to=sys.stderr)
+            say(f"Interrupted: `{command} --resume` continues it.", to=sys.stderr)
             return INTERRUPTED
     if options.json:
         say(json.dumps({"event": "summary", **result.summary}))

@@ -42,7 +42,7 @@ def choose(
             key for key in _LIMITS if any(key in line for why in missed.values() for line in why)
         ]
         raise CompressionError(
-            f"no candidate keeps to the limits of [compression]: {verdicts}. Nothing was released; "
+            f"no candidate meets the limits of [compression]: {verdicts}. Nothing was released; "
             f"relax {' or '.join(keys)}, or train a smaller model."
         )
     best = min(admitted, key=lambda record: (record.bytes, record.p50_us))
@@ -67,7 +67,7 @@ def _missed(record: CandidateRecord, limits: Compression) -> list[str]:
     on_clients = record.clients_drop
     if on_clients is not None and not on_clients <= limits.max_accuracy_drop + _ROUNDING:
         found.append(
-            f"may drop {on_clients:.4g} on what clients hold back, "
+            f"may drop {on_clients:.4g} on the clients' held-out data, "
             f"{on_clients - limits.max_accuracy_drop:.2g} more than max_accuracy_drop = "
             f"{limits.max_accuracy_drop:g}"
         )
@@ -88,9 +88,9 @@ def _judged(record: CandidateRecord, best: CandidateRecord, missed: list[str]) -
     if missed:
         return replace(record, admitted=False, reason=f"refused: {' and '.join(missed)}")
     if record is best:
-        return replace(record, admitted=True, reason="chosen: the smallest that keeps the limits")
+        return replace(record, admitted=True, reason="chosen: the smallest that meets the limits")
     if record.bytes == best.bytes:
-        reason = f"as small as {best.name}, and not faster"
+        reason = f"as small as {best.name}, but not faster"
     else:
         reason = f"{record.bytes / best.bytes:.3g} times the bytes of {best.name}"
     return replace(record, admitted=True, reason=f"admitted: {reason}")

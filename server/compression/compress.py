@@ -147,7 +147,7 @@ def compress(
     golden = golden_inputs(task.example_input, material.examples, seed=run.seed)
     wanted = [each for each in ALL if each.name in run.compression.candidates] if cloud else [FP32]
 
-    weighed, refused = _weigh_all(wanted, material, golden, cloud, on_clients, progress)
+    weighed, refused = _evaluate_candidates(wanted, material, golden, cloud, on_clients, progress)
     files = {name: each.built.onnx for name, each in weighed.items()}
     progress(f"timing {', '.join(files)} and torch in turn")
     timings = time_candidates(
@@ -159,7 +159,7 @@ def compress(
     )
     measured = _records(weighed, timings, task.primary, task.kind)
     judged, chosen = choose(measured, run.compression, unjudged=_unjudged(run, weighed))
-    of = {**{record.name: record for record in judged}, **_unbuilt(refused)}
+    of = {**{record.name: record for record in judged}, **_unbuilt_records(refused)}
     records = tuple(of[candidate.name] for candidate in wanted)
     for record in records:
         progress(f"{record.name}: {record.reason}")
@@ -182,7 +182,7 @@ def compress(
     )
 
 
-def _weigh_all(
+def _evaluate_candidates(
     wanted: Sequence[Candidate],
     material: Material,
     golden: NDArray[Any],
@@ -194,9 +194,11 @@ def _weigh_all(
     weighed: dict[str, _Weighed] = {}
     refused: dict[str, str] = {}
     for candidate in wanted:
-        progress(f"building and weighing {candidate.name}")
+        progress(f"building and evaluating {candidate.name}")
         try:
-            weighed[candidate.name] = _weigh(candidate, material, golden, cloud, on_clients)
+            weighed[candidate.name] = _evaluate_candidate(
+                candidate, material, golden, cloud, on_clients
+            )
         except ParityError:
             raise  # the export is wrong, so all its figures are meaningless
         except (CompressionError, TaskError) as error:
@@ -207,7 +209,7 @@ def _weigh_all(
     return weighed, refused
 
 
-def _weigh(
+def _evaluate_candidate(
     candidate: Candidate,
     material: Material,
     golden: NDArray[Any],
@@ -223,7 +225,7 @@ def _weigh(
     if built.exact:
         _parity_gate(candidate.name, expected, outputs)
     elif not np.isfinite(outputs).all():
-        raise CompressionError("its answers to the golden inputs are not finite")
+        raise CompressionError("its outputs for the golden inputs are not finite")
     heldout, metric = None, math.nan
     if cloud is not None:
         heldout, targets = answers(session, cloud.heldout)
@@ -246,17 +248,17 @@ def _parity_gate(name: str, expected: FloatArray, outputs: FloatArray) -> None:
     for who, answers_ in (("torch", expected), ("the exported file", outputs)):
         if not np.isfinite(answers_).all():
             raise ParityError(
-                f"candidate {name}: {who} answers some golden inputs with NaN or infinity. Nothing "
-                "was released; look in the model for divisions, logarithms or powers that inputs "
-                "within the range of the cloud's data can overflow."
+                f"candidate {name}: {who} returns NaN or infinity for some golden inputs. "
+                "Nothing was released; check the model for divisions, logarithms or powers that "
+                "inputs within the range of the cloud's data can overflow."
             )
     error, allowed = max_abs_error(expected, outputs), tolerance(expected, relative=EXACT)
     if error > allowed:
         raise ParityError(
-            f"candidate {name}: the exported file's answers to the golden inputs differ from "
-            f"torch's by up to {error:.3g}, and {allowed:.3g} is allowed. Nothing was released; "
-            "look in the model for operations that ONNX rounds or orders differently, or that ask "
-            "whether they are being exported."
+            f"candidate {name}: the exported file's outputs for the golden inputs differ from "
+            f"torch's by up to {error:.3g}, but at most {allowed:.3g} is allowed. Nothing was "
+            "released; check the model for operations that ONNX rounds or orders differently, or "
+            "that behave differently during export."
         )
 
 
@@ -264,8 +266,9 @@ def _without_fp32(error: FedcoreError) -> FedcoreError:
     if isinstance(error, TaskError):
         return error
     return CompressionError(
-        f"candidate fp32: {error}, and the others are weighed against it. Nothing was released; "
-        "look for inputs that are not finite, or for operations that onnxruntime does not have."
+        f"candidate fp32: {error}, and the others are compared with it. Nothing was released; "
+        "look for inputs that are not finite, or for operations that onnxruntime does not "
+        "support."
     )
 
 
@@ -274,9 +277,9 @@ def _demand_finite_weights(model: nn.Module) -> None:
         if tensor.is_floating_point() and not tensor.isfinite().all():
             count = int((~tensor.isfinite()).sum())
             raise CompressionError(
-                f"model: {count} of the {counted(tensor.numel(), 'value')} of {name!r} are NaN or "
-                "infinite. Nothing was compressed or released; training has diverged, so lower its "
-                "learning rate and run again."
+                f"model: {count} of the {counted(tensor.numel(), 'value')} of {name!r} are NaN "
+                "or infinite. Nothing was compressed or released; training has diverged: lower "
+                "the learning rate and run again."
             )
 
 
@@ -325,7 +328,7 @@ def _clients_drop(metric: Metric, base: _Weighed, each: _Weighed) -> float | Non
     return 0.0 if each is base else drop_of(metric, base.clients, each.clients)
 
 
-def _unbuilt(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:
+def _unbuilt_records(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:
     """Returns records of candidates that weren't built; NaN, as 0 would look like a measurement."""
     return {
         name: CandidateRecord(
@@ -362,19 +365,19 @@ def _notes(
 ) -> tuple[str, ...]:
     if cloud is None:
         return (
-            "The cloud has no held-out data to weigh candidates on, so the model was exported as "
-            "it is, without compression.",
+            "The cloud has no held-out data to evaluate candidates on, so the model was exported "
+            "without compression.",
         )
     if not any("int8" in name for name in files):
         return ()
     if reduce_range:
         return (
-            "int8 weights were kept to 7 bits (reduce_range), so that processors without 8-bit dot "
-            "products answer alike.",
+            "int8 weights were kept to 7 bits (reduce_range), so that processors without 8-bit "
+            "dot products give the same outputs.",
         )
     return (
-        "int8 weights use all 8 bits. An x86 device without VNNI or AMX may answer differently; "
-        "its self-test then refuses the model.",
+        "int8 weights use all 8 bits. An x86 device without VNNI or AMX may give different "
+        "outputs; its self-test then refuses the model.",
     )
 
 

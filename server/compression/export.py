@@ -59,15 +59,15 @@ def export_onnx(
     except Exception as error:  # user code: may raise anything
         raise TaskError(
             f"model: it fails on a batch of inputs of shape {tuple(example_batch.shape)}: "
-            f"{_first_line(error)}. Nothing was exported; make `example_input` one input without "
-            "the batch dimension, as the model takes it."
+            f"{_first_line(error)}. Nothing was exported; make `example_input` one input of the "
+            "model without the batch dimension."
         ) from error
     if not isinstance(answer, Tensor) or answer.shape[:1] != example_batch.shape[:1]:
         got = tuple(answer.shape) if isinstance(answer, Tensor) else type(answer).__name__
         raise TaskError(
-            f"model: for {counted(len(example_batch), 'input')} it gives {got}, and one tensor "
-            "with as many rows is needed. Nothing was exported; return the outputs alone, one row "
-            "an input."
+            f"model: for {counted(len(example_batch), 'input')} it returns {got}, expected one "
+            "tensor with as many rows. Nothing was exported; return only the outputs, one row "
+            "per input."
         )
     try:
         model = _to_proto(module, (example_batch,))
@@ -75,14 +75,14 @@ def export_onnx(
         culprit = _culprit(module, example_batch)
         raise TaskError(
             f"model: {culprit or type(module).__name__} cannot be exported to ONNX: "
-            f"{_first_line(_root(error))}. Nothing was exported; replace it by operations that "
-            "ONNX has, without control flow that depends on values."
+            f"{_first_line(_root(error))}. Nothing was exported; replace it with operations that "
+            "ONNX supports, without control flow that depends on values."
         ) from error
     rows = model.graph.output[0].type.tensor_type.shape.dim[0]
     if rows.HasField("dim_value"):
         raise TaskError(
-            f"model: it always gives {rows.dim_value} rows, and devices ask for 1. Nothing was "
-            "exported; look for an expand, view or reshape that writes the batch size out."
+            f"model: it always returns {rows.dim_value} rows, but devices send batches of 1. "
+            "Nothing was exported; look for an expand, view or reshape with a fixed batch size."
         )
     return finish(model, {LABELS_KEY: json.dumps(list(labels)), KIND_KEY: kind})
 
@@ -109,7 +109,7 @@ def finish(model: onnx.ModelProto, properties: Mapping[str, str]) -> bytes:
     size = model.ByteSize()
     if size > MAX_MODEL_BYTES:
         raise CompressionError(
-            f"export: the model takes {size} bytes, and one ONNX file holds at most "
+            f"export: the model takes {size} bytes, but an ONNX file can have at most "
             f"{MAX_MODEL_BYTES}. Nothing was exported; use a smaller model."
         )
     serialised: bytes = model.SerializeToString(deterministic=True)

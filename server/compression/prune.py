@@ -71,7 +71,7 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
         ) from error
     if shape != expected:
         raise CompressionError(
-            f"it cannot be pruned: outputs would go from {tuple(expected)} to {tuple(shape)}"
+            f"it cannot be pruned: outputs would change from {tuple(expected)} to {tuple(shape)}"
         )
     if _size(pruned) == before:
         raise CompressionError("it has no hidden channels that can be removed")

@@ -271,7 +271,7 @@ def _reason(job: Job, failure: ChildFailedError) -> FedcoreError:
         kind: type[FedcoreError] = getattr(errors, said["type"])
         return kind(said["message"])
     return TrainingError(
-        f"fine-tuning: process {first.local_rank} ended with exit code {first.exitcode} and left "
-        "no reason. The federated model stands; run again, and look for a lack of memory if it "
-        "fails again."
+        f"fine-tuning: process {first.local_rank} ended with exit code {first.exitcode} without "
+        "giving a reason. The federated model is kept; run again, and check for a lack of memory "
+        "if it fails again."
     )

@@ -35,8 +35,8 @@ def threads_of(world: int) -> int:
 def unknown_failure(rank: int, error: BaseException) -> str:
     """Returns the message for an unexpected exception, usually from the task's code."""
     return (
-        f"fine-tuning: process {rank} failed: {type(error).__name__}: {error}. The federated model "
-        "stands; mend the task, or set finetune.epochs to 0."
+        f"fine-tuning: process {rank} failed: {type(error).__name__}: {error}. The federated "
+        "model is kept; correct the task, or set finetune.epochs to 0."
     )
 
 
@@ -96,9 +96,9 @@ def train_start(
         for rows in torch.split(torch.tensor(list(sampler)), batch):
             if time.monotonic() > end:
                 raise TrainingError(
-                    f"fine-tuning: {epoch} of {counted(settings.epochs, 'epoch')} were done within "
-                    f"finetune.timeout_s = {settings.timeout_s:g}. The federated model stands; "
-                    "allow more time, or fewer epochs."
+                    f"fine-tuning: {epoch} of {counted(settings.epochs, 'epoch')} were completed "
+                    f"within finetune.timeout_s = {settings.timeout_s:g}. The federated model is "
+                    "kept; allow more time, or set fewer epochs."
                 )
             inputs, targets = gather(examples, rows)
             optimizer.zero_grad(set_to_none=True)

@@ -17,7 +17,7 @@ from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import INTERRUPTED, ConfigError
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import report_loading
-from fedcore.rpc.tls import only_tls_1_3, silence_grpc_core
+from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
 from server.live.operators.commands import OPERATOR_VERBS
 from server.options import run_options, set_option
 from server.process.memory import loading
@@ -30,32 +30,32 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("authority/server"),
         metavar="DIR",
-        help="the folder that `fedcore provision server` made, as --identity server (default: "
+        help="folder created by `fedcore provision server`, e.g. --identity server (default: "
         "%(default)s)",
     )
     parser.add_argument(
         "--listen",
         metavar="HOST:PORT",
-        help="where devices connect, as --listen 0.0.0.0:9092 (default: every address, and the "
-        "port that the kits name)",
+        help="address on which devices connect, e.g. --listen 0.0.0.0:9092 (default: every "
+        "address, and the port in the kits)",
     )
     parser.add_argument(
         "--wake-port",
         type=int,
         metavar="PORT",
-        help="where devices are woken, as --wake-port 9093 (default: the port after)",
+        help="port on which devices are woken, e.g. --wake-port 9093 (default: the next port)",
     )
     parser.add_argument(
         "--runs",
         type=Path,
         default=Path("runs"),
-        help="folder that results go below (default: runs)",
+        help="parent folder of the results (default: runs)",
     )
     parser.add_argument(
         "--log",
         type=Path,
         metavar="FILE",
-        help="write the log here, in files of 10 MiB of which six are kept, as --log server.log "
+        help="file for the log, rotated at 10 MiB, the last six kept, e.g. --log server.log "
         "(default: standard error)",
     )
     parser.add_argument("--json", action="store_true", help="print events as JSON lines")
@@ -63,10 +63,10 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
     again.add_argument(
         "--resume",
         action="store_true",
-        help="go on with a run that was interrupted; begins it where there is none",
+        help="continue an interrupted run, or start one if there is none",
     )
     again.add_argument(
-        "--fresh", action="store_true", help="begin again, and drop a run that was interrupted"
+        "--fresh", action="store_true", help="start over, and discard an interrupted run"
     )
 
 
@@ -75,11 +75,11 @@ def _start(options: argparse.Namespace) -> int:
     host, port = _address(options.listen) if options.listen else ("0.0.0.0", None)  # noqa: S104
     if options.wake_port is not None and not 0 <= options.wake_port < 2**16:
         raise ConfigError(
-            f"--wake-port {options.wake_port}: a port is a number from 1 to 65535, or 0 for one "
-            "that the system chooses. Nothing was started."
+            f"--wake-port {options.wake_port}: expected a port from 1 to 65535, or 0 to let the "
+            "system choose. Nothing was started."
         )
     check_server_folder(options.identity)
-    only_tls_1_3()  # gRPC reads this when it is imported, and Flower imports it
+    require_tls_1_3()  # gRPC reads this when it is imported, and Flower imports it
     silence_grpc_core()
     with report_loading(), loading():
         from fedcore.flower.quiet import quiet
@@ -118,13 +118,15 @@ def _start(options: argparse.Namespace) -> int:
 def _kept(options: argparse.Namespace, last: int, run: RunConfig) -> str:
     """Returns the message for a stopped run: what is kept, and the command that resumes it."""
     rounds = run.federation.rounds
-    done = f"after round {last} of {rounds}" if last else "before its first round was over"
-    held = "the model of that round and what devices have sent since" if last else "what was begun"
+    done = f"after round {last} of {rounds}" if last else "before the end of its first round"
+    held = (
+        "the model of that round and what devices have sent since" if last else "the started round"
+    )
     if last == rounds:
-        held = "the model of its last round, and each step after it that was done"
+        held = "the model of its last round, and each completed step after it"
     return (
-        f"Stopped {done}. Kept in {options.runs / run.name}: {held}. `{_again(options)}` goes on "
-        "there; devices look for the server until then."
+        f"Stopped {done}. Kept in {options.runs / run.name}: {held}. `{_again(options)}` "
+        "continues from there; devices keep trying to connect until then."
     )
 
 
@@ -146,14 +148,14 @@ def _address(text: str) -> tuple[str, int]:
     name = host.strip("[]")
     if not separator or not name or not digits or int(port) >= 2**16:
         raise ConfigError(
-            f"--listen {text}: expected HOST:PORT, as 0.0.0.0:9092 or [::]:9092 for every "
+            f"--listen {text}: expected HOST:PORT, e.g. 0.0.0.0:9092 or [::]:9092 for every "
             "address. Nothing was started."
         )
     return name, int(port)
 
 
 start = Command(
-    help="train over the devices that connect, as the run's file says",
+    help="train over the devices that connect, as configured in the run's file",
     arguments=_start_arguments,
     run=_start,
     example="fedcore server start run.toml --identity server",
@@ -162,7 +164,7 @@ start = Command(
 
 def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "round", type=int, metavar="ROUND", help="go back to the model of this round, as 7"
+        "round", type=int, metavar="ROUND", help="round whose model to return to, e.g. 7"
     )
     parser.add_argument(
         "config",
@@ -178,13 +180,13 @@ def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("authority/server"),
         metavar="DIR",
-        help="the server's folder, whose audit log gets a line (default: %(default)s)",
+        help="the server's folder, whose audit log records the rollback (default: %(default)s)",
     )
     parser.add_argument(
         "--runs",
         type=Path,
         default=Path("runs"),
-        help="folder that results are below (default: runs)",
+        help="parent folder of the results (default: runs)",
     )
     json_option(parser)
 
@@ -203,14 +205,15 @@ def _rollback(options: argparse.Namespace) -> int:
         return 0
     dropped = ", ".join(map(str, done.dropped)) or "none"
     say(
-        f"{run.name}: goes on after round {done.round} with --resume; rounds dropped: {dropped}. "
-        "Drain or revoke the device that spoilt them first, or it answers again as it did."
+        f"{run.name}: continues after round {done.round} with --resume; rounds dropped: "
+        f"{dropped}. First drain or revoke the device that spoilt those rounds, or it will send "
+        "the same updates again."
     )
     return 0
 
 
 rollback = Command(
-    help="go back to an earlier round's model, while no server runs",
+    help="return to an earlier round's model, while no server runs",
     arguments=_rollback_arguments,
     run=_rollback,
     example="fedcore server rollback 7 run.toml --identity server",
@@ -218,7 +221,11 @@ rollback = Command(
 
 
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("results", type=Path, metavar="DIR", help="the run's folder, as runs/churn")
+    parser.add_argument(
+        "results", type=Path, metavar="DIR", help="the run's folder, e.g. runs/churn"
+    )
+        "results", type=Path, metavar="DIR", help="the run's folder, e.g. runs/churn"
+    )
     parser.add_argument(
         "--identity",
         type=Path,
@@ -226,7 +233,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the server's folder, which has the member list (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print JSON, for a machine to read")
+    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -248,5 +255,5 @@ verify = Command(
 
 server = group(
     {"start": start, "rollback": rollback, "verify": verify, **OPERATOR_VERBS},
-    "Run the server that devices connect to, and steer it.",
+    "Run the server that devices connect to, and control it.",
 )

@@ -48,8 +48,8 @@ class Deployment:
         port = identity.port if self.port is None else self.port
         if self.wake_port is None and port == 2**16 - 1:
             raise ConfigError(
-                f"server: it listens on port {port}, and devices are woken on the port after, "
-                "which there is none of. Nothing was started; name another with --wake-port."
+                f"server: it listens on port {port}, and there is no next port on which to wake "
+                "devices. Nothing was started; choose a port with --wake-port."
             )
         wake_port = (port + 1 if port else 0) if self.wake_port is None else self.wake_port
         return Address(self.host, port, wake_port)

@@ -85,7 +85,8 @@ def load_named_task(path: Path) -> Task:
     declared = declared_name(path)
     if declared not in (None, task.name):
         raise TaskError(
-            f"{path}: the file says `task = Task(name={declared!r}, ...)`, and the task is called "
-            f"{task.name!r}. Nothing was trained; write its name out there, and start again."
+            f"{path}: the file contains `task = Task(name={declared!r}, ...)`, but the task's "
+            f"name is {task.name!r}. Nothing was trained; write that name literally in the file, "
+            "and start again."
         )
     return task

@@ -92,17 +92,17 @@ def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached)
             return None
         if not resume:
             raise ConfigError(
-                f"{folder}: this run was interrupted after round {journal.round}, and starting it "
-                "would drop that. Nothing was run; go on with --resume, or begin again with "
-                "--fresh."
+                f"{folder}: this run was interrupted after round {journal.round}, and starting "
+                "it would discard that. Nothing was run; continue with --resume, or start over "
+                "with --fresh."
             )
         now, free = identity_of(run, OPEN_POLICY), AFTER_ROUNDS if journal.ended else ()
         check_same(folder / JOURNAL_FOLDER, journal.identity, now, free=free)
         if over:
             what = "results are in summary.json" if released else "model is in global.safetensors"
             raise RunComplete(
-                f"{folder}: this run is complete: its {what}. Nothing is left to be done; --fresh "
-                "in place of --resume runs it again."
+                f"{folder}: this run is complete: its {what}. Nothing is left to do; to run it "
+                "again, pass --fresh instead of --resume."
             )
     except BaseException:
         journal.close()

@@ -45,32 +45,32 @@ def roll_back(run: RunConfig, runs: Path, number: int, *, identity: Path, by: st
     folder = runs / run.name
     if not folder.is_dir():
         raise ConfigError(
-            f"{folder}: there is no run. Nothing was changed; name the folder that it is below by "
+            f"{folder}: there is no run here. Nothing was changed; pass its parent folder with "
             "--runs."
         )
     with held(folder):
         journal = reopen(folder / JOURNAL_FOLDER)
         if journal is None or journal.start is None:
-            raise ConfigError(f"{folder}: no round of this run is over. Nothing was changed.")
+            raise ConfigError(f"{folder}: no round of this run is complete. Nothing was changed.")
         with closing(journal), closing(Audit(identity / AUDIT)) as audit:
             kept, last = journal.rounds_kept(), journal.round
             if journal.ended:
                 raise ConfigError(
-                    f"{folder}: this run is over, and its results are written. Nothing was "
-                    "changed; what was published is taken back by `fedcore release rollback`."
+                    f"{folder}: this run is complete, and its results are written. Nothing was "
+                    "changed; roll back a published model with `fedcore release rollback`."
                 )
             if number not in kept:
                 named = " and ".join(map(str, kept))
                 raise ConfigError(
-                    f"{folder}: the model of round {number} is not kept: of rounds {named} it is. "
-                    "Nothing was changed; for an earlier one, restore the folder from a backup "
-                    "that was taken then (`fedcore server backup`)."
+                    f"{folder}: the model of round {number} is not kept; the models of rounds "
+                    f"{named} are. Nothing was changed; for an earlier one, restore the folder "
+                    "from a backup written at that time (`fedcore server backup`)."
                 )
             if journal.start.progress.protection is not None:
                 raise PrivacyError(
-                    f"{folder}: this run protects clients, and each round that is over has spent "
-                    "of their epsilon; going back would forget that. Nothing was changed; begin "
-                    "a new run with federation.initial."
+                    f"{folder}: this run protects clients, and each completed round has spent "
+                    "some of their epsilon, which a rollback would forget. Nothing was changed; "
+                    "start a new run with federation.initial."
                 )
             audit.record(by=by, action="rollback", outcome="begun", round=number, run=run.name)
             journal.roll_back(number)

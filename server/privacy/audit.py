@@ -32,7 +32,7 @@ from server.privacy.canaries import CanaryRelease, Train, release
 
 _BOUNDS = 2  # number of bounds per statement and seed
 _SAMPLED_EPSILON = 0.1  # for distances under sampling: accountants err by 0.01 at 0
-_MOST_STEPS = 4000  # training steps of one seed's releases: some 20 s on a core
+_MAX_STEPS = 4000  # training steps of one seed's releases: some 20 s on a core
 _MIN_RELEASES = 40
 _THRESHOLDS = np.linspace(0.01, 0.999, 200)  # quantiles of the pilot's scores
 _SHARES = (0.005, 0.01, 0.02, 0.05, 0.1, 0.2, 0.4, 1.0)  # shares of one run's canaries to guess
@@ -73,7 +73,7 @@ class Effort:
 
     def within(self, steps: int) -> Effort:
         """Returns this effort, reduced to fewer releases if each takes many steps."""
-        allowed = max(_MIN_RELEASES, _MOST_STEPS // max(1, steps))
+        allowed = max(_MIN_RELEASES, _MAX_STEPS // max(1, steps))
         share = min(1.0, allowed / (self.pilot + self.releases))
         return replace(self, pilot=round(self.pilot * share), releases=round(self.releases * share))
 

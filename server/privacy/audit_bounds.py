@@ -18,9 +18,9 @@ from fedcore.privacy.accounting import Charge, epsilon_of
 Array = NDArray[np.float64]
 
 _HALVINGS = 60  # bisection steps, down to float64 precision
-_MOST_EPSILON = 700.0  # exp of more overflows float64
+_MAX_EPSILON = 700.0  # exp of more overflows float64
 _NOISE_HALVINGS = 8  # bisection steps, each calls the accountant; error at most 1.4 %
-_LEAST_NOISE = 0.25  # below it the accountant's tables grow without bound
+_MIN_NOISE = 0.25  # below it the accountant's tables grow without bound
 _BOLDNESS = 0.99  # share of the bettor's wealth at stake; 1 could lose all at once
 
 
@@ -41,7 +41,7 @@ def one_run_p_value(
     if not (0 <= right <= guesses <= canaries and epsilon >= 0 and 0 <= delta <= 1):
         raise ValueError(
             f"{right} right of {guesses} guesses about {canaries} canaries, at epsilon {epsilon} "
-            f"and delta {delta}: these are no counts of an audit"
+            f"and delta {delta}: these are not valid counts of an audit"
         )
     mass = _binomial(guesses, 1 / (1 + math.exp(-epsilon)))
     at_least = float(mass[right:].sum())
@@ -66,7 +66,7 @@ def one_run_epsilon(
         )
         return p_value < 1 - confidence
 
-    return _largest(refuted, _MOST_EPSILON)
+    return _largest(refuted, _MAX_EPSILON)
 
 
 def _binomial(count: int, probability: float) -> Array:
@@ -163,7 +163,7 @@ def gaussian_delta(epsilon: float, mu: float) -> float:
 
 def gaussian_epsilon(mu: float, delta: float) -> float:
     """Returns a lower bound on the epsilon at ``delta`` for telling N(0, 1) from N(mu, 1)."""
-    return _largest(lambda epsilon: gaussian_delta(epsilon, mu) > delta, _MOST_EPSILON)
+    return _largest(lambda epsilon: gaussian_delta(epsilon, mu) > delta, _MAX_EPSILON)
 
 
 def _normal(x: float) -> float:
@@ -200,7 +200,7 @@ def _by_accountant(seen: Distance, stated: Charge, target_delta: float) -> float
     def refuted(noise: float) -> bool:
         return spent(noise, seen.delta) < seen.epsilon
 
-    low, high = max(_LEAST_NOISE, stated.noise_multiplier / 4), 8 * stated.noise_multiplier
+    low, high = max(_MIN_NOISE, stated.noise_multiplier / 4), 8 * stated.noise_multiplier
     if not refuted(high):
         return 0.0
     if refuted(low):

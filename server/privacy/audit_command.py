@@ -28,8 +28,8 @@ if TYPE_CHECKING:
 _CONFIDENCE = 0.95
 _PICTURES = 3
 _SHOW_EVERY_S = 2.0
-_MOST_SEEDS = 10_000
-_MOST_EXAMPLES = 10**9
+_MAX_SEEDS = 10_000
+_MAX_EXAMPLES = 10**9
 _SHOWN = 40  # characters shown of an invalid value
 
 
@@ -38,8 +38,8 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "config",
         type=Path,
         nargs="?",
-        help="a run's TOML file, whose noise, clip norm, sample rate and steps are audited; one "
-        "step with noise multiplier 1 when unset",
+        help="a run's TOML file, whose noise, clip norm, sample rate and steps are audited "
+        "(default: one step with noise multiplier 1)",
     )
     parser.add_argument(
         "--set",
@@ -53,34 +53,34 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "--examples",
         type=_examples,
         metavar="N",
-        help="plan for a client of so many examples, e.g. --examples 600; those of the task's "
-        "first client when unset",
+        help="number of examples of the planned client, e.g. --examples 600 (default: that of "
+        "the task's first client)",
     )
     parser.add_argument(
         "--seeds",
         type=_seeds,
         default=5,
-        help=f"independent audits, at most {_MOST_SEEDS:,}, each with canaries from a seed of its "
-        "own; the noise is that of devices, from the operating system (default: 5)",
+        help=f"independent audits, at most {_MAX_SEEDS:,}, each with canaries from its own "
+        "seed; the noise comes from the operating system, as on devices (default: 5)",
     )
     parser.add_argument(
         "--report",
         type=Path,
         metavar="DIR",
-        help="write report.html and inversion.png into this folder, which is made where it is "
-        "missing, e.g. --report runs/audit",
+        help="write report.html and inversion.png into this folder, which is created if missing, "
+        "e.g. --report runs/audit",
     )
     parser.add_argument(
-        "--json", action="store_true", help="print progress, and at the end the findings, as JSON"
+        "--json", action="store_true", help="print progress and the findings as JSON"
     )
 
 
 def _seeds(text: str) -> int:
-    return _number(text, _MOST_SEEDS)
+    return _number(text, _MAX_SEEDS)
 
 
 def _examples(text: str) -> int:
-    return _number(text, _MOST_EXAMPLES)
+    return _number(text, _MAX_EXAMPLES)
 
 
 def _number(text: str, most: int) -> int:
@@ -97,8 +97,8 @@ def _number(text: str, most: int) -> int:
 def _audit(options: argparse.Namespace) -> int:
     if options.config is None and (options.overrides or options.examples):
         raise ConfigError(
-            "audit: --set and --examples say how a run is planned, and no run's file was named. "
-            "Nothing was audited; put the file's path before them."
+            "audit: --set and --examples apply to a run, but no run's file was given. Nothing "
+            "was audited; add the file's path."
         )
     if options.report is not None:
         check_folder(options.report, option="--report")
@@ -148,9 +148,9 @@ def _statements(options: argparse.Namespace) -> list[Statement]:
     run = load_run(options.config, options.overrides)
     if not run.private:
         raise ConfigError(
-            f"{options.config}: privacy.unit is {run.privacy.unit!r}, so no epsilon of examples is "
-            "stated, which is what an audit could refute. Nothing was audited; set privacy.unit to "
-            "'example' or 'both'."
+            f"{options.config}: privacy.unit is {run.privacy.unit!r}, so the run states no "
+            "epsilon of examples that an audit could refute. Nothing was audited; set "
+            "privacy.unit to 'example' or 'both'."
         )
     with redirect_stdout(sys.stderr):  # keeps output of the task out of machine-readable output
         return _of_run(run, options.examples)
@@ -181,8 +181,8 @@ def _first_client(run: RunConfig) -> Examples:
     name = next(iter(task.clients(folder)), None)
     if name is None:
         raise DataError(
-            f"task {task.name!r}: it names no clients, and the first one's number of examples "
-            "fixes what is audited. Nothing was audited; say it by --examples."
+            f"task {task.name!r}: clients() returned none, but the audit needs the number of "
+            "examples of the first. Nothing was audited; pass it with --examples."
         )
     return read_examples(lambda: task.client_data(name, folder), what=f"data of client {name!r}")
 
@@ -249,7 +249,7 @@ def _pictures(statement: Statement, emit: Sink) -> list[Picture]:
             found.append(picture)
             step(len(found))
     except ModuleNotFoundError as error:
-        emit(Noted(f"gradient inversion left out: {error.name} is not installed"))
+        emit(Noted(f"gradient inversion skipped: {error.name} is not installed"))
     emit(StageFinished(stage, time.monotonic() - started_s, counted(len(found), "picture")))
     return found
 
@@ -263,10 +263,10 @@ def _check(audited: Sequence[Audited]) -> None:
             raise PrivacyError(
                 f"audit: {one.statement.name}: epsilon is at least "
                 f"{epsilon_floor_text(one.epsilon)}, stated {epsilon_text(one.stated)}, which is "
-                f"{one.epsilon - one.stated:.2g} too little (confidence {one.confidence:.1%}). The "
-                f"training function leaks more than its ledger says; noise multiplier {noise:g} is "
-                f"stated, and {seen} was measured. Train nothing private with this installation "
-                "until the cause is found."
+                f"{one.epsilon - one.stated:.2g} too little (confidence {one.confidence:.1%}). "
+                "The training function leaks more than its ledger says; noise multiplier "
+                f"{noise:g} is stated, and {seen} was measured. Do not train with privacy on "
+                "this installation until the cause is found."
             )
 
 

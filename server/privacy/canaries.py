@@ -65,7 +65,7 @@ def private_training(plan: PrivatePlan, randomness: Randomness) -> Train:
             task.loss_of,
             settings,
             plan,
-            way=ways[task.name],
+            method=ways[task.name],
             draws=randomness.draws(device, "audit", next(calls)),
         )
 
@@ -99,9 +99,9 @@ def release(
     moved = cast(nn.Linear, model.model).weight.detach().double().flatten().numpy()
     if not np.isfinite(moved).all():
         raise PrivacyError(
-            f"audit: a release on {canaries} canaries holds weights that are not finite, so it "
-            "cannot be judged. The training function is at fault: every gradient of a canary is "
-            f"finite, of norm {size:g}."
+            f"audit: a release on {canaries} canaries contains weights that are not finite, so "
+            "it cannot be evaluated. The training function is at fault: every gradient of a "
+            f"canary is finite, of norm {size:g}."
         )
     batch = expected_batch_size(canaries, stated)
     return CanaryRelease(included, moved * batch / (_SETTINGS.learning_rate * stated.clip_norm))
@@ -130,7 +130,7 @@ def artificial_task(
     """Builds a task without own data; the caller passes examples to the training function."""
 
     def none(*_: object) -> Examples:
-        raise AssertionError(f"task {name!r} has no data of its own")
+        raise AssertionError(f"task {name!r} has no data")
 
     return Task(
         name=name,

@@ -66,10 +66,10 @@ def client_table(found: ClientAnswer, run: RunConfig) -> str:
     settings = run.privacy.client
     drawn = f"each drawn with probability {found.sample_rate:.3g}"
     if found.separation is not None:
-        drawn = f"none asked twice in {counted(found.separation, 'round')}"
+        drawn = f"none selected twice in {counted(found.separation, 'round')}"
     lasts = "all of them"
     if found.lasts < found.rounds:
-        lasts = f"{found.lasts} of them: the run ends before the next one"
+        lasts = f"{found.lasts} of them; the run ends before the next one"
     return "\n".join(
         [
             f"Client-level privacy of {counted(found.clients, 'client')}, {found.cohort} a round "

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from fedcore.cli import Command
-from fedcore.config.run import MOST_CLIENTS, ClientConfig, Privacy, RunConfig, Section
+from fedcore.config.run import MAX_CLIENTS, ClientConfig, Privacy, RunConfig, Section
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
 from fedcore.files import check_picture
@@ -34,7 +34,10 @@ _PRIVACY = {
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "config", type=Path, nargs="?", help="a run's TOML file, for what the options leave open"
+        "config",
+        type=Path,
+        nargs="?",
+        help="a run's TOML file, for values that the options leave unset",
     )
     planned = parser.add_mutually_exclusive_group(required=True)
     planned.add_argument(
@@ -62,11 +65,13 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--noise",
         type=float,
-        help="a fixed privacy.noise_multiplier in place of the least for --epsilon, e.g. --noise 1",
+        help=(
+            "a fixed privacy.noise_multiplier instead of the smallest for --epsilon, e.g. --noise 1"
+        ),
     )
     parser.add_argument("--accountant", choices=["prv", "rdp"], help="privacy.accountant")
     parser.add_argument(
-        "--plot", type=Path, metavar="FILE", help="draw it, e.g. --plot plan.png (.pdf, .svg)"
+        "--plot", type=Path, metavar="FILE", help="plot the plan, e.g. --plot plan.png (.pdf, .svg)"
     )
     parser.add_argument("--json", action="store_true", help="print the plan as one JSON object")
 
@@ -76,13 +81,14 @@ def _run(options: argparse.Namespace) -> int:
         return _of_clients(options)
     if options.cohort is not None:
         raise ConfigError(
-            "--cohort: it says nothing of examples, whose privacy is each client's own. Nothing "
-            "was planned; leave it out, or plan privacy of clients by --clients."
+            "--cohort: it does not apply to privacy of examples, which each client accounts for "
+            "itself. Nothing was planned; leave it out, or plan privacy of clients with "
+            "--clients."
         )
     if options.examples < 1:
         raise ConfigError(
-            f"--examples = {options.examples}: expected at least 1. Nothing was planned; name how "
-            "many examples one client has."
+            f"--examples = {options.examples}: expected at least 1. Nothing was planned; give "
+            "the number of examples of one client."
         )
     if options.plot is not None:
         check_picture(options.plot, option="--plot")
@@ -104,19 +110,19 @@ def _of_clients(options: argparse.Namespace) -> int:
     for name in ("batch", "epochs", "plot"):
         if getattr(options, name) is not None:
             raise ConfigError(
-                f"--{name}: it has no part in a plan of privacy of clients. Nothing was planned; "
-                "leave it out, or plan privacy of examples by --examples."
+                f"--{name}: it does not apply to privacy of clients. Nothing was planned; leave "
+                "it out, or plan privacy of examples with --examples."
             )
     run = _loaded(options)
     if options.config and not run.client_private:
         raise ConfigError(
             f"{options.config}: privacy.unit = {run.privacy.unit!r} protects no clients. Nothing "
-            "was planned; --examples plans what protects examples, or set the unit to 'client'."
+            "was planned; plan privacy of examples with --examples, or set the unit to 'client'."
         )
-    if not 1 <= options.clients <= MOST_CLIENTS:
+    if not 1 <= options.clients <= MAX_CLIENTS:
         raise ConfigError(
-            f"--clients = {options.clients}: expected 1 to {MOST_CLIENTS}. Nothing was planned; "
-            "name how many clients rounds draw from."
+            f"--clients = {options.clients}: expected 1 to {MAX_CLIENTS}. Nothing was planned; "
+            "give the number of clients that rounds draw from."
         )
     with note_if_slow(LOADING):
         settings = _changed(run.privacy.client, options, _PRIVACY)
@@ -141,9 +147,9 @@ def _question(options: argparse.Namespace) -> Question:
     run = _loaded(options)
     if run.privacy.unit == "client":
         raise ConfigError(
-            f"{options.config}: privacy.unit = 'client' protects no single examples, which "
-            "--examples plans. Nothing was planned; --clients N plans it, N being the clients "
-            "that rounds draw from."
+            f"{options.config}: privacy.unit = 'client' does not protect examples, which "
+            "--examples plans. Nothing was planned; use --clients N, the number of clients that "
+            "rounds draw from."
         )
     client = _changed(run.client, options, _CLIENT)
     privacy = _changed(run.privacy, options, {**_PRIVACY, "rounds": "participations"})
@@ -236,7 +242,10 @@ def table(found: PlanResult, question: Question) -> str:
 
 
 plan = Command(
-    help="what example-level privacy will cost a client: noise, epsilon by round, what would help",
+    help=(
+        "show the cost of example-level privacy to a client: noise, epsilon by round, what would "
+        "help"
+    ),
     arguments=_arguments,
     run=_run,
     example="fedcore privacy plan --examples 6000 --batch 64 --rounds 30 --epsilon 3 --delta 1e-5",

@@ -27,10 +27,17 @@ from fedcore.crypto.certificates import (
 from fedcore.crypto.keys import MAX_KEY_BYTES, parse_key, public_bytes
 from fedcore.crypto.kit import KIT, MAX_KIT_BYTES, parse_kit_file
 from fedcore.crypto.roster import ROSTER, RosterFile, parse_roster
-from fedcore.crypto.roster_seen import SEEN, Seen, note_lost, read_seen, write_seen
+from fedcore.crypto.roster_seen import SEEN, Seen, read_seen, record_lost_version, write_seen
 from fedcore.crypto.sealing import decrypt, encrypt, is_encrypted
 from fedcore.errors import ConfigError, DataError, FedcoreError, ResourceError, TrustError
-from fedcore.files import disk_errors, is_there, lock_folder, read_bytes, sync_folder, write_atomic
+from fedcore.files import (
+    disk_errors,
+    lock_folder,
+    name_exists,
+    read_bytes,
+    sync_folder,
+    write_atomic,
+)
 from server.live.operators.drained import DRAINED
 from server.operator_log import AUDIT, MARK
 from server.provision.folder import (
@@ -108,7 +115,7 @@ def backup(act: Act, file: Path) -> None:
         files = {
             name: read_bytes(act.folder / name, max_bytes=MAX_AUDIT_BYTES, what="a file to back up")
             for name in get_args(FileName)
-            if name in _REQUIRED or is_there(act.folder / name)
+            if name in _REQUIRED or name_exists(act.folder / name)
         }
     _verify(files, act, where=str(act.folder))
     content = Backup(
@@ -138,18 +145,18 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
     if occupied and not replace:
         raise ConfigError(
             f"{folder}: expected an empty folder, or none. Nothing was restored; choose another, "
-            "or give --replace: what is there is then kept under another name."
+            "or pass --replace, which keeps the present folder under another name."
         )
     sealed = read_bytes(
         file,
         max_bytes=MAX_BACKUP_BYTES,
         what="a backup",
-        otherwise="Nothing was restored; name a file that `fedcore provision backup` wrote.",
+        otherwise="Nothing was restored; pass a file written by `fedcore provision backup`.",
     )
     files, created = _decode(decrypt(sealed, _passphrase(act), where=where), where)
     authority = _verify(files, act, where=where)
     with ExitStack() as held:
-        if occupied and is_there(folder / CERTIFICATE):
+        if occupied and name_exists(folder / CERTIFICATE):
             held.enter_context(locked(folder))
         if (folder / SERVER).is_dir():
             held.enter_context(lock_folder(folder / SERVER, _running(folder)))
@@ -164,11 +171,13 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
             files[AUDIT] = read_bytes(folder / AUDIT, max_bytes=MAX_AUDIT_BYTES, what="the log")
             for name in (MARK, ROSTER_KEY):  # these belong to the roster and the log
                 files.pop(name, None)
-                if is_there(folder / name):
+                if name_exists(folder / name):
                     files[name] = read_bytes(
-                        folder / name, max_bytes=MAX_KEY_BYTES, what="what goes with the roster"
+                        folder / name,
+                        max_bytes=MAX_KEY_BYTES,
+                        what="a file that belongs to the roster",
                     )
-        stays = _stays(folder, authority) if occupied else []
+        stays = _files_to_keep(folder, authority) if occupied else []
         kept = there if there is not None and newer else authority
         blind = created if there is None and kept.members else None
         before = _place(act, files, stays, kept.roster, occupied=occupied, blind=blind)
@@ -184,8 +193,8 @@ def restore(act: Act, file: Path, *, replace: bool) -> Restored:
 def _passphrase(act: Act) -> str:
     if act.passphrase is None:
         raise ConfigError(
-            "a backup is sealed with a passphrase, and none was given. Nothing was written; name a "
-            "file with --passphrase-file, or set FEDCORE_PASSPHRASE."
+            "a backup is encrypted with a passphrase, but none was given. Nothing was written; "
+            "pass a file with --passphrase-file, or set FEDCORE_PASSPHRASE."
         )
     return act.passphrase
 
@@ -200,8 +209,8 @@ def _decode(raw: bytes, where: str) -> tuple[dict[str, bytes], datetime]:
         return files, content.created
     except (ValidationError, binascii.Error) as error:
         raise TrustError(
-            f"{where}: this is no backup of a known format ({str(error).splitlines()[0]}). Nothing "
-            "was restored; use the version of fedcore that made it, or another copy."
+            f"{where}: this is not a backup of a known format ({str(error).splitlines()[0]}). "
+            "Nothing was restored; use the version of fedcore that wrote it, or another copy."
         ) from None
 
 
@@ -210,8 +219,8 @@ def _verify(files: Mapping[str, bytes], act: Act, *, where: str) -> Authority:
     missing = {*_REQUIRED} - {*files} or ({*_SERVER} - {*files} if {*_SERVER} & {*files} else set())
     if missing:
         raise TrustError(
-            f"{where}: {', '.join(sorted(missing))} is missing. This is no whole authority, and "
-            "nothing was changed; use another backup."
+            f"{where}: {', '.join(sorted(missing))} is missing, so the authority is incomplete. "
+            "Nothing was changed; use another backup."
         )
     certificate = parse_certificate(files[CERTIFICATE], where=f"{where}: {CERTIFICATE}")
     project = check_authority(certificate, now=act.now, where=f"{where}: {CERTIFICATE}")
@@ -234,8 +243,8 @@ def _verify_server(files: Mapping[str, bytes], authority: x509.Certificate, *, w
     key = parse_key(files[key_name], where=f"{where}: {key_name}")
     if subject.role != "server" or subject.public != public_bytes(key):
         raise TrustError(
-            f"{where}: {key_name} and {kit_name} are not one server's. Nothing was changed; use "
-            "another backup, or make the server's identity again."
+            f"{where}: {key_name} and {kit_name} belong to different servers. Nothing was "
+            "changed; use another backup, or create the server's identity again."
         )
 
 
@@ -254,7 +263,7 @@ def _running(folder: Path) -> ResourceError:
     )
 
 
-def _stays(folder: Path, authority: Authority) -> list[Path]:
+def _files_to_keep(folder: Path, authority: Authority) -> list[Path]:
     """Lists the server's files to keep from the folder, unless it is another authority's.
 
     The authority's certificate, or else the server's kit, identifies the owner. A folder too
@@ -267,9 +276,9 @@ def _stays(folder: Path, authority: Authority) -> list[Path]:
     for path in found:
         if not path.is_file():
             raise DataError(
-                f"{path}: expected a file that the server wrote, found a folder or something else. "
-                f"Nothing was restored; see what it is, put it away, and restore again. Where it "
-                f"was {SEEN}, nothing knows any more which members were revoked: revoke them again."
+                f"{path}: expected a file written by the server, found a folder or another kind "
+                "of file. Nothing was restored; inspect it, move it away, and restore again. If "
+                f"it was {SEEN}, the record of revoked members is lost: revoke them again."
             )
     return found
 
@@ -301,14 +310,14 @@ def _caution(
         if blind is None:
             return None
         return (
-            f"this list of members is that of {blind:%Y-%m-%d %H:%M} UTC, when the backup was "
-            "made, and nothing here tells what came later: whoever was revoked since is in force "
-            "again. Revoke them again, now; `fedcore doctor` says so until then."
+            f"this roster dates from {blind:%Y-%m-%d %H:%M} UTC, when the backup was written, "
+            "and nothing here records later changes: members revoked since then are in force "
+            "again. Revoke them again now; `fedcore doctor` warns until then."
         )
     return (
-        "the roster that was there cannot be read, so the versions could not be compared: who was "
-        f"revoked since this backup is in force again. {before / AUDIT} tells of each; revoke them "
-        "again, now."
+        "the previous roster cannot be read, so the versions could not be compared: members "
+        f"revoked since this backup are in force again. {before / AUDIT} lists each of them; "
+        "revoke them again now."
     )
 
 
@@ -334,9 +343,9 @@ def _place(
             write_atomic(new / name, raw, mode=0o644 if name in _PUBLIC else 0o600)
         for path in stays:
             _copy(path, new / SERVER / path.name)
-        note_lost(new / SERVER / SEEN, roster.version)
+        record_lost_version(new / SERVER / SEEN, roster.version)
         if (new / SERVER).exists():
-            if blind is not None and not is_there(new / SERVER / SEEN):
+            if blind is not None and not name_exists(new / SERVER / SEEN):
                 signer = roster.signer.number if roster.signer is not None else 0
                 seen = Seen(version=roster.version, signer=signer, restored=blind)
                 write_seen(new / SERVER / SEEN, seen)

@@ -24,7 +24,7 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
         "--project",
         required=True,
         metavar="NAME",
-        help="stands in every certificate, as --project orchard",
+        help="name of the project, stored in every certificate, e.g. --project orchard",
     )
 
 
@@ -32,7 +32,7 @@ def _init(options: argparse.Namespace) -> int:
     act = sealing(options, twice=True)
     certificate = initialise(act, options.project)
     sealed = act.passphrase is not None
-    keep = "sealed" if sealed else "not sealed: keep the folder where nobody else reads"
+    keep = "encrypted" if sealed else "not encrypted: keep the folder where nobody else can read it"
     text = (
         f"Authority: {options.authority}, project {options.project}, "
         f"valid until {moment(certificate.not_valid_after_utc)}\n"
@@ -56,27 +56,27 @@ def _server_arguments(parser: argparse.ArgumentParser) -> None:
         "hosts",
         nargs="+",
         metavar="HOST",
-        help="each name and address under which devices reach the server, the preferred first",
+        help="names and addresses at which devices reach the server, the preferred first",
     )
     parser.add_argument(
         "--port",
         type=int,
         default=DEFAULT_PORT,
         metavar="N",
-        help="where it listens, as --port 443 (default: %(default)s)",
+        help="port on which it listens, e.g. --port 443 (default: %(default)s)",
     )
     parser.add_argument("--days", **days(SERVER_VALIDITY))
     parser.add_argument(
         "--replace",
         action="store_true",
-        help="make a new key and certificate in place of the server's present ones",
+        help="replace the server's present key and certificate with new ones",
     )
 
 
 def _server(options: argparse.Namespace) -> int:
     if not 1 <= options.port < 2**16:
         raise ConfigError(
-            f"--port {options.port}: a port is a number from 1 to 65535. Nothing was made."
+            f"--port {options.port}: expected a port from 1 to 65535. Nothing was created."
         )
     file = provision_server(
         acting(options, signs=True),
@@ -94,7 +94,7 @@ def _sign(options: argparse.Namespace) -> int:
     number = signer.number if signer is not None else 0
     text = (
         f"Signed:  {options.authority}, version {authority.roster.version} of the roster, by key "
-        f"{number}\nNext:    copy roster.json to where the server runs, if that is elsewhere"
+        f"{number}\nNext:    copy roster.json to the server's machine, if that is another one"
     )
     value = {"version": authority.roster.version, "signer": number}
     return show(options, text, value)
@@ -102,12 +102,12 @@ def _sign(options: argparse.Namespace) -> int:
 
 def _file_arguments(parser: argparse.ArgumentParser) -> None:
     signing(parser)
-    parser.add_argument("file", type=Path, metavar="FILE", help="the sealed file")
+    parser.add_argument("file", type=Path, metavar="FILE", help="the encrypted file")
 
 
 def _backup(options: argparse.Namespace) -> int:
     backup(sealing(options, twice=True), options.file)
-    text = f"Backup: {options.file}, sealed; keep it and its passphrase in two places"
+    text = f"Backup: {options.file}, encrypted; keep it and its passphrase in two places"
     return show(options, text, {"file": str(options.file)})
 
 
@@ -116,13 +116,13 @@ def _restore_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--replace",
         action="store_true",
-        help="put the backup in place of what is there, which is kept under another name",
+        help="replace the present folder, which is kept under another name",
     )
 
 
 def _restore(options: argparse.Namespace) -> int:
     done = restore(sealing(options, twice=False), options.file, replace=options.replace)
-    newer = " (the folder's own roster was newer, and stays)" if done.roster == "folder" else ""
+    newer = " (the folder's own roster was newer and was kept)" if done.roster == "folder" else ""
     before = f"\nBefore:   {done.before}" if done.before else ""
     members = counted(done.members, "member")
     text = f"Restored: {options.authority}, project {done.project}, {members}{newer}"
@@ -141,36 +141,36 @@ def _restore(options: argparse.Namespace) -> int:
 provision = group(
     {
         "init": Command(
-            "Make the authority of a new project.",
+            "Create the authority of a new project.",
             _init_arguments,
             _init,
             "fedcore provision init --project orchard --passphrase-file -",
         ),
         "server": Command(
-            "Make the server's key and certificate, under its names and addresses.",
+            "Create the server's key and certificate for its names and addresses.",
             _server_arguments,
             _server,
             "fedcore provision server fl.example.org 10.0.0.5 --port 9092",
         ),
         **MEMBER_VERBS,
         "sign": Command(
-            "Make a new key for rosters, and sign the one in force with it.",
+            "Create a new key for rosters, and sign the current roster with it.",
             signing,
             _sign,
             "fedcore provision sign --passphrase-file -",
         ),
         "backup": Command(
-            "Write the whole authority to one sealed file.",
+            "Write the whole authority to one encrypted file.",
             _file_arguments,
             _backup,
             "fedcore provision backup authority.sealed --passphrase-file -",
         ),
         "restore": Command(
-            "Put the authority in a sealed file into force, verified.",
+            "Verify and restore an authority from an encrypted backup.",
             _restore_arguments,
             _restore,
             "fedcore provision restore authority.sealed --passphrase-file -",
         ),
     },
-    "Keep a project's authority: who takes part, in which role, until when.",
+    "Manage a project's authority: who takes part, in which role, until when.",
 )

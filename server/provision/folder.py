@@ -36,14 +36,14 @@ from fedcore.crypto.roster import (
 from fedcore.crypto.roster_seal import Signer
 from fedcore.crypto.sealing import decrypt, is_encrypted
 from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
-from fedcore.files import disk_errors, is_there, lock_file, read_bytes, write_atomic
+from fedcore.files import disk_errors, lock_file, name_exists, read_bytes, write_atomic
 from server.operator_log import AUDIT, Audit
 
 CERTIFICATE, PRIVATE_KEY, SERVER = "authority.pem", "authority.key", "server"
 ROSTER_KEY = "roster.key"
 _RESTORE = (
-    "Nothing was done; put it back from a copy, or `fedcore provision restore FILE --replace` "
-    "brings back the whole authority from a backup."
+    "Nothing was done; restore it from a copy, or restore the whole authority from a backup with "
+    "`fedcore provision restore FILE --replace`."
 )
 MAX_AUDIT_BYTES = 32 << 20  # 32 MiB: some 100,000 lines
 
@@ -133,8 +133,8 @@ def read_key(authority: Authority, passphrase: str | None) -> EllipticCurvePriva
     if is_encrypted(raw):
         if passphrase is None:
             raise ConfigError(
-                f"{path}: this key is sealed with a passphrase, and none was given. Nothing was "
-                "signed; name a file with --passphrase-file, or set FEDCORE_PASSPHRASE."
+                f"{path}: this key is encrypted with a passphrase, but none was given. Nothing "
+                "was signed; pass a file with --passphrase-file, or set FEDCORE_PASSPHRASE."
             )
         raw = decrypt(raw, passphrase, where=str(path))
     key = parse_key(raw, where=str(path))
@@ -146,7 +146,7 @@ def check_pair(key: EllipticCurvePrivateKey, certificate: x509.Certificate, *, w
     """Raises `CertificateRefused` unless the key belongs to the certificate."""
     if key.public_key() != certificate.public_key():
         raise CertificateRefused(
-            f"{where}: this is not the key of the authority's certificate. Nothing was signed; "
+            f"{where}: this key does not match the authority's certificate. Nothing was signed; "
             "restore both from one backup."
         )
 
@@ -165,8 +165,8 @@ def check_place(path: Path) -> None:
             pass
     except OSError as error:
         raise ResourceError(
-            f"{path}: this file cannot be made ({error.strerror or error}). No certificate was "
-            "issued, and nothing recorded; name another place, or make this one writable."
+            f"{path}: cannot create this file ({error.strerror or error}). No certificate was "
+            "issued or recorded; choose another place, or make this one writable."
         ) from None
 
 
@@ -178,16 +178,16 @@ def read_roster_key(authority: Authority) -> tuple[EllipticCurvePrivateKey, Sign
         CertificateRefused: others may read the file, or it is another key.
     """
     path, signer = authority.folder / ROSTER_KEY, authority.roster.signer
-    if not is_there(path) or signer is None:
+    if not name_exists(path) or signer is None:
         raise DataError(
-            f"{path}: the key that signs the roster is missing. Nothing was changed; `fedcore "
-            "provision sign` makes another, which the authority's own key vouches for."
+            f"{path}: the key that signs the roster is missing. Nothing was changed; create "
+            "another with `fedcore provision sign`, which the authority's own key certifies."
         )
     key = load_key(path)
     if public_bytes(key).decode() != signer.public:
         raise CertificateRefused(
-            f"{path}: this is not the key that signed the roster in force. Nothing was changed; "
-            "put the right one back, or make another by `fedcore provision sign`."
+            f"{path}: this is not the key that signed the current roster. Nothing was changed; "
+            "restore the right one, or create another with `fedcore provision sign`."
         )
     return key, signer
 
@@ -235,10 +235,10 @@ def link_roster(server: Path) -> None:
 
 
 def _check_there(folder: Path) -> None:
-    if not is_there(folder / CERTIFICATE):
+    if not name_exists(folder / CERTIFICATE):
         raise DataError(
-            f"{folder}: there is no authority in this folder. Nothing was changed; `fedcore "
-            "provision init` makes one, or name its folder with --authority."
+            f"{folder}: there is no authority in this folder. Nothing was changed; create one "
+            "with `fedcore provision init`, or pass its folder with --authority."
         )
 
 

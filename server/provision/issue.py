@@ -34,7 +34,7 @@ from fedcore.crypto.roster import MAX_NUM_EXAMPLES, ROSTER, Member, RosterEntry,
 from fedcore.crypto.roster_seal import delegate
 from fedcore.crypto.sealing import encrypt
 from fedcore.errors import ConfigError
-from fedcore.files import disk_errors, is_there, read_bytes, write_atomic
+from fedcore.files import disk_errors, name_exists, read_bytes, write_atomic
 from server.provision.folder import (
     CERTIFICATE,
     PRIVATE_KEY,
@@ -87,8 +87,8 @@ def initialise(act: Act, project: str) -> x509.Certificate:
     certificate = issue_authority(key, project=project, now=act.now)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise ConfigError(
-            f"{folder}: expected an empty folder, or none. Nothing was written; choose another, or "
-            "use the authority that is there."
+            f"{folder}: expected an empty folder, or none. Nothing was written; choose another, "
+            "or use the existing authority."
         )
     raw = private_bytes(key)
     if act.passphrase is not None:
@@ -127,11 +127,11 @@ def provision_server(
     addresses = tuple(_address(host, port) for host in hosts)
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
-        if is_there(authority.server / KIT) and not again:
+        if name_exists(authority.server / KIT) and not again:
             raise ConfigError(
-                f"{authority.server}: the server has an identity already. Nothing was written; "
-                "`fedcore provision renew server` extends it under the same names, --replace makes "
-                "a new key for the names given."
+                f"{authority.server}: the server already has an identity. Nothing was written; "
+                "`fedcore provision renew server` extends it under the same names, --replace "
+                "creates a new key for the given names."
             )
         check_place(authority.server / KEY)
         key = new_key()
@@ -166,13 +166,13 @@ def provision_member(
     check_name(name)
     if asked.name != name:
         raise ConfigError(
-            f"{where}: this request was made by {asked.name!r}, expected {name!r}. No certificate "
-            f"was issued; give the name of whoever made the request, or the request of {name!r}."
+            f"{where}: this request was made by {asked.name!r}, expected {name!r}. No "
+            f"certificate was issued; pass the name in the request, or the request of {name!r}."
         )
     if num_examples is not None and not 1 <= num_examples <= MAX_NUM_EXAMPLES:
         raise ConfigError(
-            f"{name}: {num_examples} examples, expected 1 to {MAX_NUM_EXAMPLES}: no client may "
-            "weigh more. No certificate was issued."
+            f"{name}: {num_examples} examples, expected 1 to {MAX_NUM_EXAMPLES}, the largest "
+            "weight of a client. No certificate was issued."
         )
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
@@ -274,7 +274,7 @@ def listing(act: Act) -> Listing:
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
         server = None
-        if is_there(authority.server / KIT):
+        if name_exists(authority.server / KIT):
             where = str(authority.server / KIT)
             certificate = parse_certificate(
                 _server_kit(authority).certificate.encode(), where=where
@@ -343,16 +343,16 @@ def _record(act: Act, action: str, certificate: x509.Certificate, authority: Aut
 
 def _server_kit(authority: Authority) -> KitFile:
     path = authority.server / KIT
-    if not is_there(path):
+    if not name_exists(path):
         raise ConfigError(
-            f"{authority.folder}: there is no server yet, and a kit says where it is. No "
-            "certificate was issued; `fedcore provision server HOST` comes first."
+            f"{authority.folder}: there is no server yet, but a kit contains its address. No "
+            "certificate was issued; run `fedcore provision server HOST` first."
         )
     raw = read_bytes(
         path,
         max_bytes=MAX_KIT_BYTES,
         what="the server's kit",
-        otherwise="Nothing was done; `fedcore provision server HOST --replace` makes it again.",
+        otherwise="Nothing was done; `fedcore provision server HOST --replace` creates it again.",
     )
     return parse_kit_file(raw, where=str(path))
 
@@ -360,16 +360,16 @@ def _server_kit(authority: Authority) -> KitFile:
 def _known(authority: Authority, name: str) -> tuple[RosterEntry, Member]:
     if name == SERVER_NAME:
         raise ConfigError(
-            f"{authority.folder}: the server is no member, and devices have no list of revoked "
-            "servers. Nothing was changed; `fedcore provision server HOST --replace` gives it a "
-            "new key. Where the old one was stolen, begin a new project, or let its certificate "
-            "run out."
+            f"{authority.folder}: the server is not a member, and devices have no list of "
+            "revoked servers. Nothing was changed; give it a new key with `fedcore provision "
+            "server HOST --replace`. If the old one was stolen, start a new project, or wait "
+            "until its certificate expires."
         )
     found = authority.find(name)
     if found is None:
         raise ConfigError(
-            f"{authority.folder}: nobody in force is called {name!r}. Nothing was changed; "
-            "`fedcore provision list` names everyone."
+            f"{authority.folder}: no member in force is named {name!r}. Nothing was changed; "
+            "list all members with `fedcore provision list`."
         )
     return found
 
@@ -378,8 +378,8 @@ def _check_free(authority: Authority, name: str, public: bytes) -> None:
     if name == SERVER_NAME or authority.find(name) is not None:
         _refuse(
             f"{name!r} is taken",
-            "choose another name, or revoke the one that has it; a certificate "
-            "that expires is extended with `fedcore provision renew`",
+            "choose another name, or revoke the member that has it; an expiring certificate is "
+            "extended with `fedcore provision renew`",
         )
     for member in authority.members.values():
         if member.public == public:

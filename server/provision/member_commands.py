@@ -15,7 +15,7 @@ from fedcore.crypto.keys import fingerprint, new_key, save_key
 from fedcore.crypto.kit import KEY, KIT, KitFile, write_kit
 from fedcore.crypto.roster import Member
 from fedcore.errors import ConfigError
-from fedcore.files import is_there, read_bytes, write_atomic
+from fedcore.files import name_exists, read_bytes, write_atomic
 from fedcore.observability.foreign import say
 from server.provision.folder import check_place
 from server.provision.issue import SERVER_NAME, listing, provision_member, renew, revoke
@@ -36,19 +36,26 @@ from server.provision.options import (
 
 def _device_arguments(parser: argparse.ArgumentParser) -> None:
     signing(parser)
-    parser.add_argument("name", metavar="NAME", help="as edge-017; unique in the project")
+    parser.add_argument(
+        "name", metavar="NAME", help="name of the device, e.g. edge-017; unique in the project"
+    )
     parser.add_argument(
         "--request",
         type=Path,
         required=True,
         metavar="FILE",
-        help="what `fedcore client enrol NAME` made on the device, as --request request.pem",
+        help=(
+            "file created by `fedcore client enrol NAME` on the device, e.g. --request request.pem"
+        ),
     )
     parser.add_argument(
         "--examples",
         type=int,
         metavar="N",
-        help="what its updates weigh, for good, as --examples 600 (default: as any other's)",
+        help=(
+            "fixed weight of its updates, e.g. --examples 600 (default: the same as any other "
+            "device)"
+        ),
     )
     parser.add_argument("--days", **days(MEMBER_VALIDITY))
     out(parser)
@@ -56,19 +63,21 @@ def _device_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _person_arguments(parser: argparse.ArgumentParser) -> None:
     signing(parser)
-    parser.add_argument("name", metavar="NAME", help="as anna; unique in the project")
+    parser.add_argument(
+        "name", metavar="NAME", help="name of the person, e.g. anna; unique in the project"
+    )
     where = parser.add_mutually_exclusive_group(required=True)
     where.add_argument(
         "--request",
         type=Path,
         metavar="FILE",
-        help="what `fedcore client enrol NAME` made on that person's machine",
+        help="file created by `fedcore client enrol NAME` on that person's machine",
     )
     where.add_argument(
         "--kit",
         type=Path,
         metavar="DIR",
-        help="make the key here, in this folder, for a person who works on this machine",
+        help="create the key in this folder, for a person who works on this machine",
     )
     parser.add_argument("--days", **days(MEMBER_VALIDITY))
     out(parser)
@@ -93,7 +102,7 @@ def _certify(options: argparse.Namespace, role: MemberRole, examples: int | None
         options.request,
         max_bytes=MAX_CERTIFICATE_BYTES,
         what="a request",
-        otherwise=f"Nothing was issued; `fedcore client enrol {options.name}` makes one.",
+        otherwise=f"Nothing was issued; create one with `fedcore client enrol {options.name}`.",
     )
     file = provision_member(
         acting(options, signs=True),
@@ -140,9 +149,8 @@ def _show_kit(options: argparse.Namespace, file: KitFile, kit: Path) -> int:
     write_atomic(kit, file.to_bytes())
     said = described(file)
     text = (
-        f"Kit:     {kit}, {said['role']} {said['name']}, valid until "
-        f"{said['not_after']}; it holds no secret\n"
-        f"Next:    fedcore client install {kit} --kit DIR --authority "
+        f"Kit:     {kit}, {said['role']} {said['name']}, valid until {said['not_after']}; it "
+        f"contains no secret\nNext:    fedcore client install {kit} --kit DIR --authority "
         f"{said['authority_sha256']}"
     )
     return show(options, text, {**said, "kit": str(kit)})
@@ -150,13 +158,13 @@ def _show_kit(options: argparse.Namespace, file: KitFile, kit: Path) -> int:
 
 def _renew_arguments(parser: argparse.ArgumentParser) -> None:
     signing(parser)
-    parser.add_argument("name", metavar="NAME", help=f"a member's, or {SERVER_NAME}")
+    parser.add_argument("name", metavar="NAME", help=f"name of a member, or {SERVER_NAME}")
     parser.add_argument(
         "--days",
         type=validity,
         metavar="DAYS",
-        help=f"how long the certificate is valid, as --days 30 (default: {MEMBER_VALIDITY.days}, "
-        f"the server's {SERVER_VALIDITY.days})",
+        help="validity of the certificate in days, e.g. --days 30 (default: "
+        f"{MEMBER_VALIDITY.days}, the server's {SERVER_VALIDITY.days})",
     )
     out(parser)
 
@@ -172,14 +180,14 @@ def _renew(options: argparse.Namespace) -> int:
 
 def _revoke_arguments(parser: argparse.ArgumentParser) -> None:
     place(parser)
-    parser.add_argument("name", metavar="NAME", help="whose certificate counts no more")
+    parser.add_argument("name", metavar="NAME", help="name of the member to revoke")
 
 
 def _revoke(options: argparse.Namespace) -> int:
     member = revoke(acting(options), options.name)
     text = (
-        f"{member.role} {member.name}: revoked. A server that reads this folder's roster lets it "
-        "in no more; copy roster.json to any other."
+        f"{member.role} {member.name}: revoked. A server that reads this folder's roster refuses "
+        "it from now on; copy roster.json to any other server."
     )
     return show(options, text, _row(member, clock()))
 
@@ -201,11 +209,11 @@ def _list(options: argparse.Namespace) -> int:
         "members": rows,
     }
     lines = [f"project {value['project']}, authority valid until {value['not_after']}"]
-    if server is None and is_there(found.authority.server / KEY):
+    if server is None and name_exists(found.authority.server / KEY):
         say(
-            f"warning: {found.authority.server}: the server's {KEY} is here, and its {KIT} is not: "
-            "put it back from a backup, or make both again by `fedcore provision server HOST "
-            "--replace`",
+            f"warning: {found.authority.server}: the server's {KEY} is here, but its {KIT} is "
+            "missing: restore it from a backup, or create both again with `fedcore provision "
+            "server HOST --replace`",
             to=sys.stderr,
         )
     if server:
@@ -234,31 +242,31 @@ def _row(member: Member, now: datetime) -> dict[str, Any]:
 
 MEMBER_VERBS = {
     "device": Command(
-        "Certify a device's request, as a kit for it.",
+        "Issue a kit for a device's request.",
         _device_arguments,
         _device,
         "fedcore provision device edge-017 --request request.pem --examples 600",
     ),
     "operator": Command(
-        "Certify a person who may steer the server.",
+        "Issue a kit for a person who may control the server.",
         _person_arguments,
         _operator,
         "fedcore provision operator anna --kit anna",
     ),
     "viewer": Command(
-        "Certify a person who may look at the server.",
+        "Issue a kit for a person who may only view the server.",
         _person_arguments,
         _viewer,
         "fedcore provision viewer bruno --request bruno.pem",
     ),
     "revoke": Command(
-        "Take someone's certificate out of force.",
+        "Revoke a member's certificate.",
         _revoke_arguments,
         _revoke,
         "fedcore provision revoke edge-017",
     ),
     "renew": Command(
-        "Issue a new certificate over the same key.",
+        "Issue a new certificate for the same key.",
         _renew_arguments,
         _renew,
         "fedcore provision renew edge-017 --days 90",

@@ -30,7 +30,7 @@ def place(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("authority"),
         metavar="DIR",
-        help="folder of the project's authority, as --authority /srv/authority (default: "
+        help="folder of the project's authority, e.g. --authority /srv/authority (default: "
         "%(default)s)",
     )
     json_option(parser)
@@ -42,8 +42,9 @@ def signing(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--passphrase-file",
         metavar="FILE",
-        help="a file whose first line is the passphrase, or - to be asked for it (default: the "
-        f"environment variable {passphrase.VARIABLE}; then the terminal, when one is needed)",
+        help="a file whose first line is the passphrase, or - to be prompted for it (default: "
+        f"the environment variable {passphrase.VARIABLE}; then the terminal, when one is "
+        "needed)",
     )
 
 
@@ -53,7 +54,7 @@ def days(default: timedelta) -> dict[str, Any]:
         "type": validity,
         "default": default,
         "metavar": "DAYS",
-        "help": f"how long the certificate is valid, as --days 30 (default: {default.days})",
+        "help": f"validity of the certificate in days, e.g. --days 30 (default: {default.days})",
     }
 
 
@@ -68,20 +69,20 @@ def acting(options: argparse.Namespace, *, signs: bool = False) -> Act:
     """Returns the context of an operation, with the passphrase if it must decrypt the key."""
     secret = None
     if signs and key_is_sealed(options.authority):
-        secret = passphrase.given(options.passphrase_file) or passphrase.ask(twice=False)
+        secret = passphrase.configured(options.passphrase_file) or passphrase.ask(twice=False)
     return Act(options.authority, _user(), clock(), secret)
 
 
 def sealing(options: argparse.Namespace, *, twice: bool) -> Act:
     """Returns the context of an operation that encrypts or decrypts a file with a passphrase."""
-    secret = passphrase.given(options.passphrase_file, twice=twice)
+    secret = passphrase.configured(options.passphrase_file, twice=twice)
     return Act(options.authority, _user(), clock(), secret)
 
 
 def out(parser: argparse.ArgumentParser) -> None:
     """Adds the ``--out`` option, the path of the new kit."""
     parser.add_argument(
-        "--out", type=Path, metavar="FILE", help="where the kit goes (default: NAME.kit)"
+        "--out", type=Path, metavar="FILE", help="file for the kit (default: NAME.kit)"
     )
 
 
@@ -108,8 +109,8 @@ def free(path: Path) -> Path:
     """
     if path.exists():
         raise ConfigError(
-            f"{path}: this file exists. No certificate was issued; remove it, or name another with "
-            "--out."
+            f"{path}: this file exists. No certificate was issued; remove it, or choose another "
+            "with --out."
         )
     check_place(path)
     return path

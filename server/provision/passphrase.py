@@ -16,7 +16,7 @@ _MAX_BYTES = 4096  # size limit of a passphrase file
 _PROMPT = "-"
 
 
-def given(file: str | None, *, twice: bool = False) -> str | None:
+def configured(file: str | None, *, twice: bool = False) -> str | None:
     """Returns the passphrase from its configured source, or None.
 
     Args:
@@ -54,8 +54,8 @@ def _check_private(path: Path) -> None:
     if mode & 0o077:
         raise ConfigError(
             f"{path}: this passphrase file has mode {mode:04o}, expected 0600: others may have "
-            "read it. Nothing was done; if nobody has, `chmod 600` it, otherwise choose another "
-            "passphrase."
+            "read it. Nothing was done; if you are sure that nobody has, run `chmod 600` on it, "
+            "otherwise choose another passphrase."
         )
 
 
@@ -67,8 +67,8 @@ def ask(*, twice: bool) -> str:
     """
     if not sys.stdin.isatty():
         raise ConfigError(
-            "a passphrase is needed, and there is no terminal to ask on. Nothing was written; name "
-            f"a file with --passphrase-file, or set {VARIABLE}."
+            "a passphrase is needed, but there is no terminal to ask for it. Nothing was "
+            f"written; pass a file with --passphrase-file, or set {VARIABLE}."
         )
     first = getpass.getpass("Passphrase: ")
     if twice and getpass.getpass("Again: ") != first:

@@ -112,7 +112,7 @@ def initialise(
         _check_name(model)
     if keys.resolve().is_relative_to(repository.resolve()):
         raise ReleaseError(
-            f"{keys}: this folder of keys lies within the repository, so private keys would be "
+            f"{keys}: this folder of keys is inside the repository, so private keys would be "
             "delivered with it. Nothing was written; choose a folder elsewhere."
         )
     made = generate_keys(quorums=quorums)
@@ -183,9 +183,9 @@ def rollback(
         if to_version not in published[:-1]:
             older = ", ".join(map(str, published[:-1])) or "none"
             raise ReleaseError(
-                f"{model}: version {to_version} cannot be rolled back to; older than the current "
-                f"version {published[-1] if published else '(none)'} are: {older}. Nothing was "
-                "published."
+                f"{model}: version {to_version} is not available for rollback; older than the "
+                f"current version {published[-1] if published else '(none)'} are: {older}. "
+                "Nothing was published."
             )
         old = _manifest(repository, state, model, to_version)
         draft = Draft(
@@ -268,7 +268,7 @@ def _publishing(
         if not registry.may_publish(state, f"models/{model}/{registry.POINTER}"):
             raise ReleaseError(
                 f"{repository}: the online keys may not publish a model named {model!r} there. "
-                "Nothing was published; `fedcore release init --model` said which names they may."
+                "Nothing was published; `fedcore release init --model` set the allowed names."
             )
 
         def put(draft: Draft, version: int) -> Manifest:
@@ -291,9 +291,9 @@ def _files(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[st
     """Returns the manifest of a version, and the version's files by target path."""
     if version > MAX_VERSION:
         raise ReleaseError(
-            f"{draft.model}: its versions have reached {version - 1}, and no larger one can be "
-            "named. Nothing was published; if a thief did this, `fedcore release rotate "
-            "--last-good` withdraws what came after the last good version."
+            f"{draft.model}: its versions have reached {version - 1}, the largest possible. "
+            "Nothing was published; if a thief did this, withdraw everything after the last good "
+            "version with `fedcore release rotate --last-good`."
         )
     folder = f"models/{draft.model}/{version}"
 
@@ -338,7 +338,7 @@ def _manifest(
         return parse_manifest(registry.read_target(repository, state, path))
     except TrustError as error:
         raise ReleaseError(
-            f"{repository}: {path} is signed, but not of a format that this version knows: {error}"
+            f"{repository}: {path} is signed, but this version does not support its format: {error}"
         ) from error
 
 
@@ -350,8 +350,8 @@ def _check_draft(draft: Draft) -> None:
     ):
         if not 1 <= len(data) <= most:
             raise ReleaseError(
-                f"{draft.model}: its {what} has {len(data)} bytes; devices take 1 to {most}. "
-                "Nothing was published."
+                f"{draft.model}: its {what} has {len(data)} bytes, expected 1 to {most}. Nothing "
+                "was published."
             )
     try:
         parse_golden(draft.golden)
@@ -371,5 +371,5 @@ def _check_name(model: str) -> None:
 
 def _utc(moment: datetime) -> datetime:
     if moment.tzinfo is None:
-        raise ValueError(f"{moment}: a moment of publication names its time zone")
+        raise ValueError(f"{moment}: expected a time of publication with its time zone")
     return moment.astimezone(UTC).replace(microsecond=0)

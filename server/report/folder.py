@@ -42,7 +42,8 @@ def open_folder(
             if not ours:
                 raise ConfigError(
                     f"{folder}: this folder was not written by a run (it has no {_MARK}), and a "
-                    "run would replace it. Nothing was run; choose another `name`, or move it."
+                    "run would replace it. Nothing was run; choose another `name`, or move the "
+                    "folder."
                 )
         folder.mkdir(parents=True, exist_ok=True)
     with held(folder):
@@ -63,13 +64,13 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
     if not (folder / _MARK).is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(
-                f"{folder}: it has no {_MARK}, by which the folder of a run is known, so it is "
-                "neither gone on with nor emptied. Nothing was run; put that file back, or choose "
-                "another `name` to run again."
+                f"{folder}: it has no {_MARK}, which marks the folder of a run, so it was "
+                "neither resumed nor emptied. Nothing was run; restore that file, or choose "
+                "another `name`."
             )
         raise ConfigError(
-            f"{folder}: no run of this name was begun here, so there is none to resume. Nothing "
-            "was run; leave --resume out, or name the folder that it is below by --runs."
+            f"{folder}: no run of this name was started here, so there is none to resume. "
+            "Nothing was run; leave --resume out, or pass its parent folder with --runs."
         )
     with held(folder):
         if is_complete(folder):
@@ -99,8 +100,8 @@ def held(folder: Path) -> Iterator[None]:
         ConfigError: a run is active in it.
     """
     refused = ConfigError(
-        f"{folder}: a run of this name is going on. Nothing was run; wait for its end, or choose "
-        "another `name`."
+        f"{folder}: a run of this name is in progress. Nothing was run; wait for its end, or "
+        "choose another `name`."
     )
     with lock_folder(folder, refused):
         yield
@@ -127,8 +128,9 @@ def check_outside(path: Path, folder: Path) -> None:
     """
     if path.resolve().is_relative_to(folder.resolve()):
         raise ConfigError(
-            f"federation.initial = {path}: it lies among the results of a run of this name, which "
-            "this run replaces. Nothing was run; copy it elsewhere, or give this run another name."
+            f"federation.initial = {path}: it is among the results of an earlier run of this "
+            "name, which this run would replace. Nothing was run; copy it elsewhere, or give "
+            "this run another name."
         )
 
 

@@ -16,7 +16,7 @@ from flwr.serverapp import Grid, ServerApp
 from fedcore.config.run import RunConfig
 from fedcore.errors import RoundFailed
 from fedcore.observability.patience import Reminder
-from fedcore.observability.words import counted, is_or_are, seconds_text
+from fedcore.observability.words import counted, seconds_text
 from fedcore.seeds import Randomness
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, build_model, load_preprocess, warm_start
@@ -165,21 +165,20 @@ def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener:
             told = True
             listener.on_note(
                 f"federation.cohort is unset: waiting for all {counted(needed, 'device')} of the "
-                "project, and "
-                f"for no longer than federation.deadline_s = {deadline_s:g}."
+                f"project, for at most federation.deadline_s = {deadline_s:g}."
             )
         _tell_waiting(reminder, found, needed, end, listener)
         time.sleep(_POLL_S)
     if not found:
         raise RoundFailed(
             f"start: no client connected within federation.deadline_s = {deadline_s:g}. Nothing "
-            "was trained; start the clients, and then the run again."
+            "was trained; start the clients, then start the run again."
         )
     if found < needed:
         listener.on_note(
-            f"{found} of {counted(needed, 'device')} came within federation.deadline_s = "
-            f"{deadline_s:g}: each "
-            f"round asks {found}. To ask more, begin again and set federation.cohort."
+            f"{found} of {counted(needed, 'device')} connected within federation.deadline_s = "
+            f"{deadline_s:g}: each round selects {found}. To select more, start over and set "
+            "federation.cohort."
         )
     return found
 
@@ -190,9 +189,8 @@ def _tell_waiting(
     lasted_s = reminder.due()
     if lasted_s is not None:
         listener.on_wait(
-            f"waiting for devices, of which {found} of {needed} {is_or_are(found)} there: "
-            f"{seconds_text(lasted_s)} so far, {seconds_text(max(end - time.monotonic(), 0.0))} "
-            "left (federation.deadline_s)"
+            f"waiting for devices, {found} of {needed} connected: {seconds_text(lasted_s)} so "
+            f"far, {seconds_text(max(end - time.monotonic(), 0.0))} left (federation.deadline_s)"
         )
 
 

@@ -44,9 +44,9 @@ def select(
     nodes = node_ids if isinstance(node_ids, range) else sorted(node_ids)
     if len(nodes) < size:
         raise RoundFailed(
-            f"{' '.join(map(str, words))}: {counted(len(nodes), 'client')} {is_or_are(len(nodes))} "
-            "there, and federation.cohort "
-            f"asks for {size}. The round was not begun; wait for more clients, or lower the cohort."
+            f"{' '.join(map(str, words))}: {counted(len(nodes), 'client')} "
+            f"{is_or_are(len(nodes))} connected, but federation.cohort needs {size}. The round "
+            "was not started; wait for more clients, or lower the cohort."
         )
     drawn = numpy_rng(seed, *words).choice(len(nodes), size=size, replace=False)
     return [nodes[index] for index in sorted(drawn)]

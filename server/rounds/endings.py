@@ -34,9 +34,9 @@ def announce(
     if bound is not None and bound.lacks(tally.updates) and not said_before:
         federation.on_note(
             f"WARNING: round {progress.round + 1}: {counted(tally.updates, 'update')}, which "
-            f'federation.max_update_norm = "adaptive" does not bound: it takes {LEAST} to tell a '
-            "usual one, and no round so far had them. Whatever a device sends is taken whole; give "
-            "max_update_norm a number, or the run more devices."
+            f'federation.max_update_norm = "adaptive" does not bound: it needs {LEAST} updates '
+            "in a round to estimate a usual norm, and no round so far had that many. Updates are "
+            "aggregated without a bound; set max_update_norm to a number, or use more devices."
         )
     if bound is not None and tally.clipped:
         named = [(federation.peers.name(node), length) for node, length in tally.clipped]
@@ -63,14 +63,14 @@ def is_over(federation: Federation, progress: Progress) -> bool:
     protection, following = progress.protection, progress.round + 1
     if protection is not None and not allows(federation.run, protection, rounds=following):
         federation.on_note(
-            f"Ended before round {following}: it would take the client-level epsilon past "
+            f"Ended before round {following}: it would raise the client-level epsilon above "
             f"privacy.client.max_epsilon = {federation.run.privacy.client.max_epsilon:g}."
         )
         return True
     if not settings.patience or progress.round - progress.best_round < settings.patience:
         return False
     federation.on_note(
-        f"Stopped after round {progress.round}: none was better than round {progress.best_round} "
+        f"Stopped after round {progress.round}: no round improved on round {progress.best_round} "
         f"for federation.patience = {counted(settings.patience, 'round')}."
     )
     return True
@@ -90,7 +90,7 @@ def end_early(federation: Federation, number: int, tally: Tally) -> None:
     whose = f"{tally.declined} of {counted(tally.asked, 'client')} asked"
     if tally.all_declined:
         whose = f"all {tally.asked} clients asked" if tally.asked > 1 else "the client asked"
-    owners = f", for {tally.owners} of them the one that the owner allows" if tally.owners else ""
+    owners = f" ({tally.owners} of them: the owner's budget)" if tally.owners else ""
     federation.on_note(
         f"Ended before round {number}: the privacy budget of {whose} is spent{owners}."
     )
@@ -98,10 +98,10 @@ def end_early(federation: Federation, number: int, tally: Tally) -> None:
 
 def _remedy(tally: Tally) -> str:
     if not tally.owners:
-        return "raise privacy.max_epsilon or privacy.noise_multiplier, or take fewer client.epochs"
+        return "raise privacy.max_epsilon or privacy.noise_multiplier, or use fewer client.epochs"
     spent = "of all" if tally.owners == tally.declined else f"of {tally.owners} of them"
     return (
-        f"the budgets {spent} that owners allow over all runs are spent, which no "
-        "privacy.max_epsilon of this run changes: ask other devices, or have the owners raise "
-        "theirs"
+        f"the budgets {spent} that owners allow over all runs are spent, which "
+        "privacy.max_epsilon of this run does not change: use other devices, or have the owners "
+        "raise their budgets"
     )

@@ -29,7 +29,7 @@ from fedcore.updates.messages import (
     UNCLIPPED,
     Update,
     check_weights,
-    refused_as,
+    error_kind,
     update_content,
 )
 from fedcore.updates.pack import Layout, Vector
@@ -150,7 +150,7 @@ class Tally:
             self.spent = reason
             self.owners += code == DECLINED_BY_OWNER
         else:
-            self.refuse(reason, kind=refused_as(code))
+            self.refuse(reason, kind=error_kind(code))
 
 
 @dataclass(frozen=True)
@@ -256,7 +256,9 @@ def _as_kept(kept: Message, found: Reply) -> tuple[Message, Reply]:
 
 def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:
     if intake.checkpointer.discard(reply):
-        intake.on_note(f"Dropped from the journal, which an earlier process had kept: {reason}")
+        intake.on_note(
+            f"Dropped from the journal, where an earlier process had stored it: {reason}"
+        )
     intake.peers.refused(reply.metadata.src_node_id, reason)
     tally.refuse(reason)
 

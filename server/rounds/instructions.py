@@ -40,10 +40,10 @@ def instructions(
     except Exception as error:  # a strategy may raise any error
         raise _failed(federation, number, f"{type(error).__name__}: {error}") from error
     if not messages or any(not isinstance(one, Message) for one in messages):
-        raise _failed(federation, number, "configure_train gave no messages, or something else")
+        raise _failed(federation, number, "configure_train returned no messages, or something else")
     if sorted(one.metadata.dst_node_id for one in messages) != sorted(nodes):
         raise _failed(
-            federation, number, "configure_train must ask each node of the round, and each once"
+            federation, number, "configure_train must return one message for each node of the round"
         )
     return messages
 
@@ -73,8 +73,8 @@ def _config(progress: Progress, layout: Layout) -> ConfigRecord:
 
 def _failed(federation: Federation, number: int, reason: str) -> RoundFailed:
     return RoundFailed(
-        f"round {number}: {federation.chosen.name} failed to configure it: {reason}. Nobody was "
-        f"asked to train; the global model is that of round {number - 1}."
+        f"round {number}: {federation.chosen.name} failed to configure it: {reason}. No client "
+        f"was asked to train; the global model is that of round {number - 1}."
     )
 
 

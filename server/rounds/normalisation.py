@@ -107,16 +107,15 @@ def _from_clients(
     if far.any():
         named = [name for (name, _), out in zip(found, far, strict=True) if out]
         on_note(
-            f"normalisation: without the inputs of {', '.join(named[:_NAMED])}"
-            f"{', ...' if len(named) > _NAMED else ''}, which are far from those of the "
-            f"other {counted(len(kept), 'client')}. Look at their data."
+            "normalisation: excludes the inputs of "
+            f"{', '.join(named[:_NAMED])}{', ...' if len(named) > _NAMED else ''}, which are far "
+            f"from those of the other {counted(len(kept), 'client')}. Check their data."
         )
     if not kept or len(kept) < run.federation.quorum * len(nodes):
         raise RoundFailed(
-            f"normalisation: {len(kept)} of {counted(len(nodes), 'client')} sent sums that can be "
-            "used, and "
-            f"federation.quorum = {run.federation.quorum:g}. Nothing was trained. First: "
-            f"{'; '.join(reasons[:1]) or 'no reply came before the deadline'}"
+            f"normalisation: {len(kept)} of {counted(len(nodes), 'client')} sent usable sums, "
+            f"but federation.quorum = {run.federation.quorum:g}. Nothing was trained. First: "
+            f"{'; '.join(reasons[:1]) or 'no reply arrived before the deadline'}"
         )
     count, total, squares = kept[0]
     for more, sums, squared in kept[1:]:
@@ -173,7 +172,7 @@ def _read_sums(reply: Message, shape: tuple[int, ...], name: str) -> Sums:
         )
     if not (np.abs(total) <= np.sqrt(count * squares) * (1 + _SLACK) + _TINY).all():
         raise InvalidUpdate(
-            f"{where}: its sums are larger than its sums of squares allow. They were not used; no "
-            "inputs have such."
+            f"{where}: its sums are larger than its sums of squares allow, which is impossible "
+            "for any inputs. They were not used."
         )
     return count, total, squares

@@ -39,9 +39,9 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int, *, other
     kind = tally.kinds.pop() if len(tally.kinds) == 1 and not silent else RoundFailed
     raise kind(
         f"round {number}: {tally.updates} of {counted(willing, 'client')} sent an update, and "
-        f"federation.quorum = {quorum:g} needs {needed} ({tally.failed} failed, {silent} silent at "
-        "the deadline). The round was dropped, and what came before it is kept: see to the "
-        f"clients, and go on with --resume. First: {reasons}"
+        f"federation.quorum = {quorum:g} needs {needed} ({tally.failed} failed, {silent} silent "
+        "at the deadline). The round was dropped, and the rounds before it are kept; check the "
+        f"clients, and continue with --resume. First: {reasons}"
     )
 
 

@@ -85,14 +85,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         arrays = load(raw)
         if not np.array_equal(arrays.pop(_DIGEST), _digest(arrays)):
             raise DataError(
-                f"{path}: the checkpoint's bytes do not match their digest: it is damaged. Nothing "
-                "was run; begin the run again with --fresh."
+                f"{path}: the checkpoint's bytes do not match their digest: it is damaged. "
+                "Nothing was run; start the run over with --fresh."
             )
         return _checkpoint(arrays)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(
-            f"{path}: this is no checkpoint that this version of fedcore reads "
-            f"({type(error).__name__}: {error}). Nothing was run; begin the run again with "
+            f"{path}: this version of fedcore cannot read this checkpoint "
+            f"({type(error).__name__}: {error}). Nothing was run; start the run over with "
             "--fresh."
         ) from None
 

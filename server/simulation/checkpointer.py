@@ -135,7 +135,7 @@ class FileCheckpointer:
         starts |= {f"update from node {node}:": name for node, name in names.items()}
         named = (starts[start] for start in starts if reasons[0].startswith(start))
         asked = f"{number}:{next(named, 'CLIENT')}"
-        return [f"`{self._command} --replay {shlex.quote(asked)}` shows how."]
+        return [f"`{self._command} --replay {shlex.quote(asked)}` shows the full error."]
 
     def fail(self, progress: Progress) -> None:
         """Writes a checkpoint from before the failed round."""

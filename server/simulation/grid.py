@@ -14,7 +14,7 @@ from fedcore.updates.messages import CONFIG
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.aggregation.mean import StreamedMean
 from server.rounds.inbound import Folded
-from server.simulation.virtual.devices import Fate, first_of, settle
+from server.simulation.virtual.devices import Fate, first_of, resolve_round
 from server.simulation.virtual.nodes import FIRST_NODE_ID, RUN_ID
 from server.simulation.virtual.state import SimulationState
 from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
@@ -125,7 +125,7 @@ class SimulatedGrid(LazyGrid):
         if not answer.skipped or name in self._told:
             return
         self._told.add(name)
-        log.warning("%s; this is said once a client", skipped_text(name, answer.skipped))
+        log.warning("%s; logged once per client", skipped_text(name, answer.skipped))
 
     def _asked(self, node: int) -> ClientRef:
         name = self._clients[node - FIRST_NODE_ID]
@@ -142,7 +142,7 @@ class SimulatedGrid(LazyGrid):
             enough = first_of(updates, self._first, deadline_s=deadline_s)
             if len(enough) < self._first:
                 enough = []  # too few in time: the round waits for all
-        self._state.last = settle(fates, deadline_s=deadline_s, enough=enough).record
+        self._state.last = resolve_round(fates, deadline_s=deadline_s, enough=enough).record
         self._state.clock_s += self._state.last.simulated_s
         if not enough:
             return list(answers)

@@ -171,8 +171,8 @@ def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> ReplayTarget:
     if node not in cohort:
         asked = ", ".join(clients[one - FIRST_NODE_ID] for one in cohort[:5])
         raise ConfigError(
-            f"replay {text}: client {client!r} was not asked in round {number}. Nothing was run; "
-            f"the {counted(size, 'client')} that were: {asked}{', ...' if size > 5 else ''}."
+            f"replay {text}: client {client!r} was not selected in round {number}. Nothing was "
+            f"run; the {counted(size, 'client')} selected: {asked}{', ...' if size > 5 else ''}."
         )
     return ReplayTarget(int(number), client, node, cohort)
 
@@ -193,7 +193,7 @@ def _nearest(
         ):
             best = found
     if best is not None and changes(best.identity, identity):
-        on_note("The task file is not the one that the run was begun with.")
+        on_note("The task file has changed since the run was started.")
     return best
 
 
@@ -241,7 +241,7 @@ def _progress_before(
     if checkpointer.progress.round < wanted.round - 1:
         raise ConfigError(
             f"replay {wanted.round}:{wanted.client}: the run ended after round "
-            f"{checkpointer.progress.round}. Nothing was replayed; name an earlier round."
+            f"{checkpointer.progress.round}. Nothing was replayed; choose an earlier round."
         )
     return checkpointer.progress
 
@@ -304,8 +304,8 @@ def _instruction(
     if layout.size != len(progress.weights):
         raise DataError(
             f"replay {wanted.round}:{wanted.client}: the task's model has "
-            f"{counted(layout.size, 'weight')}, and that of the run {len(progress.weights)}. "
-            "Nothing was replayed; set back the model."
+            f"{counted(layout.size, 'weight')}, but the run's model has {len(progress.weights)}. "
+            "Nothing was replayed; restore the run's model."
         )
     chosen = choose_strategy(
         run,

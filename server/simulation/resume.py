@@ -13,7 +13,7 @@ from server.simulation.checkpoint import Checkpoint, read_checkpoint
 from server.simulation.checkpointer import FAILED
 
 
-def pick_up(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpoint:
+def open_checkpoint(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpoint:
     """Returns the run's checkpoint, and clears ``folder`` of files that will be written again.
 
     Args:
@@ -28,7 +28,7 @@ def pick_up(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpoint:
     path = folder / CHECKPOINT
     if not path.is_file():
         raise ConfigError(
-            f"{folder}: this run was stopped before its first checkpoint. Nothing was run; begin "
+            f"{folder}: this run was stopped before its first checkpoint. Nothing was run; start "
             "it again without --resume."
         )
     checkpoint = read_checkpoint(path)

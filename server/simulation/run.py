@@ -38,7 +38,7 @@ from server.simulation.virtual.devices import read_fleet
 from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import Choice, SimulationState
 
-_WAYS = {"loop": "one after the other", "vectorised": "side by side"}
+_WAYS = {"loop": "one at a time", "vectorised": "in vectorised batches"}
 
 
 def run_pipeline(
@@ -137,7 +137,7 @@ def run_federated_part(
     if resumed and resumed.progress.over:
         outcome = outcome_of(run, task, resumed.start)
     else:
-        with stop_requested(_say_stopping) as stopping:
+        with stop_requested(_announce_stop) as stopping:
             checkpointer = FileCheckpointer(
                 folder,
                 identity_of(run, owner),
@@ -221,11 +221,11 @@ def choice_text(choice: Choice, workers: int) -> str:
     )
 
 
-def _say_stopping() -> None:
+def _announce_stop() -> None:
     with suppress(RuntimeError):  # the signal interrupted another write
         say(
-            "Interrupted: the round is finished first, and a checkpoint written. Again to stop at "
-            "once.",
+            "Interrupted: finishing the round and writing a checkpoint first. Press Ctrl-C again "
+            "to stop at once.",
             to=sys.stderr,
             flush=True,
         )

@@ -17,7 +17,7 @@ from flwr.app import RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.device_folder import own
+from edge_client.device_folder import lock_device_folder
 from edge_client.ledger.book import LEDGER, MARK, count_path
 from edge_client.ledger.ledger import DeviceLedger
 from fedcore.config.owner import DataSet, OwnerPolicy, tighten
@@ -65,7 +65,7 @@ class Lab:
     def _round(self, run: str, dies: bool) -> bool:
         config = RunConfig(name=run, task="task.py", privacy=PRIVACY)
         counted = count_path(b"key", self.environ)
-        with own(self.state) as folder:
+        with lock_device_folder(self.state) as folder:
             ledger = DeviceLedger(folder, self.kit / MARK, counted, config, self.owner, self.data)
             state, owner = folder.state(run), self.owner.on(self.data)
             try:
@@ -76,10 +76,10 @@ class Lab:
                 after = charge(before, new, privacy, client="a", owner=owner, others=others)
                 put_ledger(state, after)
                 if dies:
-                    with patch.object(DeviceLedger, "_mend", side_effect=KeyboardInterrupt):
-                        ledger.keep(state)
-                ledger.keep(state)
-                folder.keep(run, state, f"key{next(self._keys)}", RecordDict())
+                    with patch.object(DeviceLedger, "_repair", side_effect=KeyboardInterrupt):
+                        ledger.commit(state)
+                ledger.commit(state)
+                folder.store_reply(run, state, f"key{next(self._keys)}", RecordDict())
             except KeyboardInterrupt:
                 return True
             except (BudgetExhausted, PrivacyError) as error:
@@ -254,7 +254,7 @@ def test_a_copy_that_trains_while_a_round_goes_on_is_noticed_before_anything_lea
     config = RunConfig(name="one", task="task.py", privacy=PRIVACY)
     lab.train("one")
     lab.backup("twin")
-    with own(lab.state) as folder:
+    with lock_device_folder(lab.state) as folder:
         counted = count_path(b"key", lab.environ)
         ledger = DeviceLedger(folder, lab.kit / MARK, counted, config, lab.owner, lab.data)
         state = folder.state("one")
@@ -266,7 +266,7 @@ def test_a_copy_that_trains_while_a_round_goes_on_is_noticed_before_anything_lea
         assert twin.train("one") == 1
         put_ledger(state, Ledger((*ledger_in(state).charges, ROUND)))
         with pytest.raises(PrivacyError, match="a second copy of this device"):
-            ledger.keep(state)
+            ledger.commit(state)
 
 
 OPERATIONS = {
@@ -393,4 +393,4 @@ def test_a_data_set_that_is_too_large_to_look_at_is_refused(
     named(lab, "2026")
     monkeypatch.setattr("edge_client.ledger.contents.MAX_BYTES", 3)
     assert on(lab, "2026") == 0
-    assert "too many to tell whether they are another's" in lab.refusals[0]
+    assert "too many to compare with other data sets" in lab.refusals[0]

@@ -165,7 +165,7 @@ def attacked(draws: Draws) -> tuple[Tensor, Tensor]:
         loss,
         ClientConfig(learning_rate=1.0),
         PrivatePlan(Charge(1, MULTIPLIER, RATE, 1), CLIP),
-        way=way_of(model, loss, inputs[0]),
+        method=way_of(model, loss, inputs[0]),
         draws=watched,
     )
     moved = (start - model.weight.detach())[0, :BLANK].double()

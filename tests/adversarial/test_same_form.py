@@ -54,7 +54,7 @@ from tests.unit.fedcore.clients import device_app
 
 PAIRS = int(os.environ.get("FEDCORE_HOSTILE_PAIRS", "500"))
 """How many instructions and data sets are drawn; 10,000 take some minutes."""
-_HIDDEN = re.compile(r"client 'anna': [A-Za-z]+; its log says more")
+_HIDDEN = re.compile(r"client 'anna': [A-Za-z]+; the client's log has the details")
 
 
 @pytest.fixture(autouse=True)

@@ -58,7 +58,7 @@ def test_one_digit_changed_in_the_metadata(
 def test_garbage_for_metadata(world: Any, garbage: bytes) -> None:
     world.publish(2.0)
     (world.repository / "metadata" / "timestamp.json").write_bytes(garbage)
-    world.check_refused(TrustError, "cannot be read as such")
+    world.check_refused(TrustError, "cannot parse the repository's metadata")
 
 
 def test_metadata_without_end(world: Any) -> None:
@@ -78,7 +78,7 @@ def test_a_file_of_another_length(world: Any, change: str) -> None:
         assert list((world.store / "incoming").glob("*.part")) == []
     elif change == "shorter":
         path.write_bytes(raw[:-10])
-        world.check_refused(DigestMismatch, f"has the first {len(raw) - 10}")
+        world.check_refused(DigestMismatch, f"got only the first {len(raw) - 10}")
     else:
         path.unlink()
         world.check_refused(DataError, "lacks this file")
@@ -89,9 +89,9 @@ def test_a_file_of_another_length(world: Any, change: str) -> None:
 def test_metadata_that_is_gone(world: Any) -> None:
     world.publish(2.0)
     (world.repository / "metadata" / "3.snapshot.json").unlink()
-    world.check_refused(DataError, "not whole")
+    world.check_refused(DataError, "is incomplete")
     (world.repository / "metadata" / "timestamp.json").unlink()
-    world.check_refused(DataError, "not whole")
+    world.check_refused(DataError, "is incomplete")
 
 
 @pytest.mark.parametrize("name", ["metadata/timestamp.json", "targets"])
@@ -100,7 +100,7 @@ def test_a_link_that_leads_out_of_the_repository(world: Any, name: str) -> None:
     path, outside = world.repository / name, world.folder / "outside"
     path.rename(outside)
     path.symlink_to(outside)  # the bytes are right, and still not the repository's
-    world.check_refused(TrustError, "leads out of the repository")
+    world.check_refused(TrustError, "points outside the repository")
 
 
 @pytest.mark.timeout(20)
@@ -117,7 +117,7 @@ def test_a_pipe_in_place_of_the_lock_is_not_waited_for(world: Any) -> None:
     lock = world.repository / ".lock"
     lock.unlink(missing_ok=True)
     os.mkfifo(lock)
-    with pytest.raises(DataError, match=r"lock cannot be read: .*remove it"):
+    with pytest.raises(DataError, match=r"cannot read the lock: .*remove it"):
         world.publish(2.0)
     lock.unlink()
     world.publish(2.0)

@@ -34,11 +34,11 @@ def main() -> int:
     from fedcore.cli import build_parser
     from fedcore.crypto.kit import load_kit
     from fedcore.errors import FedcoreError
-    from fedcore.rpc.tls import only_tls_1_3
+    from fedcore.rpc.tls import require_tls_1_3
 
     build_parser("client")  # the time of it belongs to a start
     kit = load_kit(options.kit)
-    only_tls_1_3()
+    require_tls_1_3()
     from edge_client import device_folder as state
     from edge_client.agent.announce import announce
     from fedcore.flower.fleet_client import FleetLink
@@ -68,7 +68,7 @@ def main() -> int:
         answer(link, reply)
         reached(SENT)
 
-    with state.own(options.folder) as folder:
+    with state.lock_device_folder(options.folder) as folder:
         instance = secrets.token_hex(16)
         announce(kit, options.task, folder, instance)  # as the product does, before torch
         from edge_client.agent.loop import run_device

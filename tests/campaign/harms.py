@@ -26,6 +26,8 @@ GROWTH_BYTES = 512 << 20
 _LONGEST_S = 25.0
 _GOES_ON_S = 0.5
 """How long a command goes on that has reached what it was waited for."""
+_SAID = r"damag|restored from|moved aside|(done|written|computed|created) again|not match"
+"""What a command may say of a file that it mends or does without."""
 _MOST_LINE_BYTES = 2048
 _CODES = frozenset(range(12)) | {130}
 _VARIES = re.compile(
@@ -194,7 +196,7 @@ def verdict(done: Done, usual: Done, name: str) -> tuple[str, str]:
         return "refused", ""
     if same(done, usual) and done.reached == usual.reached:
         return "same", ""
-    if name in said or re.search(r"damag|mend|put aside|(done|written|made) again|not match", said):
+    if name in said or re.search(_SAID, said):
         return "said", ""
     return "wrong", f"another result, and not a word of {name}: {said[-600:]!r}"
 

@@ -35,7 +35,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from edge_client.agent import loop
 from edge_client.agent.run import DeviceSetup
 from edge_client.agent.wake import Signals
-from edge_client.device_folder import own
+from edge_client.device_folder import lock_device_folder
 from edge_client.ledger.view import read_ledger_files
 from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import RunConfig
@@ -141,7 +141,7 @@ def live(site: Site, told: int) -> None:
 
     client_module.train_private = training
     link, runs = Link(site), dict[int, Any]()
-    with own(site.root / "device") as folder:
+    with lock_device_folder(site.root / "device") as folder:
         device = DeviceSetup(
             site.kit, site.task, site.project.task, OwnerPolicy(max_epsilon=1e6), folder
         )

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_client.device_folder import DeviceFolder, own
+from edge_client.device_folder import DeviceFolder, lock_device_folder
 from edge_client.ledger.book import MARK, count_path
 from edge_client.ledger.ledger import DeviceLedger
 from fedcore.cli import main
@@ -220,17 +220,17 @@ def _build_device(root: Path) -> None:
 
 def _charge(root: Path, run: str, times: int) -> None:
     kit = load_kit(root / "edge-0")
-    with own(kit.folder / "device") as folder:
-        folder.let_in_before(kit.public)
-        folder.note_let_in(kit.public)
+    with lock_device_folder(kit.folder / "device") as folder:
+        folder.was_admitted(kit.public)
+        folder.record_admission(kit.public)
         ledger, state = _ledger(root, run), folder.state(run)
         ledger.open(state)
         for _ in range(times):
             before = ledger_in(state).charges
             put_ledger(state, Ledger((*before, Charge(len(before) + 1, 1.2, 0.1, 10))))
-            ledger.keep(state)
+            ledger.commit(state)
             update = Update(np.ones(5, np.float32), 3, {"train_loss": 0.5})
-            folder.keep(run, state, f"{run}{len(before)}", update_content(update))
+            folder.store_reply(run, state, f"{run}{len(before)}", update_content(update))
 
 
 def _ledger(root: Path, run: str) -> DeviceLedger:
@@ -247,9 +247,9 @@ def _opened() -> object:
     os.environ["XDG_STATE_HOME"] = str(Path("counts").absolute())
     kit = load_kit(Path("edge-0"))
     ledger = _ledger(Path(), "one")
-    with own(kit.folder / "device") as folder:
-        before = folder.let_in_before(kit.public)
-        folder.note_let_in(kit.public)
+    with lock_device_folder(kit.folder / "device") as folder:
+        before = folder.was_admitted(kit.public)
+        folder.record_admission(kit.public)
         state = folder.state("one")
         others = ledger.open(state)
         replies = {key: folder.reply(key, state) for key in ("one0", "one1", "one2")}

@@ -321,7 +321,7 @@ def tear_journals(place: Site, times: int, rng: random.Random) -> Outcome:
         server = place.server("--resume")
         if not server.until(lambda server=server: server.said(*_GOES_ON), dead=True):
             # The rounds that are kept may share a value; whoever is told so has a backup.
-            if name != "a value" or "No round's weights are whole" not in server.tail():
+            if name != "a value" or "No round's weights are intact" not in server.tail():
                 raise AssertionError(f"{what}: exit {server.end()}: {server.tail()}")
             what = f"{what}, said so, and restored from a backup"
             shutil.rmtree(journal)

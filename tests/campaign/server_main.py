@@ -42,9 +42,9 @@ def main() -> int:
 
     build_parser("server")  # the time of it belongs to a start
     run = load_run(options.config, [])
-    from fedcore.rpc.tls import only_tls_1_3
+    from fedcore.rpc.tls import require_tls_1_3
 
-    only_tls_1_3()
+    require_tls_1_3()
     from server.process.memory import loading
 
     with loading():

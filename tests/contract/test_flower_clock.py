@@ -57,4 +57,4 @@ def test_a_clock_that_jumps_for_a_moment_loses_no_message(
         push(fleet, asked, 10)
     with at("take"):
         assert fleet.next_answered(0.0) == message_id
-        assert fleet.take(message_id) is not None
+        assert fleet.pop_reply(message_id) is not None

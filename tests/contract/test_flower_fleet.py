@@ -115,7 +115,7 @@ def fleet(tmp_path: Path) -> Fleet:
 
 
 def join(fleet: Fleet, key: bytes) -> int:
-    node_id = fleet.enlist(key)
+    node_id = fleet.register_node(key)
     assert fleet.state.activate_node(node_id, 60)
     return node_id
 
@@ -203,7 +203,7 @@ def test_a_chunk_of_an_array_fits_into_a_request() -> None:
 
 
 def test_a_node_is_its_key_on_every_server(fleet: Fleet) -> None:
-    assert fleet.state.get_node_id_by_public_key(KEY) == node_id_of(KEY) == fleet.enlist(KEY)
+    assert fleet.state.get_node_id_by_public_key(KEY) == node_id_of(KEY) == fleet.register_node(KEY)
     assert 2 <= node_id_of(KEY) < 2**63
     assert node_id_of(KEY) not in (0, SERVER_NODE_ID)
 
@@ -225,7 +225,7 @@ def test_the_run_goes_on_without_heartbeats(fleet: Fleet, monkeypatch: pytest.Mo
 
 
 def test_one_run_at_a_time(fleet: Fleet) -> None:
-    with pytest.raises(TrainingError, match="a run is going on"):
+    with pytest.raises(TrainingError, match="a run is already in progress"):
         fleet.open_run({})
     fleet.end_run()
     assert fleet.open_run({}) != 0
@@ -260,7 +260,7 @@ def test_what_was_forgotten_leaves_nothing_behind(fleet: Fleet) -> None:
     assert len(state.object_store) == 0
     assert state.num_message_ins() == 0
     assert state.get_message_ins(CALLER.node_id, None) == []
-    assert fleet.take(sent[0]) is None
+    assert fleet.pop_reply(sent[0]) is None
 
 
 def push(fleet: Fleet, asked: Message, weights: int) -> bytes:
@@ -300,13 +300,13 @@ def test_a_reply_is_taken_once_and_what_is_large_of_it_stays_in_a_file(
     (message_id,) = fleet.send([asked])
     raw = push(fleet, asked, weights)
     assert fleet.next_answered(0.0) == message_id
-    taken = fleet.take(message_id)
+    taken = fleet.pop_reply(message_id)
     assert taken is not None
     assert list((tmp_path / "spool").iterdir()) == []
     array = taken.content["arrays"]["model"]  # type: ignore[index]
     assert isinstance(array, FileArray) == (weights > 10)
     assert (array.shape, array.data) == ((weights,), raw)
-    assert fleet.take(message_id) is None
+    assert fleet.pop_reply(message_id) is None
 
 
 def test_a_disk_without_room_is_no_fault_of_a_node(
@@ -321,8 +321,8 @@ def test_a_disk_without_room_is_no_fault_of_a_node(
     with monkeypatch.context() as patched:
         patched.setattr(fleet.store, "scratch", full)
         with pytest.raises(DiskFull):
-            fleet.take(message_id)
-    assert fleet.take(message_id) is not None, "it is still there once there is room"
+            fleet.pop_reply(message_id)
+    assert fleet.pop_reply(message_id) is not None, "it is still there once there is room"
 
 
 def test_objects_that_a_node_was_sent_are_counted(fleet: Fleet) -> None:
@@ -336,7 +336,7 @@ def test_objects_that_a_node_was_sent_are_counted(fleet: Fleet) -> None:
 
 def test_garbage_is_an_error_of_data(fleet: Fleet) -> None:
     for path, route in ROUTES.items():
-        with pytest.raises(DataError, match="no such message"):
+        with pytest.raises(DataError, match="not a valid message"):
             call(fleet, CALLER, route, b"\xff\xff\xff")
         assert route.max_bytes <= CHUNK_BYTES, path
 
@@ -352,7 +352,7 @@ def test_a_refusal_of_flowers_is_an_error_of_ours(fleet: Fleet) -> None:
 def test_records_come_back_as_they_were() -> None:
     record = ask().content
     assert read_record(record_bytes(record), where="here") == record
-    with pytest.raises(DataError, match="here: this file holds no record"):
+    with pytest.raises(DataError, match="here: this file does not contain a record"):
         read_record(b"\xff\xff", where="here")
 
 

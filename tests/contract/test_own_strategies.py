@@ -68,12 +68,12 @@ WRONG_STEPS = {
     "return mean.astype(int), state": "step returned weights that are an array of int64 (75,)",
     "return mean, None": "step returned a state that is None, expected a dict",
     "return mean, {1: 2}": "step returned a state with the name 1, expected text",
-    "return mean, {'a': [1]}": "a state in which 'a' is a list, which cannot be kept",
+    "return mean, {'a': [1]}": "a state in which 'a' is a list, which cannot be stored",
     "return mean, {'a': np.array('x')}": "a state in which 'a' is an array of <U1 ()",
-    "return mean, {'a': np.array(1j)}": "'a' is an array of complex128 (), which cannot be kept",
-    "return mean, {'a': np.array(None)}": "'a' is an array of object (), which cannot be kept",
+    "return mean, {'a': np.array(1j)}": "'a' is an array of complex128 (), which cannot be stored",
+    "return mean, {'a': np.array(None)}": "'a' is an array of object (), which cannot be stored",
     "mean += 1; return mean, state": "step raised ValueError: output array is read-only (line ",
-    "self.v = mean; return mean, state": "step changed self.v, expected it to be left",
+    "self.v = mean; return mean, state": "step changed self.v, expected it to be unchanged",
     "return mean, state['x']": "step raised KeyError: 'x' (line 8 of its file)",
 }
 
@@ -82,7 +82,7 @@ WRONG_STEPS = {
 def test_a_step_is_checked_before_a_run(tmp_path: Path, result: str) -> None:
     said = refusal(tmp_path, method("step", result))
     assert WRONG_STEPS[result] in said
-    assert "made-up updates, before the first round" in said
+    assert "synthetic updates, before the first round" in said
 
 
 WRONG_SETTINGS = {
@@ -131,7 +131,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "it is class Mine without aggregate_evaluate, aggregate_train": lambda folder: _plain(
         folder, "from flwr.serverapp.strategy import Strategy\nclass Mine(Strategy): pass"
     ),
-    "Mine has folds = True, which needs a method step, and it has aggregate": lambda f: _plain(
+    "Mine has folds = True, which needs a method step, but it has aggregate": lambda f: _plain(
         f,
         "from fedcore import Algorithm\nclass Mine(Algorithm):\n"
         "    def aggregate(self, *a): return a",
@@ -142,7 +142,7 @@ PLACES: dict[str, Callable[[Path], None]] = {
     "Mine.folds = 1, expected True or False": lambda folder: _plain(
         folder, "from fedcore import Algorithm\nclass Mine(Algorithm):\n    folds = 1"
     ),
-    "it derives from a strategy of Flower's for trees": lambda folder: _plain(
+    "it derives from a Flower strategy for trees": lambda folder: _plain(
         folder,
         "from flwr.serverapp.strategy import FedXgbBagging\nclass Mine(FedXgbBagging): pass",
     ),
@@ -162,7 +162,7 @@ def test_a_file_and_its_class_are_checked_before_a_run(tmp_path: Path, said: str
 
 @pytest.mark.parametrize("name", ["mine:Mine", "mine.py:", ":Mine", "mine.py:a b", "x:y:z"])
 def test_what_names_no_file_and_class_says_what_does(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match=r"expected FILE.py:CLASS, as 'mine.py:MyStrategy'"):
+    with pytest.raises(ConfigError, match=r"expected FILE.py:CLASS, e.g. 'mine.py:MyStrategy'"):
         check(run_of(name, base=tmp_path))
 
 
@@ -176,7 +176,7 @@ def test_options_are_the_arguments_of_the_class(tmp_path: Path) -> None:
         "    def __init__(self, share=0.5):\n        if share > 1: raise ValueError('too much')\n"
     )
     said = refusal(tmp_path, body, strategy_options={"shares": 1.0})
-    assert "unexpected keyword argument 'shares'. Mine takes: share. Nothing" in said
+    assert "unexpected keyword argument 'shares'. Mine accepts: share. Nothing" in said
     said = refusal(tmp_path, body, strategy_options={"share": 2.0})
     assert "Mine refused federation.strategy_options = {'share': 2.0}: ValueError: too much" in said
 
@@ -252,7 +252,9 @@ def test_a_strategy_of_flowers_kind_that_cannot_be_kept_is_refused(tmp_path: Pat
         "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg):\n"
         "    def __init__(self):\n        super().__init__()\n        self.kept = object()",
     )
-    with pytest.raises(ConfigError, match=r"Mine.kept is a object, which a checkpoint cannot hold"):
+    with pytest.raises(
+        ConfigError, match=r"Mine.kept is a object, which a checkpoint cannot store"
+    ):
         check(run_of("mine.py:Mine", base=tmp_path))
 
 
@@ -277,7 +279,7 @@ def test_under_example_level_privacy_what_is_charged_for_stays(tmp_path: Path) -
         run = run_of().client
         own = getattr(run, name)
         assert f"asks for {name} = {value}, expected client.{name} = {own}: under" in said
-        assert "the noise and the charge of every round follow from it" in said
+        assert "the noise and the privacy spent in every round depend on it" in said
 
 
 @pytest.mark.parametrize("training", ["loop", "vectorised"])
@@ -306,10 +308,13 @@ CLIENT_LEVEL = {
 def test_under_client_level_privacy_it_must_fold_and_tells_all_the_same(tmp_path: Path) -> None:
     each = "    folds = False\n    def aggregate(self, *a):\n        return a\n"
     said = refusal(tmp_path, each, privacy=CLIENT_LEVEL)
-    assert "contradicts privacy.unit = 'client': noise is counted for a sum of updates" in said
+    assert (
+        "contradicts privacy.unit = 'client': the privacy accounting covers only a sum of updates"
+        in said
+    )
     some = method("configure", "return {'client-0': ClientSettings(epochs=2)}")
     said = refusal(tmp_path, some, privacy=CLIENT_LEVEL)
-    assert "expected one ClientSettings for all: under client-level privacy noise hides" in said
+    assert "expected one ClientSettings for all: under client-level privacy the noise hides" in said
     seen = method("configure", "assert not clients; return ClientSettings(learning_rate=0.1)")
     write(tmp_path, seen)
     run = run_of("mine.py:Mine", base=tmp_path, privacy=CLIENT_LEVEL)
@@ -355,7 +360,9 @@ def test_torch_is_no_state(tmp_path: Path) -> None:
         def step(self, round: Any, weights: Any, mean: Any, state: Any) -> Any:
             return mean, {"velocity": torch.zeros(3)}
 
-    with pytest.raises(ConfigError, match="'velocity' is a Tensor, which cannot be kept: expected"):
+    with pytest.raises(
+        ConfigError, match="'velocity' is a Tensor, which cannot be stored: expected"
+    ):
         check(run_of("t:Mine"), strategy=Mine())
 
 
@@ -384,5 +391,5 @@ SENDS_NOTHING = "\n    def configure_train(self, *arguments):\n        return []
 def test_a_strategy_of_flowers_kind_that_asks_nobody_is_named(tmp_path: Path) -> None:
     text = "from flwr.serverapp.strategy import FedAvg\nclass Mine(FedAvg):\n    folds = True"
     _plain(tmp_path, text + SENDS_NOTHING)
-    with pytest.raises(RoundFailed, match=r"round 1: mine.py:Mine failed .*gave no messages"):
+    with pytest.raises(RoundFailed, match=r"round 1: mine.py:Mine failed .*returned no messages"):
         train(run_of("mine.py:Mine", base=tmp_path))

@@ -45,5 +45,5 @@ def test_a_strategy_of_flowers_kind_that_asks_some_twice_or_not_is_named(tmp_pat
     text += "    def configure_train(self, *given):\n"
     text += "        return list(super().configure_train(*given))[:-1]\n"
     _plain(tmp_path, text)
-    with pytest.raises(RoundFailed, match=r"must ask each node of the round, and each once"):
+    with pytest.raises(RoundFailed, match=r"must return one message for each node of the round"):
         train(run_of("mine.py:Mine", base=tmp_path))

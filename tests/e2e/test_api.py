@@ -111,7 +111,7 @@ def test_mistakes_are_typed_errors() -> None:
         fedcore.simulate(task_of(), federation={"round": 3})
     with pytest.raises(fedcore.FedcoreError, match=r"federation\.rounds=0"):
         fedcore.simulate(task_of(), federation={"rounds": 0})
-    with pytest.raises(fedcore.FedcoreError, match="was made in memory"):
+    with pytest.raises(fedcore.FedcoreError, match="was created in memory"):
         fedcore.simulate(task_of(cloud=True), finetune={"processes": 2})
     with pytest.raises(fedcore.FedcoreError, match="does not exist"):
         fedcore.simulate("nowhere.py")

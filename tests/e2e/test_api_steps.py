@@ -98,7 +98,7 @@ def test_clients_of_a_simulation_judge_and_weigh(result: fedcore.Result) -> None
     assert tuned.clients is not None
     assert tuned.clients.clients == 4
     (finished,) = (event for event in events if isinstance(event, StageFinished))
-    assert "on what 4 clients hold back" in finished.note
+    assert "on held-out data of 4 clients" in finished.note
     compressed = fedcore.compress(TASK, result.run, tuned.model, federation=held, progress=False)
     assert all(each.clients_drop is not None for each in compressed.records)
 
@@ -133,7 +133,7 @@ def test_a_result_that_cannot_be_saved_leaves_nothing(
         raise shutil.Error([("a", "b", "No space left on device")])
 
     monkeypatch.setattr(shutil, "copytree", full)
-    with pytest.raises(ResourceError, match=r"cannot be written.*No space.*Nothing was saved"):
+    with pytest.raises(ResourceError, match=r"cannot write it .*No space.*Nothing was saved"):
         result.save(tmp_path / "kept")
     assert not (tmp_path / "kept").exists()
 
@@ -153,9 +153,9 @@ def test_what_cannot_be_done_is_said_before_anything_runs(result: fedcore.Result
         fedcore.finetune(task_of(), None, result.federated)
     with pytest.raises(ConfigError, match=r"finetune\.epochs = 0"):
         fedcore.finetune(TASK, None, result.federated, finetune={"epochs": 0})
-    with pytest.raises(ConfigError, match=r"finetune\.processes = 2.*was made in memory"):
+    with pytest.raises(ConfigError, match=r"finetune\.processes = 2.*was created in memory"):
         fedcore.finetune(TASK, None, result.federated, finetune={"processes": 2})
-    with pytest.raises(ConfigError, match="name that folder by runs="):
+    with pytest.raises(ConfigError, match="pass that folder as runs="):
         fedcore.simulate(TASK, resume=True)
 
 

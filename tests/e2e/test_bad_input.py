@@ -74,7 +74,11 @@ def replace(path: Path, old: str, new: str) -> None:
             [],
             "federation.evaluate_cohort = 2 contradicts privacy.unit = 'example'",
         ),
-        ("[release]\nkeys = 'keys'\n", [], "release.repository and release.keys belong together"),
+        (
+            "[release]\nkeys = 'keys'\n",
+            [],
+            "release.repository and release.keys must be set together",
+        ),
         ("", ["--set", "federation.rouns=5"], "--set federation.rouns=5: unknown key"),
         ("", ["--set", "federation.rounds=many"], "federation.rounds = 'many': it should be"),
         ("", ["--set", "federation.rounds"], "expected section.key=value"),
@@ -102,9 +106,9 @@ def test_a_configuration_that_is_wrong_stops_before_anything_runs(
             ["simulate", "gone.toml"],
             "gone.toml: this file does not exist. Nothing was run. `fedcor",
         ),
-        (["simulate", "."], "a folder or something else has its name"),
+        (["simulate", "."], "it is a folder or another kind of file"),
         (["device"], "the following arguments are required: VERB"),
-        (["new", "Not A Name"], "cannot name a run"),
+        (["new", "Not A Name"], "is not a valid run name"),
     ],
 )
 def test_a_command_line_that_is_wrong_says_what_is(
@@ -153,7 +157,7 @@ TASKS = {
         "task = dataclasses.replace(task, model=network)",
         5,
         "UnsupportedLayer",
-        "cannot take 0 (BatchNorm1d)",
+        "does not support 0 (BatchNorm1d)",
     ),
     "a missing file": (
         "import dataclasses\n"
@@ -177,7 +181,7 @@ TASKS = {
         "task = dataclasses.replace(task, client_data=empty)",
         4,
         "DataError",
-        "data of client 'client-0': it holds no examples",
+        "data of client 'client-0': got no examples",
     ),
     "a loss that turns NaN": (
         "import dataclasses\n"

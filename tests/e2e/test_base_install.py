@@ -169,5 +169,5 @@ def test_a_verb_that_needs_more_says_what_to_install(venv: Path, tmp_path: Path)
     assert written.returncode == 0, written.stderr
     done = run(venv, "fedcore", "simulate", tmp_path / "mine" / "run.toml")
     assert done.returncode == 7, done.stdout + done.stderr
-    assert "Nothing was run; `pip install 'fedcore[" in done.stderr
+    assert "Nothing was run; install it with `pip install 'fedcore[" in done.stderr
     assert "Traceback" not in done.stderr

@@ -85,7 +85,7 @@ def test_the_section_on_real_devices_works_word_by_word(tmp_path: Path) -> None:
         shell.type(look)
         said = shell.log.read_text()
         assert "Run:     churn, waiting; 0 of 5 rounds" in said
-        assert "Devices: 0 there, of 3 members" in said
+        assert "Devices: 0 connected of 3 members" in said
         assert "This device is ready." in said
         shell.type(train)
         assert "round 5/5" in shell.log.read_text()

@@ -68,7 +68,7 @@ def test_the_gate_asks_whom_the_run_says(tmp_path: Path, judge: str | None, kept
         assert pruned.drop < 0.0
         assert pruned.clients_drop is not None
         assert pruned.clients_drop > 0.2
-        assert "on what clients hold back" in pruned.reason
+        assert "on the clients' held-out data" in pruned.reason
     told = " ".join(result.record.notes)
-    assert ("on what 8 clients hold back" in told) == (judge != "cloud")
-    assert ("worse than that of the rounds" in told) == kept
+    assert ("on held-out data of 8 clients" in told) == (judge != "cloud")
+    assert ("worse than the federated one" in told) == kept

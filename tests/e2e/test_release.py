@@ -74,7 +74,7 @@ def test_a_model_that_never_answers_is_refused_and_the_one_before_serves(
     publish_endless(world)
     done = fresh_fedcore(*update(world, "--max-seconds", "2")[1:], cwd=world.folder)
     assert done.returncode == 11, done.stderr
-    assert "no answer within 2 s, the limit of time" in done.stderr
+    assert "no answer within 2 s, this device's time limit" in done.stderr
     assert "Traceback" not in done.stderr
     assert answers(world, fresh_fedcore) == [[1.0, 2.0]]
     world.publish(3.0)  # the lock is free, and the next release is taken
@@ -96,7 +96,7 @@ def test_an_update_that_is_ended_leaves_no_process_and_no_lock(
         until(lambda: int(Path(f"/proc/{child}/stat").read_text().split()[13]) > 30)
         busy = fresh_fedcore(*update(world)[1:], cwd=world.folder)
         assert busy.returncode == 11
-        assert "another update is at work" in busy.stderr
+        assert "another update of this store is in progress" in busy.stderr
         os.kill(at_work.pid, signals.Signals[signal])
         at_work.wait(timeout=10)
     finally:

@@ -253,9 +253,9 @@ def test_the_first_ctrl_c_finishes_the_round(
     (os.killpg if to_all else os.kill)(started.pid, number)
     assert started.wait() == 130
     said = started.err.splitlines()
-    assert said[0].startswith("Interrupted: the round is finished first")
+    assert said[0].startswith("Interrupted: finishing the round")
     assert said[1:] == [
-        f"Interrupted: `fedcore simulate run.toml --runs {runs} --resume` goes on with it."
+        f"Interrupted: `fedcore simulate run.toml --runs {runs} --resume` continues it."
     ]
     assert not (shell.results(runs) / "summary.json").exists()
     code, out, err = shell.run("--resume", runs=runs)
@@ -272,7 +272,7 @@ def test_the_second_ctrl_c_stops_at_once(shell: Shell, whole: Path) -> None:
     started = shell.start("--resume", runs="insisted", SLOW="30")
     started.until("Resumed after round")
     os.kill(started.pid, signal.SIGINT)
-    started.until("the round is finished first")
+    started.until("finishing the round")
     asked = time.monotonic()
     os.kill(started.pid, signal.SIGINT)
     assert started.wait() == 130
@@ -302,7 +302,7 @@ def test_a_client_that_fails_is_replayed_with_its_traceback(shell: Shell) -> Non
     code, out, err = shell.run(*small, runs="replayed", BROKEN="1")
     assert code == 0, err
     note = next(line for line in out.splitlines() if line.startswith("note: round"))
-    asked = note.rpartition("--replay ")[2].removesuffix("` shows how.")
+    asked = note.rpartition("--replay ")[2].removesuffix("` shows the full error.")
     number, client = asked.split(":")
     assert (number, client) == ("1", "client-3")
     results = shell.results("replayed")

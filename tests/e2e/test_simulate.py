@@ -168,7 +168,7 @@ def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_works(
     assert process.returncode == 130
     *first, last = without_waiting(said).splitlines()
     assert last.startswith("Interrupted: `fedcore simulate run.toml --set federation.rounds=")
-    assert last.endswith(" --resume` goes on with it.")
+    assert last.endswith(" --resume` continues it.")
     assert len(first) == (stage == "federate")  # a round is finished first
     assert not (results / "summary.json").exists()
     assert not list(results.rglob(".*"))
@@ -177,7 +177,8 @@ def test_ctrl_c_ends_a_run_with_one_line_and_the_next_one_works(
         refused = fedcore("simulate", "run.toml", *SHORT, cwd=folder)
         assert refused.returncode == 2
         assert (
-            "go on with `fedcore simulate --resume`, or begin again with --fresh" in refused.stderr
+            "continue with `fedcore simulate --resume`, or start over with --fresh"
+            in refused.stderr
         )
         simulate(fedcore, folder, "--fresh", *SHORT)
         check_results(results)

@@ -38,7 +38,7 @@ def test_both_units_from_the_file_to_the_manifest(fedcore: Fedcore, tmp_path: Pa
     rounds = [event for event in events if event["event"] == "round_finished"]
     assert 0 < len(rounds) < 4  # the budget of clients ends the run
     assert (
-        "would take the client-level epsilon past privacy.client.max_epsilon = 1.5" in done.stdout
+        "would raise the client-level epsilon above privacy.client.max_epsilon = 1.5" in done.stdout
     )
     assert all(event["train_loss"] is None for event in rounds)
     expected = [

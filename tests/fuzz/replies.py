@@ -118,7 +118,7 @@ def read(raw: bytes) -> None:
     except ResourceError:
         raise
     except Exception as failure:  # as `Fleet.take` does, whose answer is an error of the node's
-        content, error = None, Error(REFUSED, f"it cannot be read ({type(failure).__name__})")
+        content, error = None, Error(REFUSED, f"cannot read it ({type(failure).__name__})")
     if error is not None:
         code, reason = failure_of(Message(error, reply_to=_asked(asked)))
         assert reason.isprintable()

@@ -73,7 +73,7 @@ def test_private_training_with_next_to_no_noise_equals_that_of_the_cpu() -> None
             nn.functional.cross_entropy,
             ClientConfig(learning_rate=0.1),
             still,
-            way=way_of(model, nn.functional.cross_entropy, torch.zeros(6)),
+            method=way_of(model, nn.functional.cross_entropy, torch.zeros(6)),
             draws=Simulated(0).draws(device),
         )
         trained.append(torch.from_numpy(pack(model)))
@@ -99,7 +99,7 @@ def test_noise_on_the_gpu_has_the_size_of_the_plan_and_is_fixed_by_the_seed() ->
             nn.functional.cross_entropy,
             ClientConfig(batch_size=64, learning_rate=64.0),
             planned,
-            way=way_of(model, nn.functional.cross_entropy, torch.zeros(6)),
+            method=way_of(model, nn.functional.cross_entropy, torch.zeros(6)),
             draws=Simulated(0).draws(CUDA),
         )
         moved.append(torch.from_numpy(pack(model) - pack(start)))

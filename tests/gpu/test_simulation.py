@@ -74,10 +74,10 @@ def distances(before: FullModel, together: TrainedClients, alone: list[FullModel
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("way", ["chain", "vmap"])
-def test_without_privacy(way: str, net: str) -> None:
+@pytest.mark.parametrize("method", ["chain", "vmap"])
+def test_without_privacy(method: str, net: str) -> None:
     before, asked = model(net), work(private=False)
-    if way == "chain":
+    if method == "chain":
         chain = find_chain(before.model, torch.randn(2, 1, 6, 6, device=CUDA))
         assert chain is not None
         loss = functional.cross_entropy
@@ -111,13 +111,13 @@ def test_with_privacy_and_the_same_noise(net: str) -> None:
         run=torch_run(chain),
     )
     alone = []
-    way = way_of(before.model, functional.cross_entropy, torch.zeros(1, 6, 6))
+    method = way_of(before.model, functional.cross_entropy, torch.zeros(1, 6, 6))
     for one in asked:
         assert one.private is not None
         alone.append(copy.deepcopy(before))
         train_private(
             alone[-1].preprocess, alone[-1].model, one.examples, functional.cross_entropy, SETTINGS,
-            one.private.plan, way=way,
+            one.private.plan, method=method,
             draws=SimulatedDraws(one.order(), one.private.noise(CUDA)),
         )  # fmt: skip
     assert max(distances(before, got, alone)) <= 1e-4

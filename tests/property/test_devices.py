@@ -18,7 +18,7 @@ from server.simulation.virtual.devices import (
     class_of,
     device_of,
     fate,
-    settle,
+    resolve_round,
 )
 from server.simulation.virtual.trace import COLUMNS, read_trace, window_at
 
@@ -69,7 +69,7 @@ def test_fates_are_finite_in_order_and_the_same_again(
     for client in cohort:
         one = meet(fleet, client, number)
         assert one == meet(fleet, client, number)
-        assert 0 <= one.begins_s <= one.trained_s <= one.finish_s < math.inf
+        assert 0 <= one.start_s <= one.trained_s <= one.finish_s < math.inf
         assert (one.outcome == "done") == (one.lost_s == math.inf)
         if one.outcome == "dropped":
             assert 0 <= one.lost_s <= one.finish_s
@@ -81,11 +81,11 @@ def test_a_round_does_not_depend_on_the_order_of_its_cohort(
 ) -> None:
     shuffled = list(cohort)
     order.shuffle(shuffled)
-    one = settle([meet(fleet, client) for client in cohort], deadline_s=deadline_s)
-    other = settle([meet(fleet, client) for client in shuffled], deadline_s=deadline_s)
+    one = resolve_round([meet(fleet, client) for client in cohort], deadline_s=deadline_s)
+    other = resolve_round([meet(fleet, client) for client in shuffled], deadline_s=deadline_s)
     assert one.record == other.record
     assert set(one.finishers) == set(other.finishers)
-    assert set(one.begun_in_vain) == set(other.begun_in_vain)
+    assert set(one.wasted_clients) == set(other.wasted_clients)
 
 
 @given(FLEETS, COHORTS, DEADLINES)
@@ -93,11 +93,11 @@ def test_everyone_is_accounted_for(
     fleet: VirtualFleet, cohort: list[str], deadline_s: float
 ) -> None:
     fates = [meet(fleet, client) for client in cohort]
-    ended = settle(fates, deadline_s=deadline_s)
+    ended = resolve_round(fates, deadline_s=deadline_s)
     record = ended.record
     missing = record.unavailable + record.dropped + record.stragglers
     assert len(ended.finishers) + missing == len(cohort)
-    assert not set(ended.finishers) & set(ended.begun_in_vain)
+    assert not set(ended.finishers) & set(ended.wasted_clients)
     assert 0 <= record.simulated_s <= deadline_s
     assert record.bytes_wasted <= record.bytes_down + record.bytes_up
     if missing == 0:
@@ -110,7 +110,7 @@ def test_without_a_deadline_there_are_no_stragglers_and_every_round_ends(
     fleet: VirtualFleet, cohort: list[str]
 ) -> None:
     fates = [meet(fleet, client) for client in cohort]
-    ended = settle(fates, deadline_s=math.inf)
+    ended = resolve_round(fates, deadline_s=math.inf)
     assert ended.record.stragglers == 0
     assert ended.record.simulated_s <= max(one.finish_s for one in fates) + SILENCE_S
 
@@ -120,8 +120,8 @@ def test_a_longer_deadline_loses_nobody(
     fleet: VirtualFleet, cohort: list[str], deadline_s: float, factor: float
 ) -> None:
     fates = [meet(fleet, client) for client in cohort]
-    short = settle(fates, deadline_s=deadline_s)
-    long = settle(fates, deadline_s=deadline_s * factor)
+    short = resolve_round(fates, deadline_s=deadline_s)
+    long = resolve_round(fates, deadline_s=deadline_s * factor)
     assert set(short.finishers) <= set(long.finishers)
     assert short.record.simulated_s <= long.record.simulated_s
 

@@ -13,7 +13,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tuf.api.metadata import Root, Timestamp  # type: ignore[attr-defined]
 
-from edge_client.delivery.clock import ClockReading, TimeFloor, learned, looked, read_floor
+from edge_client.delivery.clock import ClockReading, TimeFloor, floor_after, learned, read_floor
 from edge_client.delivery.roots import anchor, parse_root
 from edge_client.inference import confined
 from fedcore.artifacts.manifest import parse_manifest
@@ -114,7 +114,7 @@ def test_the_floor_never_falls_and_what_has_expired_once_stays_so(
             floor = learned(floor, now, root=root, timestamp=timestamp, created=None)
             newest = timestamp
         else:
-            floor = looked(floor, now)
+            floor = floor_after(floor, now)
         if highest is not None:
             assert floor.at is not None
             assert floor.at >= highest

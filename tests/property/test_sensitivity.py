@@ -165,7 +165,7 @@ def hostile(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 
 def sums(
-    way: GradientMethod,
+    method: GradientMethod,
     task: Task,
     full: FullModel,
     examples: Any,
@@ -183,7 +183,7 @@ def sums(
         task.loss,
         Settings(learning_rate=1e-12),
         PrivatePlan(Charge(1, 1.0, 1.0, steps), clip),
-        way=way,
+        method=method,
         draws=draws,
     )
     found = torch.stack(draws.sums)
@@ -215,19 +215,19 @@ def test_the_zoo_is_large_and_has_both_kinds() -> None:
 def test_no_example_moves_a_sum_by_more_than_the_clip_norm(case: Case) -> None:
     task = task_of(case)
     full = build_model(task, RUN)
-    way = choose_method(task, full)
-    assert way.name == case.outcome, way.why
+    method = choose_method(task, full)
+    assert method.name == case.outcome, method.why
     if case.name.startswith("large table"):  # gradients by what was looked up, no table an example
-        assert way.bytes_per_example < sum(p.numel() for p in full.parameters())
+        assert method.bytes_per_example < sum(p.numel() for p in full.parameters())
     for name, model in hostile(full.model):
         at = FullModel(full.preprocess, model)
         steps = 2 if name == "fresh" else 1
-        without = sums(way, task, at, lazily(case, None), steps=steps)
+        without = sums(method, task, at, lazily(case, None), steps=steps)
         if name == "fresh":  # noise is not all that there is
             assert float(without.norm(dim=1).min()) > 1e-3
         rows = list(adversaries(case))
         for number, row in enumerate(rows if name == "fresh" else rows[::5]):
-            seen = moved(sums(way, task, at, lazily(case, row), steps=steps), without)
+            seen = moved(sums(method, task, at, lazily(case, row), steps=steps), without)
             assert seen <= 1 + ROUNDING, (name, number, seen)
             if name == "fresh" and number == 0:
                 assert seen > 1e-6  # the plain example counts
@@ -261,12 +261,12 @@ def test_the_clip_norm_holds_whatever_its_size(name: str, clip: float) -> None:
     case = case_named(name)
     task = task_of(case)
     full = build_model(task, RUN)
-    way = choose_method(task, full)
+    method = choose_method(task, full)
     for _, model in hostile(full.model):
         at = FullModel(full.preprocess, model)
-        without = sums(way, task, at, lazily(case, None), clip=clip, steps=1)
+        without = sums(method, task, at, lazily(case, None), clip=clip, steps=1)
         for row in list(adversaries(case))[:6]:
-            found = sums(way, task, at, lazily(case, row), clip=clip, steps=1)
+            found = sums(method, task, at, lazily(case, row), clip=clip, steps=1)
             assert moved(found, without, clip) <= 1 + ROUNDING
 
 
@@ -276,16 +276,16 @@ def test_a_data_set_in_memory_is_no_different(name: str) -> None:
     case = case_named(name)
     task = task_of(case)
     full = build_model(task, RUN)
-    way = choose_method(task, full)
+    method = choose_method(task, full)
     inputs, targets = data_of(case)
     found = []
     for value in (float("nan"), float("inf"), 3e38, 50.0, 0.0):
         inputs = inputs.clone()
         inputs[PLACE] = value
-        found.append(sums(way, task, full, TensorDataset(inputs, targets)))
+        found.append(sums(method, task, full, TensorDataset(inputs, targets)))
     assert all(moved(one, found[0]) <= 1 + ROUNDING for one in found)
     # What is not finite leaves the others' gradients as they are, to the bit.
-    assert torch.equal(found[0], sums(way, task, full, lazily(case, None)))
+    assert torch.equal(found[0], sums(method, task, full, lazily(case, None)))
 
 
 @pytest.mark.parametrize("left", [0.0, 1e-4, 0.5, 1.0])
@@ -294,9 +294,9 @@ def test_a_gradient_of_rows_that_cancel_is_not_longer_than_its_norm_says(left: f
     rng = torch.Generator().manual_seed(2)
     count, rows, outs, width = 50, 5, 40, 30
     inputs = torch.randn(1, count, 1, width, generator=rng).expand(-1, -1, rows, -1).contiguous()
-    slopes = torch.randn(1, count, rows, outs, generator=rng)
-    slopes[:, :, -1] = left * slopes[:, :, -1] - slopes[:, :, :-1].sum(dim=2)
-    found = example_gradients((inputs, slopes, slopes), bias=True)
+    grads = torch.randn(1, count, rows, outs, generator=rng)
+    grads[:, :, -1] = left * grads[:, :, -1] - grads[:, :, :-1].sum(dim=2)
+    found = example_gradients((inputs, grads, grads), bias=True)
     for place in range(count):
         share = torch.zeros(1, count)
         share[0, place] = 1
@@ -323,9 +323,9 @@ def test_rows_that_cancel_do_not_round_the_other_way_in_great_numbers(compiled: 
 
     chain = find_chain(model, torch.randn(4, 16, 1, 2))
     assert chain is not None
-    run = compiled_run(chain, model, apart=True) if compiled else torch_run(chain)
+    run = compiled_run(chain, model, per_example=True) if compiled else torch_run(chain)
     assert run is not None
-    way, unit = chain_method(chain, run, loss), 2.0 ** (math.log2(CANCELLED) - 24)
+    method, unit = chain_method(chain, run, loss), 2.0 ** (math.log2(CANCELLED) - 24)
     rows = torch.zeros(EXACT_ROWS, 16, 1, 2)
     rows[0, 0, 0, 0] = start = math.floor((1 - 8 * unit) / unit) * unit
     with_it, without_it = start, 0.0
@@ -342,7 +342,7 @@ def test_rows_that_cancel_do_not_round_the_other_way_in_great_numbers(compiled: 
     for first in (True, False):
         counted[0] = first
         batch = Batch(rows, torch.ones(EXACT_ROWS), counted, 0)
-        one = clipped_sum(way, nn.Identity(), model, loss, [batch], clip_norm=1.0, physical=64)
+        one = clipped_sum(method, nn.Identity(), model, loss, [batch], clip_norm=1.0, physical=64)
         assert one.skipped == 0
         found.append(torch.cat([total.flatten() for total in one.sums]))
     assert moved(*(one.unsqueeze(0) for one in found)) <= 1 + ROUNDING
@@ -384,9 +384,11 @@ def test_random_chains(
             parameter.mul_(10**scale).clamp_(-1e6, 1e6)
     case = dataclasses.replace(case_named("mlp, cross-entropy"), model=lambda: model)
     task, full = task_of(case), FullModel(nn.Identity(), model)
-    way = by_chain_of(full)
+    method = by_chain_of(full)
     row = torch.full((WIDTH,), float(np.float32(10**size))), torch.tensor(1)
-    pair = [sums(way, task, full, lazily(case, one), clip=10**clip, steps=1) for one in (row, None)]
+    pair = [
+        sums(method, task, full, lazily(case, one), clip=10**clip, steps=1) for one in (row, None)
+    ]
     assert moved(*pair, clip=10**clip) <= 1 + ROUNDING
 
 

@@ -176,7 +176,7 @@ def _accepted() -> Iterator[Case]:
         yield Case(name, "chain", head, SIGNAL, classes, preprocess=before)
 
 
-_APART, _KEEP_NONE = "treat each example alone", "use layers that keep none"
+_APART, _KEEP_NONE = "treat each example alone", "use layers without such state"
 _DIVIDE, _NO_TERMS = "divide by the number of examples", "no terms between"
 
 

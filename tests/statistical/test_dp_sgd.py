@@ -46,7 +46,7 @@ def moves(
         no_signal,
         settings,
         PrivatePlan(charge, clip),
-        way=way_of(model, no_signal, torch.zeros(size), "regression"),
+        method=way_of(model, no_signal, torch.zeros(size), "regression"),
         draws=SimulatedDraws(torch_rng(3, "sampling"), torch_rng(3, "noise")),
     )
     return (model.weight.detach() - before).double().flatten()
@@ -119,7 +119,7 @@ def batches(count: int, rate: float, steps: int) -> list[Tensor]:
         of_outputs,
         ClientConfig(),
         PrivatePlan(Charge(1, 1.0, rate, steps), 2.0),
-        way=way_of(model, of_outputs, torch.zeros(count), "regression"),
+        method=way_of(model, of_outputs, torch.zeros(count), "regression"),
         draws=noted,
     )
     for rows, total in zip(noted.batches, noted.summed, strict=True):
@@ -148,7 +148,7 @@ def test_a_rate_of_one_draws_every_example_in_every_step() -> None:
     assert all(len(batch) == 50 for batch in batches(50, 1.0, 20))
 
 
-def released(examples: Tensor, noise: float, trial: int, way: GradientMethod) -> float:
+def released(examples: Tensor, noise: float, trial: int, method: GradientMethod) -> float:
     """One weight after one step on examples whose gradients are their own values."""
     model = nn.Linear(1, 1, bias=False)
     data: Any = TensorDataset(examples, torch.zeros(len(examples)))
@@ -161,7 +161,7 @@ def released(examples: Tensor, noise: float, trial: int, way: GradientMethod) ->
         of_outputs,
         ClientConfig(learning_rate=1.0),
         PrivatePlan(Charge(1, noise, 1.0, 1), 1.0),
-        way=way,
+        method=method,
         draws=SimulatedDraws(
             torch_rng(trial, "sampling"),
             torch_rng(trial, "noise", len(examples), int(examples.sum())),
@@ -173,9 +173,9 @@ def released(examples: Tensor, noise: float, trial: int, way: GradientMethod) ->
 def audit(noise: float, trials: int) -> Iterator[float]:
     """Lower bounds on epsilon, from telling runs with one extreme example from runs without."""
     without, within = torch.zeros(4, 1), torch.tensor([[100.0], [0.0], [0.0], [0.0]])
-    way = way_of(nn.Linear(1, 1, bias=False), of_outputs, torch.zeros(1), "regression")
-    seen = torch.tensor([released(within, noise, trial, way) for trial in range(trials)])
-    unseen = torch.tensor([released(without, noise, trial, way) for trial in range(trials)])
+    method = way_of(nn.Linear(1, 1, bias=False), of_outputs, torch.zeros(1), "regression")
+    seen = torch.tensor([released(within, noise, trial, method) for trial in range(trials)])
+    unseen = torch.tensor([released(without, noise, trial, method) for trial in range(trials)])
     slack = math.sqrt(math.log(1e6) / (2 * trials))  # Hoeffding, one in a million
     for threshold in (-0.05, -0.125, -0.2, -0.3):
         right = (seen < threshold).double().mean().item()

@@ -142,16 +142,16 @@ def torch_run(chain: Chain) -> Run:
 
     def run(weights: Weights, x: Tensor) -> tuple[Tensor, Back]:
         passed = run_chain(chain, weights, x)
-        return passed.output, lambda slopes: _back(passed, slopes)
+        return passed.output, lambda grads: _backward(passed, grads)
 
     return run
 
 
-def _back(passed: ForwardPass, slopes: Tensor) -> Iterable[Share]:
+def _backward(passed: ForwardPass, grads: Tensor) -> Iterable[Share]:
     if not passed.output.requires_grad:
-        return zip(passed.inputs, [slopes], [slopes], strict=True)
+        return zip(passed.inputs, [grads], [grads], strict=True)
     anchors = [*passed.products, *passed.results]
-    found = torch.autograd.grad([passed.output], anchors, [slopes])
+    found = torch.autograd.grad([passed.output], anchors, [grads])
     return zip(passed.inputs, found[: len(found) // 2], found[len(found) // 2 :], strict=True)
 
 
@@ -180,7 +180,7 @@ def matrix(layer: Dense, weight: Tensor) -> Tensor:
     return weight
 
 
-def like_weight(layer: Dense, products: Tensor, weight: Tensor) -> Tensor:
+def reshape_to_weight(layer: Dense, products: Tensor, weight: Tensor) -> Tensor:
     """Reshapes matrices ``(K, out, in)`` to a layer's stacked weights; the inverse of `matrix`."""
     if isinstance(layer, Conv):
         clients, out, channels, high, wide = weight.shape

@@ -21,7 +21,7 @@ from fedcore.training.per_example.gradient_methods import (
     zero_totals,
 )
 
-_MOST_ROWS = 256
+_MAX_ROWS = 256
 """Maximum number of examples read, or processed, at once, so that one example's size has little
 effect on memory."""
 
@@ -61,7 +61,7 @@ class ClippedSum:
 
 
 def clipped_sum(
-    way: GradientMethod,
+    method: GradientMethod,
     preprocess: nn.Module,
     model: nn.Module,
     loss: Loss,
@@ -81,7 +81,7 @@ def clipped_sum(
         that their gradients are bit-identical and rounding reveals nothing about the failed one.
 
     Args:
-        way: The gradient method, from `choose_method`.
+        method: The gradient method, from `choose_method`.
         preprocess: Runs before the model, on each example separately.
         model: The model at whose weights gradients are computed; not changed.
         loss: Mean loss over a batch, called on batches of one.
@@ -93,16 +93,16 @@ def clipped_sum(
         Abadi et al. 2016, arXiv:1607.00133, Algorithm 1.
     """
     totals = zero_totals(model)
-    step, skipped = min(physical, _MOST_ROWS), 0
+    step, skipped = min(physical, _MAX_ROWS), 0
     for batch in batches:
         for start in range(0, len(batch.counted), step):
             part = batch.rows(start, start + step)
-            skipped += _add_part(way, preprocess, model, loss, part, clip_norm, totals)
+            skipped += _add_part(method, preprocess, model, loss, part, clip_norm, totals)
     return ClippedSum(totals, skipped)
 
 
 def _add_part(
-    way: GradientMethod,
+    method: GradientMethod,
     preprocess: nn.Module,
     model: nn.Module,
     loss: Loss,
@@ -115,17 +115,17 @@ def _add_part(
     How an example is processed depends only on that example.
     """
 
-    def taken(way: GradientMethod, batch: Batch) -> GradientPart | None:
-        return _taken(way, preprocess, model, batch)
+    def grads_of(method: GradientMethod, batch: Batch) -> GradientPart | None:
+        return _grads_of_batch(method, preprocess, model, batch)
 
-    part = taken(way, batch)
+    part = grads_of(method, batch)
     if part is not None:
         return _add_clipped(part, batch, clip_norm, totals)
     runs = torch.zeros_like(batch.counted)
     for place in batch.counted.nonzero().flatten().tolist():
-        runs[place] = taken(way, batch.rows(place, place + 1)) is not None
-    together = _without(batch, batch.counted & runs)
-    part = taken(way, together) if bool(runs.any()) else None
+        runs[place] = grads_of(method, batch.rows(place, place + 1)) is not None
+    together = _replace_uncounted(batch, batch.counted & runs)
+    part = grads_of(method, together) if bool(runs.any()) else None
     skipped = 0
     if part is not None:
         skipped += _add_clipped(part, together, clip_norm, totals)
@@ -133,7 +133,7 @@ def _add_part(
     alone = one_by_one(loss, why="")
     for place in batch.counted.nonzero().flatten().tolist():
         single = batch.rows(place, place + 1)
-        part = taken(alone, single)
+        part = grads_of(alone, single)
         skipped += 1 if part is None else _add_clipped(part, single, clip_norm, totals)
     return skipped
 
@@ -146,8 +146,8 @@ def _add_clipped(
     return int((batch.counted & ~used).sum())
 
 
-def _taken(
-    way: GradientMethod, preprocess: nn.Module, model: nn.Module, batch: Batch
+def _grads_of_batch(
+    method: GradientMethod, preprocess: nn.Module, model: nn.Module, batch: Batch
 ) -> GradientPart | None:
     """Returns the gradients of one physical batch; None where computing them fails.
 
@@ -159,15 +159,15 @@ def _taken(
     try:
         with global_streams(batch.seed):
             before = drawn_outside_torch()
-            found = way.take(preprocess, model, batch.inputs, batch.targets)
-            return found if way.name == "alone" or drawn_outside_torch() == before else None
+            found = method.compute(preprocess, model, batch.inputs, batch.targets)
+            return found if method.name == "alone" or drawn_outside_torch() == before else None
     except KeyboardInterrupt:  # the user's, or SIGTERM
         raise
     except BaseException:  # the task's code, on unchecked values
         return None
 
 
-def _without(batch: Batch, counted: Tensor) -> Batch:
+def _replace_uncounted(batch: Batch, counted: Tensor) -> Batch:
     """Replaces each position that does not count by a copy of the first one that does."""
     if not bool(counted.any()):
         return replace(batch, counted=counted)
@@ -208,8 +208,8 @@ def read_batch(
         counted = torch.ones(len(rows), dtype=torch.bool, device=device)
         yield Batch(inputs.to(device), targets.to(device), counted, seed)
         return
-    for start in range(0, len(rows), _MOST_ROWS):
-        some = rows[start : start + _MOST_ROWS].tolist()
+    for start in range(0, len(rows), _MAX_ROWS):
+        some = rows[start : start + _MAX_ROWS].tolist()
         with kept_streams():
             read = [_read(examples, row, seed + start + place) for place, row in enumerate(some)]
         yield from _by_kind(read, device, seed + start, usual)
@@ -245,7 +245,7 @@ def _read(examples: Examples, row: int, seed: int) -> _Pair | None:
 def _plain(part: object) -> Tensor:
     """Returns the example in a batch of one as a dense tensor that can be stacked with others."""
     if not isinstance(part, Tensor) or part.layout != torch.strided or part.is_quantized:
-        raise TypeError("no plain tensor")
+        raise TypeError("not a plain tensor")
     if part.is_nested or part.is_meta:
         raise TypeError("a tensor without numbers")
     return part[0].detach().as_subclass(Tensor)

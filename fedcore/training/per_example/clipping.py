@@ -70,15 +70,15 @@ def example_gradients(part: Share | PerExampleGradients, *, bias: bool) -> Examp
         convolution's norm is computed without its gradient).
     """
     if isinstance(part, PerExampleGradients):
-        (squares, usable, product), of_bias = _given(part.weight), part.bias
+        (squares, usable, product), of_bias = _materialised_part(part.weight), part.bias
     else:
-        inputs, slopes, of_results = part
+        inputs, grads, of_results = part
         if inputs.dim() == 3:
-            return _outer(inputs, slopes, bias)
+            return _outer(inputs, grads, bias)
         of_bias = of_results.sum(dim=2)
         rows, numbers = inputs.shape[2:]
-        few = 2 * rows * rows < slopes.shape[3] * numbers
-        squares, usable, product = (_by_rows if few else _made)(inputs, slopes)
+        few = 2 * rows * rows < grads.shape[3] * numbers
+        squares, usable, product = (_by_rows if few else _materialise)(inputs, grads)
     if bias:
         squares = squares + norms(of_bias).square()
 
@@ -90,7 +90,7 @@ def example_gradients(part: Share | PerExampleGradients, *, bias: bool) -> Examp
     return ExampleGradients(squares, usable & torch.isfinite(squares), weighted)
 
 
-def without(part: Share | PerExampleGradients, usable: Tensor) -> Share | PerExampleGradients:
+def zero_unusable(part: Share | PerExampleGradients, usable: Tensor) -> Share | PerExampleGradients:
     """Returns a layer's part with unusable examples, ``(B,)``, set to zero; requires K = 1."""
 
     def kept(one: Tensor) -> Tensor:
@@ -99,8 +99,8 @@ def without(part: Share | PerExampleGradients, usable: Tensor) -> Share | PerExa
 
     if isinstance(part, PerExampleGradients):
         return PerExampleGradients(kept(part.weight), kept(part.bias))
-    inputs, slopes, of_results = part
-    return kept(inputs), kept(slopes), kept(of_results)
+    inputs, grads, of_results = part
+    return kept(inputs), kept(grads), kept(of_results)
 
 
 def clip_factors(squares: Tensor, clip_norm: Tensor | float) -> Tensor:
@@ -117,15 +117,15 @@ def clip_factors(squares: Tensor, clip_norm: Tensor | float) -> Tensor:
     return functional.threshold(shares.clamp(max=1).to(torch.float32), _SMALLEST, 0.0)
 
 
-def batch_gradient(inputs: Tensor, slopes: Tensor, of_results: Tensor) -> Gradient:
+def batch_gradient(inputs: Tensor, grads: Tensor, of_results: Tensor) -> Gradient:
     """Returns a layer's gradient over whole batches, from already weighted output gradients.
 
     Args:
         inputs: The factor of the layer's weights, ``(K, B, in)`` or ``(K, B, R, in)``.
-        slopes: Weighted gradients of the products, ``(K, B, out)`` or ``(K, B, R, out)``.
+        grads: Weighted gradients of the products, ``(K, B, out)`` or ``(K, B, R, out)``.
         of_results: Weighted gradients of the results, ``(K, B, out)`` or ``(K, B, P, out)``.
     """
-    left, right = slopes.flatten(1, -2), inputs.flatten(1, -2)
+    left, right = grads.flatten(1, -2), inputs.flatten(1, -2)
     return Gradient(left, right, of_results.flatten(1, -2).sum(dim=1))
 
 
@@ -145,14 +145,14 @@ def norms(vectors: Tensor) -> Tensor:
     return (squares + rest.square()).sqrt()
 
 
-def _outer(inputs: Tensor, slopes: Tensor, bias: bool) -> ExampleGradients:
+def _outer(inputs: Tensor, grads: Tensor, bias: bool) -> ExampleGradients:
     """Handles one row per example: the norm of an outer product is the product of the norms."""
-    of_inputs, of_slopes = norms(inputs), norms(slopes)
+    of_inputs, of_slopes = norms(inputs), norms(grads)
     squares = of_slopes.square() * (of_inputs.square() + bias)
     usable = (of_inputs <= _LARGEST) & (of_slopes <= _LARGEST)
 
     def weighted(share: Tensor, some: slice) -> Gradient:
-        shared = slopes[:, some] * share[:, some].unsqueeze(2)
+        shared = grads[:, some] * share[:, some].unsqueeze(2)
         return batch_gradient(inputs[:, some], shared, shared)
 
     return ExampleGradients(squares, usable & torch.isfinite(squares), weighted)
@@ -162,14 +162,14 @@ _Factors = Callable[[Tensor, slice], tuple[Tensor, Tensor]]
 """Maps scale factors and a slice of examples to the two factors of their weighted sum."""
 
 
-def _by_rows(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
+def _by_rows(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor, _Factors]:
     """Handles few rows and many weights: computes norms from inner products between the rows.
 
     These products cancel, as do the rows when summed. So the products are float64, and an example
     whose rows cancel almost entirely is unusable.
     """
-    of_inputs, of_slopes = norms(inputs), norms(slopes)
-    a, s = (one.flatten(0, 1).to(of_inputs.dtype) for one in (inputs, slopes))
+    of_inputs, of_slopes = norms(inputs), norms(grads)
+    a, s = (one.flatten(0, 1).to(of_inputs.dtype) for one in (inputs, grads))
     squares = (torch.bmm(a, a.transpose(1, 2)) * torch.bmm(s, s.transpose(1, 2))).sum(dim=(1, 2))
     squares = squares.view(inputs.shape[:2]).clamp(min=0)
     lengths = (of_inputs * of_slopes).sum(dim=2)
@@ -178,26 +178,26 @@ def _by_rows(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
         usable &= (one <= _LARGEST).all(dim=2)
 
     def factors(share: Tensor, some: slice) -> tuple[Tensor, Tensor]:
-        shared = slopes[:, some] * share[..., None, None]
+        shared = grads[:, some] * share[..., None, None]
         return shared.flatten(1, 2), inputs[:, some].flatten(1, 2)
 
     return squares, usable, factors
 
 
-def _made(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor, _Factors]:
+def _materialise(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor, _Factors]:
     """Handles many rows and few weights: materialises each gradient, which makes the sum cheap.
 
     The narrower factor comes first: with few columns in one factor, the other order takes up to
     four times as long. The sum over examples is transposed instead.
     """
-    turned = inputs.shape[3] < slopes.shape[3]
-    first, second = (inputs, slopes) if turned else (slopes, inputs)
+    turned = inputs.shape[3] < grads.shape[3]
+    first, second = (inputs, grads) if turned else (grads, inputs)
     products = torch.bmm(first.flatten(0, 1).transpose(1, 2), second.flatten(0, 1))
     each = products.view(*inputs.shape[:2], *products.shape[1:])
-    return _given(each.transpose(2, 3) if turned else each)
+    return _materialised_part(each.transpose(2, 3) if turned else each)
 
 
-def _given(each: Tensor) -> tuple[Tensor, Tensor, _Factors]:
+def _materialised_part(each: Tensor) -> tuple[Tensor, Tensor, _Factors]:
     """Handles materialised gradients, ``(K, B, out, in)``."""
     turned = not each.is_contiguous()
     kept = each.transpose(2, 3) if turned else each

@@ -26,11 +26,11 @@ from fedcore.training.per_example.chain import (
     Weights,
     flattened,
 )
-from fedcore.training.per_example.cpu_conv import Link, Undo, convolution
+from fedcore.training.per_example.cpu_conv import Backward, Link, convolution
 from fedcore.training.per_example.graph import is_relu
 
 
-def kernel_run(chain: Chain, *, apart: bool) -> Run | None:
+def kernel_run(chain: Chain, *, per_example: bool) -> Run | None:
     """Returns a run of the chain by float32 kernels on the CPU; None where torch is better.
 
     That is the case without convolutions, with very large pooling blocks, and where a result is
@@ -38,7 +38,7 @@ def kernel_run(chain: Chain, *, apart: bool) -> Run | None:
 
     Args:
         chain: From `fedcore.training.per_example.graph.find_chain`.
-        apart: Whether the backward pass keeps examples separate, for per-example gradients.
+        per_example: Whether the backward pass keeps examples separate, for per-example gradients.
     """
     windows = [layer.window for layer in chain.layers if isinstance(layer, Conv)]
     few = all(window.pool[0] * window.pool[1] <= MOST for window in windows)
@@ -46,27 +46,27 @@ def kernel_run(chain: Chain, *, apart: bool) -> Run | None:
         return None
     steps = [step for step in chain.steps if type(step.apply) is not nn.Identity]
     first = next(place for place, step in enumerate(steps) if isinstance(step.apply, Dense))
-    links = list(_links(steps[first:], apart=apart))
+    links = list(_links(steps[first:], per_example=per_example))
 
     def run(weights: Weights, x: Tensor) -> tuple[Tensor, Back]:
         with torch.no_grad():
             for step in steps[:first]:
                 x = _applied(step, x)
-            undos = []
+            backwards = []
             for link in links:
-                x, undo = link(weights, x)
-                undos.append(undo)
-        return x, lambda slopes: _back(undos, slopes)
+                x, backward = link(weights, x)
+                backwards.append(backward)
+        return x, lambda grads: _backward(backwards, grads)
 
     return run
 
 
-def _back(
-    undos: Sequence[Undo], slopes: Tensor
+def _backward(
+    backwards: Sequence[Backward], grads: Tensor
 ) -> Sequence[Share | BatchGradients | PerExampleGradients]:
     shares: list[Share | BatchGradients | PerExampleGradients] = []
-    for undo in reversed(undos):
-        slopes, share = undo(slopes)
+    for backward in reversed(backwards):
+        grads, share = backward(grads)
         if share is not None:
             shares.append(share)
     return shares[::-1]
@@ -79,7 +79,7 @@ def _is_straight(chain: Chain) -> bool:
     return in_turn and chain.output == len(chain.steps)
 
 
-def _links(steps: Sequence[Step], *, apart: bool) -> Iterator[Link]:
+def _links(steps: Sequence[Step], *, per_example: bool) -> Iterator[Link]:
     """Yields the steps as links, each layer with the ReLU that follows; a layer must come first."""
     behind = [*(is_relu(step.apply) for step in steps[1:]), False]
     taken = False
@@ -88,7 +88,7 @@ def _links(steps: Sequence[Step], *, apart: bool) -> Iterator[Link]:
         if taken:
             taken = False
         elif isinstance(layer, Conv):
-            yield convolution(layer, relu=relu, first=place == 0, apart=apart)
+            yield convolution(layer, relu=relu, first=place == 0, per_example=per_example)
             taken = relu
         elif isinstance(layer, Dense):
             yield _dense(layer, relu=relu, first=place == 0)
@@ -106,26 +106,26 @@ def _applied(step: Step, x: Tensor) -> Tensor:
 def _any(step: Step) -> Link:
     """Returns a link whose backward pass comes from autograd."""
 
-    def link(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
+    def link(weights: Weights, x: Tensor) -> tuple[Tensor, Backward]:
         with torch.enable_grad():
             leaf = x.detach().requires_grad_()
             result = _applied(step, leaf)
 
-        def undo(slopes: Tensor) -> tuple[Tensor, None]:
-            (found,) = torch.autograd.grad([result], [leaf], [slopes])
+        def backward(grads: Tensor) -> tuple[Tensor, None]:
+            (found,) = torch.autograd.grad([result], [leaf], [grads])
             return found, None
 
-        return result.detach(), undo
+        return result.detach(), backward
 
     return link
 
 
-def _flat(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
-    return flattened(x), lambda slopes: (slopes.view(x.shape), None)
+def _flat(weights: Weights, x: Tensor) -> tuple[Tensor, Backward]:
+    return flattened(x), lambda grads: (grads.view(x.shape), None)
 
 
 def _dense(layer: Dense, *, relu: bool, first: bool) -> Link:
-    def link(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
+    def link(weights: Weights, x: Tensor) -> tuple[Tensor, Backward]:
         weight = weights[layer.weight]
         if layer.bias is None:
             result = torch.bmm(x, weight.transpose(1, 2))
@@ -134,11 +134,11 @@ def _dense(layer: Dense, *, relu: bool, first: bool) -> Link:
         if relu:
             result.relu_()
 
-        def undo(slopes: Tensor) -> tuple[Tensor, Share]:
+        def backward(grads: Tensor) -> tuple[Tensor, Share]:
             if relu:
-                slopes = torch.ops.aten.threshold_backward(slopes, result, 0)
-            return slopes if first else torch.bmm(slopes, weight), (x, slopes, slopes)
+                grads = torch.ops.aten.threshold_backward(grads, result, 0)
+            return grads if first else torch.bmm(grads, weight), (x, grads, grads)
 
-        return result, undo
+        return result, backward
 
     return link

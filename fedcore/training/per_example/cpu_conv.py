@@ -39,10 +39,10 @@ from fedcore.training.per_example.chain import (
     matrix,
 )
 
-Undo = Callable[[Tensor], tuple[Tensor, Share | BatchGradients | PerExampleGradients | None]]
+Backward = Callable[[Tensor], tuple[Tensor, Share | BatchGradients | PerExampleGradients | None]]
 """Maps gradients of a link's result to those of its input, and to the layer's part. Call it only
 once; for a chain's first layer only the part is valid."""
-Link = Callable[[Weights, Tensor], tuple[Tensor, Undo]]
+Link = Callable[[Weights, Tensor], tuple[Tensor, Backward]]
 """Runs one part of a chain; returns its result and its backward pass."""
 
 _SHORT = 16  # numbers per kernel row; with fewer, filling columns is faster than filling rows
@@ -50,33 +50,39 @@ _FEW = 8  # channels; with fewer, tiles cost more than they save
 _CHANNELS_LAST, _CHANNELS_FIRST = (0, 1, 3, 4, 2), (0, 1, 4, 2, 3)
 
 
-def convolution(layer: Conv, *, relu: bool, first: bool, apart: bool) -> Link:
+def convolution(layer: Conv, *, relu: bool, first: bool, per_example: bool) -> Link:
     """Returns a link that runs a convolution with its pooling.
 
     Args:
         layer: The convolution.
         relu: Whether a ReLU follows.
         first: Whether it is the chain's first layer, whose input needs no gradients.
-        apart: Whether the backward pass keeps examples separate, in place of `BatchGradients`.
+        per_example: Whether the backward pass keeps examples separate.
     """
     inside = replace(layer.window, padding=(0, 0))
     loops = direct(inside, layer.channels, layer.outs) if first else None
     back = None if first else compile_sparse_backward(inside, layer.channels)
 
-    def link(weights: Weights, x: Tensor) -> tuple[Tensor, Undo]:
+    def link(weights: Weights, x: Tensor) -> tuple[Tensor, Backward]:
         weight = matrix(layer, weights[layer.weight])
         bias = x.new_zeros((len(x), layer.outs)) if layer.bias is None else weights[layer.bias]
         x = x.permute(_CHANNELS_LAST)
         layer.window.check(*x.shape[2:4])
         if x.shape[4] != layer.channels:  # before a loop reads or writes out of bounds
             raise ValueError(
-                f"images of {x.shape[4]} channels, and the layer takes {layer.channels}"
+                f"images of {x.shape[4]} channels, but the layer takes {layer.channels}"
             )
         if loops is not None:
-            return _directly(loops, layer.window, weight, bias, x, relu=relu, apart=apart)
+            return _directly(
+                loops, layer.window, weight, bias, x, relu=relu, per_example=per_example
+            )
         if back is not None:
-            return _by_taken(back, layer.window, weight, bias, x, relu=relu, apart=apart)
-        return _by_rows(layer.window, weight, bias, x, relu=relu, first=first, apart=apart)
+            return _sparsely(
+                back, layer.window, weight, bias, x, relu=relu, per_example=per_example
+            )
+        return _by_rows(
+            layer.window, weight, bias, x, relu=relu, first=first, per_example=per_example
+        )
 
     return link
 
@@ -97,8 +103,8 @@ def _directly(
     x: Tensor,
     *,
     relu: bool,
-    apart: bool,
-) -> tuple[Tensor, Undo]:
+    per_example: bool,
+) -> tuple[Tensor, Backward]:
     """Runs ``x``, ``(K, B, H, W, C)``, by loops that read images directly, without patches."""
     cells = window.cells(*x.shape[2:4])
     x = _padded(window, x)
@@ -107,15 +113,15 @@ def _directly(
     kernels = weight.transpose(1, 2).contiguous()  # outputs adjacent in memory
     images, found = _flat(x), _lines(result)
     places = torch.empty(found.shape, dtype=torch.uint8).numpy()
-    loops.ahead(images, kernels.numpy(), bias.numpy(), found, places, size, relu)
+    loops.forward(images, kernels.numpy(), bias.numpy(), found, places, size, relu)
 
-    def undo(slopes: Tensor) -> tuple[Tensor, BatchGradients | PerExampleGradients]:
-        each = slopes.shape[:2] if apart else slopes.shape[:1]
-        of_result = slopes.permute(_CHANNELS_LAST).contiguous()
+    def backward(grads: Tensor) -> tuple[Tensor, BatchGradients | PerExampleGradients]:
+        each = grads.shape[:2] if per_example else grads.shape[:1]
+        of_result = grads.permute(_CHANNELS_LAST).contiguous()
         of_kernels = kernels.new_empty((*each, *kernels.shape[1:]))
         of_bias = bias.new_empty((*each, *bias.shape[1:]))
         parts = math.prod(each)  # number of gradients
-        loops.back(
+        loops.backward(
             images.reshape(parts, -1),
             of_kernels.view(parts, *kernels.shape[1:]).numpy(),
             of_bias.view(parts, -1).numpy(),
@@ -123,14 +129,14 @@ def _directly(
             places.reshape(parts, -1, places.shape[2]),
             size,
         )
-        return slopes, (PerExampleGradients if apart else BatchGradients)(
+        return grads, (PerExampleGradients if per_example else BatchGradients)(
             of_kernels.transpose(-1, -2), of_bias
         )
 
-    return result.permute(_CHANNELS_FIRST), undo
+    return result.permute(_CHANNELS_FIRST), backward
 
 
-def _by_taken(
+def _sparsely(
     back: Back,
     window: ConvolutionWindow,
     weight: Tensor,
@@ -138,8 +144,8 @@ def _by_taken(
     x: Tensor,
     *,
     relu: bool,
-    apart: bool,
-) -> tuple[Tensor, Undo]:
+    per_example: bool,
+) -> tuple[Tensor, Backward]:
     """Runs ``x``, ``(K, B, H, W, C)``, with a backward pass only through each block's maximum.
 
     The forward pass uses Winograd tiles where these are faster, and patches elsewhere.
@@ -149,12 +155,12 @@ def _by_taken(
     x = _padded(window, x)
     inside = replace(window, padding=(0, 0))
     if _tiled(inside, x, weight.shape[1]):
-        result, places = _tiles_ahead(inside, weight, bias, x, relu=relu)
+        result, places = _tiles_forward(inside, weight, bias, x, relu=relu)
     else:
-        result, places, _, _ = _rows_ahead(inside, weight, bias, x, relu=relu, keep=False)
+        result, places, _, _ = _rows_forward(inside, weight, bias, x, relu=relu, keep=False)
 
-    def undo(slopes: Tensor) -> tuple[Tensor, BatchGradients | PerExampleGradients]:
-        each = slopes.shape[:2] if apart else slopes.shape[:1]
+    def backward(grads: Tensor) -> tuple[Tensor, BatchGradients | PerExampleGradients]:
+        each = grads.shape[:2] if per_example else grads.shape[:1]
         of_weight = weight.new_empty((*each, *weight.shape[1:]))
         of_bias = bias.new_empty((*each, *bias.shape[1:]))
         of_images = torch.empty_like(x)
@@ -165,16 +171,16 @@ def _by_taken(
             weight.numpy(),
             of_weight.view(parts, *weight.shape[1:]).numpy(),
             of_bias.view(parts, -1).numpy(),
-            slopes.contiguous().view(parts, -1, *slopes.shape[2:]).numpy(),
+            grads.contiguous().view(parts, -1, *grads.shape[2:]).numpy(),
             places.reshape(parts, -1, places.shape[2]),
             (x.shape[2], x.shape[3], *cells),
         )
         found = of_images[:, :, above : above + height, beside : beside + width]
-        return found.permute(_CHANNELS_FIRST), (PerExampleGradients if apart else BatchGradients)(
-            of_weight, of_bias
-        )
+        return found.permute(_CHANNELS_FIRST), (
+            PerExampleGradients if per_example else BatchGradients
+        )(of_weight, of_bias)
 
-    return result.permute(_CHANNELS_FIRST), undo
+    return result.permute(_CHANNELS_FIRST), backward
 
 
 def _by_rows(
@@ -185,42 +191,42 @@ def _by_rows(
     *,
     relu: bool,
     first: bool,
-    apart: bool,
-) -> tuple[Tensor, Undo]:
+    per_example: bool,
+) -> tuple[Tensor, Backward]:
     """Runs ``x``, ``(K, B, H, W, C)``, by matrix products with patches, forward and backward."""
     x = x.contiguous()
     clients, batch, height, width, channels = x.shape
     outs = weight.shape[1]
-    look = conv_geometry(window, height, width, channels)
+    geometry = conv_geometry(window, height, width, channels)
     blocks = blocks_of(window, height, width)
-    result, places, rows, products = _rows_ahead(
-        window, weight, bias, x, relu=relu, keep=True, apart=apart
+    result, places, rows, products = _rows_forward(
+        window, weight, bias, x, relu=relu, keep=True, per_example=per_example
     )
     of_products = _lines(products)
 
-    def undo(slopes: Tensor) -> tuple[Tensor, Share | BatchGradients]:
-        of_result = _lines(slopes.permute(_CHANNELS_LAST).contiguous())
-        of_bias = slopes.new_empty((clients, batch, 1, outs))
+    def backward(grads: Tensor) -> tuple[Tensor, Share | BatchGradients]:
+        of_result = _lines(grads.permute(_CHANNELS_LAST).contiguous())
+        of_bias = grads.new_empty((clients, batch, 1, outs))
         of_images = torch.empty_like(x)
         gradient = torch.empty_like(weight)
         for client in range(clients):
-            place = client if apart else 0  # otherwise products are not needed again
+            place = client if per_example else 0  # otherwise products are not needed again
             one = of_result[client], places[client], of_products[place]
             unpool(*one, _lines(of_bias)[client], blocks)
-            if not apart:
-                _multiply_back(rows[client], products[place], gradient[client])
+            if not per_example:
+                _multiply_backward(rows[client], products[place], gradient[client])
             if not first:
                 back = products[place].flatten(0, 1) @ weight[client]
-                col2im(back.view(-1).numpy(), _flat(of_images)[client], look)
+                col2im(back.view(-1).numpy(), _flat(of_images)[client], geometry)
         part: Share | BatchGradients = (rows, products, of_bias)
-        if not apart:
+        if not per_example:
             part = BatchGradients(gradient, of_bias.sum(dim=(1, 2)))
         return of_images.permute(_CHANNELS_FIRST), part
 
-    return result.permute(_CHANNELS_FIRST), undo
+    return result.permute(_CHANNELS_FIRST), backward
 
 
-def _rows_ahead(
+def _rows_forward(
     window: ConvolutionWindow,
     weight: Tensor,
     bias: Tensor,
@@ -228,7 +234,7 @@ def _rows_ahead(
     *,
     relu: bool,
     keep: bool,
-    apart: bool = False,
+    per_example: bool = False,
 ) -> tuple[Tensor, Any, Tensor, Tensor]:
     """Runs the forward pass by a matrix product, with each patch in a row.
 
@@ -239,29 +245,29 @@ def _rows_ahead(
         x: Shape ``(K, B, H, W, C)``, contiguous.
         relu: Whether a ReLU follows.
         keep: Whether to keep every client's patches; otherwise clients share one buffer.
-        apart: Whether to keep every client's products; otherwise clients share one buffer.
+        per_example: Whether to keep every client's products; otherwise clients share one buffer.
 
     Returns:
         Pooled results, the positions of the maxima in their blocks, patches and products.
     """
     clients, batch, height, width, channels = x.shape
     outs, numbers = weight.shape[1:]
-    look = conv_geometry(window, height, width, channels)
+    geometry = conv_geometry(window, height, width, channels)
     blocks = blocks_of(window, height, width)
-    count = look[-2] * look[-1]
+    count = geometry[-2] * geometry[-1]
     short = window.kernel[1] * channels < _SHORT
     kept = clients if keep else 1
     rows = x.new_empty((kept, batch, numbers, count) if short else (kept, batch, count, numbers))
     lay = im2col_columns if short else im2col_rows
     images, of_rows = _flat(x), _flat(rows)
     rows = rows.transpose(2, 3) if short else rows
-    products = x.new_empty((clients if apart else 1, batch, count, outs))
+    products = x.new_empty((clients if per_example else 1, batch, count, outs))
     result = x.new_empty((clients, batch, *blocks[:2], outs))
     found = _lines(result)
     places = torch.empty(found.shape, dtype=torch.uint8).numpy()
     for client in range(clients):
-        at, to = client if keep else 0, client if apart else 0
-        lay(images[client], of_rows[at], look)
+        at, to = client if keep else 0, client if per_example else 0
+        lay(images[client], of_rows[at], geometry)
         _multiply(rows[at], weight[client], products[to])
         one = found[client], places[client]
         pool(_lines(products)[to], bias[client : client + 1].numpy(), *one, blocks, relu)
@@ -276,12 +282,12 @@ def _multiply(rows: Tensor, weight: Tensor, products: Tensor) -> None:
         torch.bmm(rows, weight.t().expand(len(rows), -1, -1), out=products)
 
 
-def _multiply_back(rows: Tensor, slopes: Tensor, gradient: Tensor) -> None:
+def _multiply_backward(rows: Tensor, grads: Tensor, gradient: Tensor) -> None:
     """Multiplies ``(B, R, F)`` and ``(B, R, out)`` to the weight's gradient ``(out, F)``."""
     if rows.is_contiguous():
-        torch.mm(slopes.flatten(0, 1).t(), rows.flatten(0, 1), out=gradient)
+        torch.mm(grads.flatten(0, 1).t(), rows.flatten(0, 1), out=gradient)
     else:
-        torch.sum(torch.bmm(rows.transpose(1, 2), slopes), dim=0, out=gradient.t())
+        torch.sum(torch.bmm(rows.transpose(1, 2), grads), dim=0, out=gradient.t())
 
 
 def _tiled(window: ConvolutionWindow, x: Tensor, outs: int) -> bool:
@@ -293,7 +299,7 @@ def _tiled(window: ConvolutionWindow, x: Tensor, outs: int) -> bool:
     return fits and min(channels, outs) >= _FEW and wide <= MOST and across * channels <= LANE
 
 
-def _tiles_ahead(
+def _tiles_forward(
     window: ConvolutionWindow, weight: Tensor, bias: Tensor, x: Tensor, *, relu: bool
 ) -> tuple[Tensor, Any]:
     """Runs the forward pass by Winograd tiles, one per pooling block.

@@ -23,11 +23,11 @@ from fedcore.training.per_example.chain import (
     Chain,
     Conv,
     Run,
-    like_weight,
     per_example_part,
+    reshape_to_weight,
     stacked,
 )
-from fedcore.training.per_example.clipping import Gradient, example_gradients, norms, without
+from fedcore.training.per_example.clipping import Gradient, example_gradients, norms, zero_unusable
 from fedcore.training.per_example.losses import example_losses
 from fedcore.training.per_example.mapping import vmap
 
@@ -50,7 +50,7 @@ class GradientPart:
 
 Kind = tuple[torch.Size, torch.dtype]
 """Shape and dtype of one input, without the batch dimension."""
-Take = Callable[[nn.Module, nn.Module, Tensor, Tensor], GradientPart]
+Compute = Callable[[nn.Module, nn.Module, Tensor, Tensor], GradientPart]
 """Maps preprocessing, model, inputs ``(B, ...)`` and targets ``(B, ...)`` to their gradients."""
 
 
@@ -59,7 +59,7 @@ class GradientMethod:
     """A method to compute per-example gradients of one model and loss."""
 
     name: Name
-    take: Take
+    compute: Compute
     bytes_per_example: int
     """Additional memory for each example of a physical batch, without activations."""
     why: str = ""
@@ -90,7 +90,7 @@ def zero_totals(model: nn.Module) -> list[Tensor]:
     """Returns a zero total for each trained parameter, in float64 where the device supports it."""
     return [
         torch.zeros_like(one, dtype=_wide(one), requires_grad=False)
-        for one in trained(model).values()
+        for one in trainable_parameters(model).values()
     ]
 
 
@@ -98,7 +98,7 @@ def _wide(one: Tensor) -> torch.dtype:
     return torch.float32 if one.device.type == "mps" else torch.float64
 
 
-def trained(model: nn.Module) -> dict[str, nn.Parameter]:
+def trainable_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
     """Returns the trainable parameters by name; tied parameters appear once."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
@@ -130,18 +130,22 @@ def chain_method(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
         Goodfellow 2015, arXiv:1510.01799; Bu et al. 2023, arXiv:2210.00038.
     """
 
-    def take(
+    def compute(
         preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor
     ) -> GradientPart:
-        weights = stacked(chain, {name: p.detach() for name, p in trained(model).items()}, 1)
-        output, back = run(weights, each_alone(preprocess, inputs, mapped=True).unsqueeze(0))
-        _, slopes = example_losses(fresh(loss)[0], output, targets.unsqueeze(0))
-        given = [per_example_part(part) for part in back(slopes)]
+        weights = stacked(
+            chain, {name: p.detach() for name, p in trainable_parameters(model).items()}, 1
+        )
+        output, backward = run(
+            weights, preprocess_each(preprocess, inputs, mapped=True).unsqueeze(0)
+        )
+        _, grads = example_losses(fresh(loss)[0], output, targets.unsqueeze(0))
+        given = [per_example_part(part) for part in backward(grads)]
         biases = [layer.bias is not None for layer in chain.layers]
         parts = [example_gradients(one, bias=b) for one, b in zip(given, biases, strict=True)]
         usable = torch.stack([part.usable[0] for part in parts]).all(dim=0)
         if not bool(usable.all()):
-            given = [without(one, usable) for one in given]
+            given = [zero_unusable(one, usable) for one in given]
             parts = [example_gradients(one, bias=b) for one, b in zip(given, biases, strict=True)]
 
         def add(share: Tensor, totals: Sequence[Tensor]) -> None:
@@ -150,7 +154,9 @@ def chain_method(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
                 for layer, part in zip(chain.layers, parts, strict=True):
                     found: Gradient = part.weighted(share.unsqueeze(0), some)
                     product = torch.bmm(found.left.transpose(1, 2), found.right)
-                    named[layer.weight] += like_weight(layer, product, weights[layer.weight])[0]
+                    named[layer.weight] += reshape_to_weight(layer, product, weights[layer.weight])[
+                        0
+                    ]
                     if layer.bias is not None:
                         named[layer.bias] += found.bias[0]
 
@@ -162,7 +168,7 @@ def chain_method(chain: Chain, run: Run, loss: Loss) -> GradientMethod:
         for layer in chain.layers
         if isinstance(layer, Conv)
     )
-    return GradientMethod("chain", take, 4 * (convolved + 8 * chain.numbers))
+    return GradientMethod("chain", compute, 4 * (convolved + 8 * chain.numbers))
 
 
 def vmap_method(parameters: int, loss: Loss, *, why: str) -> GradientMethod:
@@ -174,23 +180,23 @@ def vmap_method(parameters: int, loss: Loss, *, why: str) -> GradientMethod:
         why: Why the model is not a chain.
     """
 
-    def take(
+    def compute(
         preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor
     ) -> GradientPart:
-        values = {name: p.detach() for name, p in trained(model).items()}
+        values = {name: p.detach() for name, p in trainable_parameters(model).items()}
         before, network, judge = fresh(preprocess, model, loss)
 
         def alone(values: dict[str, Tensor], one: Tensor, target: Tensor) -> Tensor:
             with torch.no_grad():
-                behind = before(one.unsqueeze(0))
-            output = functional_call(network, values, (behind,))
+                preprocessed = before(one.unsqueeze(0))
+            output = functional_call(network, values, (preprocessed,))
             return cast(Tensor, judge(output, target.unsqueeze(0)))
 
         mapped = vmap(grad(alone), in_dims=(None, 0, 0), randomness="different")
         with own_states(network):
             return of_gradients(list(mapped(values, inputs, targets).values()))
 
-    return GradientMethod("vmap", take, 12 * parameters, why)  # a gradient and its intermediates
+    return GradientMethod("vmap", compute, 12 * parameters, why)  # a gradient and its intermediates
 
 
 @contextmanager
@@ -220,10 +226,10 @@ def own_states(model: nn.Module) -> Iterator[None]:
 def one_by_one(loss: Loss, *, why: str) -> GradientMethod:
     """Returns the method for any model that accepts a batch of one: a backward pass per example."""
 
-    def take(
+    def compute(
         preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor
     ) -> GradientPart:
-        parameters = trained(model).values()
+        parameters = trainable_parameters(model).values()
         each = [parameter.new_zeros(len(inputs), *parameter.shape) for parameter in parameters]
         for place, (one, target) in enumerate(zip(inputs, targets, strict=True)):
             # Copies parameters, too: one example must not see another's overwrite of them.
@@ -233,20 +239,20 @@ def one_by_one(loss: Loss, *, why: str) -> GradientMethod:
                 gradients[place] = gradient
         return of_gradients(each)
 
-    return GradientMethod("alone", take, 0, why)
+    return GradientMethod("alone", compute, 0, why)
 
 
 def own_gradient(
     preprocess: nn.Module, model: nn.Module, loss: Loss, one: Tensor, target: Tensor
 ) -> list[Tensor]:
     """Returns a batch of one's gradient per trained parameter; runs the modules, not copies."""
-    parameters = list(trained(model).values())
+    parameters = list(trainable_parameters(model).values())
     with torch.no_grad():
-        behind = preprocess(one.unsqueeze(0))
+        preprocessed = preprocess(one.unsqueeze(0))
     _clear(model)  # a backward pass would add to the previous step's
     try:
         with torch.enable_grad():  # reentrant checkpoints reject autograd.grad
-            torch.autograd.backward(loss(model(behind), target.unsqueeze(0)))
+            torch.autograd.backward(loss(model(preprocessed), target.unsqueeze(0)))
         return [
             torch.zeros_like(p) if p.grad is None else p.grad.detach().to_dense()
             for p in parameters
@@ -287,7 +293,7 @@ def _exact(one: Tensor) -> Tensor:
     return one.float() if one.dtype in (torch.float16, torch.bfloat16) else one
 
 
-def each_alone(preprocess: nn.Module, inputs: Tensor, *, mapped: bool) -> Tensor:
+def preprocess_each(preprocess: nn.Module, inputs: Tensor, *, mapped: bool) -> Tensor:
     """Returns preprocessed inputs, each run through preprocessing as a batch of one.
 
     Args:
@@ -309,7 +315,7 @@ def each_alone(preprocess: nn.Module, inputs: Tensor, *, mapped: bool) -> Tensor
 def is_mappable(preprocess: nn.Module, inputs: Tensor) -> bool:
     """Returns whether torch's vmap accepts a preprocessing, tried on inputs ``(B, ...)``."""
     try:
-        each_alone(preprocess, inputs, mapped=True)
+        preprocess_each(preprocess, inputs, mapped=True)
     except Exception:  # the task's code, run in an unusual way
         return False
     return True

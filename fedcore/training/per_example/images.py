@@ -37,11 +37,11 @@ def patches(x: Tensor, window: ConvolutionWindow) -> Tensor:
     x = _padded(x, window)
     clients, batch, channels = x.shape[:3]
     if channels < _FEW_CHANNELS:  # copies long runs along the image, then transposes
-        rows = _looked_at(x, window).permute(0, 6, 7, 8, 1, 2, 3, 4, 5)
+        rows = _patches(x, window).permute(0, 6, 7, 8, 1, 2, 3, 4, 5)
         numbers = rows.shape[1] * rows.shape[2] * rows.shape[3]
         return rows.reshape(clients, numbers, batch, -1).permute(0, 2, 3, 1)
     x = x.permute(0, 1, 3, 4, 2).contiguous().permute(0, 1, 4, 2, 3)
-    rows = _looked_at(x, window)
+    rows = _patches(x, window)
     numbers = rows.shape[6] * rows.shape[7] * rows.shape[8]
     return rows.reshape(clients, batch, -1, numbers)
 
@@ -102,7 +102,7 @@ def _padded(x: Tensor, window: ConvolutionWindow) -> Tensor:
     return functional.pad(x, (across, across, down, down)) if down or across else x
 
 
-def _looked_at(x: Tensor, window: ConvolutionWindow) -> Tensor:
+def _patches(x: Tensor, window: ConvolutionWindow) -> Tensor:
     """Returns a view of padded ``x``: ``(K, B, q down, q across, P down, P across, kh, kw, C)``.
 
     The places in a block come before the blocks, so that the values that pooling compares form runs
@@ -132,22 +132,22 @@ class _BackToImage(torch.autograd.Function):
         return z.view_as(z)
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
         (weight,) = ctx.saved_tensors
         if len(weight) == 1 and not weight.is_cuda:
-            one = input_gradient_single(slopes[0], weight, ctx.window, ctx.shape)
+            one = input_gradient_single(grads[0], weight, ctx.window, ctx.shape)
             return one, None, None, None
         at_once = ctx.shape[0] if weight.is_cuda else 1  # more would exceed a core's cache
-        return input_gradient(slopes[0], weight, ctx.window, ctx.shape, at_once), None, None, None
+        return input_gradient(grads[0], weight, ctx.window, ctx.shape, at_once), None, None, None
 
 
 def input_gradient(
-    slopes: Tensor, weight: Tensor, window: ConvolutionWindow, shape: Sequence[int], at_once: int
+    grads: Tensor, weight: Tensor, window: ConvolutionWindow, shape: Sequence[int], at_once: int
 ) -> Tensor:
     """Returns the input's gradients: per kernel element, one product added to a shifted image.
 
     Args:
-        slopes: Gradients of the convolution's products, ``(K, B, q * P, out)``.
+        grads: Gradients of the convolution's products, ``(K, B, q * P, out)``.
         weight: Shape ``(K, out, F)``.
         window: The convolution's window.
         shape: Shape of the input and the result, ``(K, B, C, H, W)``.
@@ -155,7 +155,7 @@ def input_gradient(
     """
     clients, batch, channels, height, width = shape
     kernel, (down, across), cells = window.kernel, window.padding, window.cells(height, width)
-    rows = slopes.view(clients, batch, *window.pool, *cells, -1)
+    rows = grads.view(clients, batch, *window.pool, *cells, -1)
     size = cells[0] * window.pool[0], cells[1] * window.pool[1]
     rows = rows.permute(0, 1, 4, 2, 5, 3, 6).reshape(clients, batch * size[0] * size[1], -1)
     places = weight.view(clients, -1, kernel[0] * kernel[1], channels).permute(2, 0, 1, 3)
@@ -176,12 +176,12 @@ def input_gradient(
 
 
 def input_gradient_single(
-    slopes: Tensor, weight: Tensor, window: ConvolutionWindow, shape: Sequence[int]
+    grads: Tensor, weight: Tensor, window: ConvolutionWindow, shape: Sequence[int]
 ) -> Tensor:
     """Returns one client's input gradients by torch's convolution, which is faster for few images.
 
     Args:
-        slopes: Gradients of the convolution's products, ``(1, B, q * P, out)``.
+        grads: Gradients of the convolution's products, ``(1, B, q * P, out)``.
         weight: Shape ``(1, out, F)``.
         window: The convolution's window.
         shape: Shape of the input and the result, ``(1, B, C, H, W)``.
@@ -190,8 +190,8 @@ def input_gradient_single(
     down, across = replace(window, pool=(1, 1)).cells(height, width)
     cells_down, cells_across = window.cells(height, width)
     high, wide = window.pool
-    rows = slopes.view(batch, high, wide, cells_down, cells_across, -1)
-    image = slopes.new_zeros(batch, down, across, rows.shape[5])
+    rows = grads.view(batch, high, wide, cells_down, cells_across, -1)
+    image = grads.new_zeros(batch, down, across, rows.shape[5])
     for y in range(high):
         for x in range(wide):
             image[:, y : high * cells_down : high, x : wide * cells_across : wide] = rows[:, y, x]
@@ -215,14 +215,14 @@ class _Largest(torch.autograd.Function):
         return found
 
     @staticmethod
-    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None]:
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None]:
         """Gives each gradient to the first of the places with the maximum.
 
         Each place takes the gradient where its value is the maximum, and passes the rest to the
         next one.
         """
         z, found = ctx.saved_tensors
-        given, left = torch.empty_like(z), slopes[0]
+        given, left = torch.empty_like(z), grads[0]
         parts, shares = z.unbind(ctx.axis), given.unbind(ctx.axis)
         for part, share in zip(parts[:-2], shares[:-2], strict=True):
             _where_equal(left, part, found, share)
@@ -232,14 +232,14 @@ class _Largest(torch.autograd.Function):
         return given, None
 
 
-def _where_equal(slopes: Tensor, z: Tensor, found: Tensor, out: Tensor) -> None:
+def _where_equal(grads: Tensor, z: Tensor, found: Tensor, out: Tensor) -> None:
     """Writes ``slopes`` where ``z`` equals its upper bound ``found``, and 0 elsewhere, to ``out``.
 
     Two passes over floats: comparing and selecting takes five times as long. Values that differ by
     less than float32's smallest normal number count as equal.
     """
     gap = torch.sub(z, found)
-    torch.ops.aten.threshold_backward.grad_input(slopes, gap, _BELOW_ZERO, grad_input=out)
+    torch.ops.aten.threshold_backward.grad_input(grads, gap, _BELOW_ZERO, grad_input=out)
 
 
 _BELOW_ZERO = -torch.finfo(torch.float32).tiny  # a smaller one may be flushed to 0

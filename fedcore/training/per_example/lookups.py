@@ -22,7 +22,7 @@ from fedcore.training.per_example.gradient_methods import (
     fresh,
     of_gradients,
     own_states,
-    trained,
+    trainable_parameters,
     where,
 )
 from fedcore.training.per_example.mapping import vmap
@@ -56,7 +56,7 @@ def find_tables(model: nn.Module) -> tuple[str, ...]:
 
 
 def lookup_method(
-    model: nn.Module, behind: Tensor, loss: Loss, *, why: str
+    model: nn.Module, preprocessed: Tensor, loss: Loss, *, why: str
 ) -> GradientMethod | None:
     """Returns the method for vectorisable models with large embeddings; None for other models.
 
@@ -67,23 +67,25 @@ def lookup_method(
 
     Args:
         model: On the device to train on.
-        behind: Preprocessed inputs, ``(B, ...)``, to count lookups.
+        preprocessed: Preprocessed inputs, ``(B, ...)``, to count lookups.
         loss: Mean loss over a batch, called on batches of one.
         why: Why the model is not a chain.
     """
-    looked_up = _no_taps(fresh(model)[0], find_tables(model), behind[:1])
+    looked_up = _no_taps(fresh(model)[0], find_tables(model), preprocessed[:1])
     looked_up = {name: taps for name, taps in looked_up.items() if _is_large(model, name, taps)}
     names = tuple(looked_up)
     if not names:
         return None
     kept = {f"{name}.weight" for name in names}
-    others = sum(one.numel() for name, one in trained(model).items() if name not in kept)
+    others = sum(
+        one.numel() for name, one in trainable_parameters(model).items() if name not in kept
+    )
     numbers = sum(tap.numel() for taps in looked_up.values() for tap in taps)
 
-    def take(
+    def compute(
         preprocess: nn.Module, model: nn.Module, inputs: Tensor, targets: Tensor
     ) -> GradientPart:
-        values = {name: p.detach() for name, p in trained(model).items()}
+        values = {name: p.detach() for name, p in trainable_parameters(model).items()}
         tables = {name: values.pop(name) for name in kept}
         before, network, judge = fresh(preprocess, model, loss)
         with torch.no_grad():
@@ -103,18 +105,18 @@ def lookup_method(
             randomness="different",
         )
         with own_states(network):
-            (found, slopes), rows = mapped(values, taps, inputs, targets)
+            (found, grads), rows = mapped(values, taps, inputs, targets)
         parts = {
             f"{name}.weight": _of_table(
-                model.get_submodule(name), rows[name], slopes[name], tables[f"{name}.weight"]
+                model.get_submodule(name), rows[name], grads[name], tables[f"{name}.weight"]
             )
             for name in names
-            if slopes[name]
+            if grads[name]
         }
         parts |= {name: of_gradients([one]) for name, one in found.items()}
-        return _together(model, parts)
+        return _concatenated_parts(model, parts)
 
-    return GradientMethod("vmap", take, 12 * others + 20 * numbers, why)
+    return GradientMethod("vmap", compute, 12 * others + 20 * numbers, why)
 
 
 def _is_large(model: nn.Module, name: str, taps: Sequence[Tensor]) -> bool:
@@ -123,7 +125,7 @@ def _is_large(model: nn.Module, name: str, taps: Sequence[Tensor]) -> bool:
     return table.numel() > _LARGE * sum(tap.numel() for tap in taps)  # type: ignore[operator]
 
 
-def _no_taps(model: nn.Module, names: Sequence[str], behind: Tensor) -> Taps:
+def _no_taps(model: nn.Module, names: Sequence[str], preprocessed: Tensor) -> Taps:
     """Returns zeros of the shape of each layer's output for one example, ``(1, ..., row size)``."""
     found: dict[str, list[Tensor]] = {name: [] for name in names}
 
@@ -133,7 +135,7 @@ def _no_taps(model: nn.Module, names: Sequence[str], behind: Tensor) -> Taps:
     hooks = [model.get_submodule(name).register_forward_hook(see(name)) for name in names]
     try:
         with torch.no_grad():
-            model(behind)
+            model(preprocessed)
     finally:
         for hook in hooks:
             hook.remove()
@@ -161,11 +163,11 @@ def _tapped(model: nn.Module, taps: Taps) -> Iterator[dict[str, list[Tensor]]]:
 
 
 def _of_table(
-    layer: nn.Module, rows: Sequence[Tensor], slopes: Sequence[Tensor], table: Tensor
+    layer: nn.Module, rows: Sequence[Tensor], grads: Sequence[Tensor], table: Tensor
 ) -> GradientPart:
     """Returns one table's gradients from row numbers and the gradients of the looked-up values."""
     index = torch.cat([one.flatten(1).long() for one in rows], dim=1)
-    each = torch.cat([one.reshape(len(one), -1, table.shape[1]) for one in slopes], dim=1)
+    each = torch.cat([one.reshape(len(one), -1, table.shape[1]) for one in grads], dim=1)
     if isinstance(layer.padding_idx, int):
         each = each.masked_fill((index == layer.padding_idx).unsqueeze(2), 0.0)
     index, each = sum_duplicate_rows(index, each)
@@ -202,13 +204,13 @@ def sum_duplicate_rows(index: Tensor, each: Tensor) -> tuple[Tensor, Tensor]:
     return torch.zeros_like(index).scatter_(1, place, index), total
 
 
-def _together(model: nn.Module, parts: Mapping[str, GradientPart]) -> GradientPart:
+def _concatenated_parts(model: nn.Module, parts: Mapping[str, GradientPart]) -> GradientPart:
     """Combines the parts of all parameters, in the model's order; skips parameters without one."""
     squares = torch.stack([part.squares for part in parts.values()]).sum(dim=0)
     usable = torch.stack([part.usable for part in parts.values()]).all(dim=0)
 
     def add(share: Tensor, totals: Sequence[Tensor]) -> None:
-        for name, total in zip(trained(model), totals, strict=True):
+        for name, total in zip(trainable_parameters(model), totals, strict=True):
             if name in parts:
                 parts[name].add(share, [total])
 

@@ -28,8 +28,8 @@ def example_losses(loss: Loss, outputs: Tensor, targets: Tensor) -> tuple[Tensor
         leaf = outputs.detach().clone().requires_grad_()
         single = vmap(vmap(lambda o, t: loss(o.unsqueeze(0), t.unsqueeze(0))))
         losses = single(leaf, targets.clone())
-        (slopes,) = torch.autograd.grad(losses.sum(), [leaf])
-    return losses.detach(), slopes.contiguous()  # for a sum they are one expanded value
+        (grads,) = torch.autograd.grad(losses.sum(), [leaf])
+    return losses.detach(), grads.contiguous()  # for a sum they are one expanded value
 
 
 def is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool | None:
@@ -61,6 +61,6 @@ def _cross_entropy(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
     logs = torch.log_softmax(outputs, dim=-1)
     index = targets.unsqueeze(-1)
     losses = logs.gather(-1, index).squeeze(-1).neg_()
-    slopes = logs.exp_()
-    slopes.scatter_add_(-1, index, slopes.new_full((), -1.0).expand(index.shape))
-    return losses, slopes
+    grads = logs.exp_()
+    grads.scatter_add_(-1, index, grads.new_full((), -1.0).expand(index.shape))
+    return losses, grads

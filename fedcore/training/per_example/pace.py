@@ -13,16 +13,16 @@ from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.clipped_sum import Batch, clipped_sum
 from fedcore.training.per_example.gradient_methods import GradientMethod
-from fedcore.training.per_example.trial import made_up
+from fedcore.training.per_example.trial import synthetic_examples
 
-_MOST_ROWS = 64
+_MAX_ROWS = 64
 """Maximum number of examples timed; a larger batch's time is extrapolated linearly."""
 
 
 def step_seconds(
     task: Task,
     model: FullModel,
-    way: GradientMethod,
+    method: GradientMethod,
     plan: PrivatePlan,
     *,
     batch_size: int,
@@ -34,9 +34,9 @@ def step_seconds(
     The result depends on the task, the settings and the machine, but on nobody's data. It is 0
     where no synthetic targets fit the loss.
     """
-    rows = max(1, min(batch_size, _MOST_ROWS))
+    rows = max(1, min(batch_size, _MAX_ROWS))
     with kept_streams():
-        tried = made_up(task, model, rows)
+        tried = synthetic_examples(task, model, rows)
         targets = tried.targets
         if targets is None:  # no usual kind of target fits the loss, so nothing can be timed
             return 0.0
@@ -47,13 +47,13 @@ def step_seconds(
         for _ in range(2):  # the first run includes one-time setup
             began_s = clock()
             clipped_sum(
-                way,
+                method,
                 model.preprocess,
                 model.model,
                 task.loss_of,
                 [batch],
                 clip_norm=plan.clip_norm,
-                physical=way.rows(memory_bytes),
+                physical=method.rows(memory_bytes),
             )
             if device.type == "cuda":
                 torch.cuda.synchronize(device)

@@ -25,12 +25,12 @@ from fedcore.training.per_example.chain import torch_run
 from fedcore.training.per_example.gradient_methods import (
     GradientMethod,
     chain_method,
-    each_alone,
     fresh,
     is_mappable,
     one_by_one,
     own_gradient,
-    trained,
+    preprocess_each,
+    trainable_parameters,
     vmap_method,
     zero_totals,
 )
@@ -77,64 +77,64 @@ def choose_method(task: Task, model: FullModel) -> GradientMethod:
     check_layers(model.model)
     with warnings.catch_warnings():  # about synthetic examples; training warns about real ones
         warnings.simplefilter("ignore", UserWarning)
-        return _tried(task, task.loss_of, model)
+        return _chosen(task, task.loss_of, model)
 
 
-def _tried(task: Task, loss: Loss, model: FullModel) -> GradientMethod:
+def _chosen(task: Task, loss: Loss, model: FullModel) -> GradientMethod:
     given, model = model, _copied(model, loss)
-    tried = made_up(task, model)
-    with _without_chance(model):
-        _check_apart(model.preprocess, tried.inputs, "preprocess")
-        mapped = is_mappable(model.preprocess, tried.inputs)
-        behind = each_alone(model.preprocess, tried.inputs, mapped=mapped)
-        _check_apart(model.model, behind, "model")
-    _check_moves_nothing(given, model.train(), tried)
+    sample = synthetic_examples(task, model)
+    with _deterministic(model):
+        _check_apart(model.preprocess, sample.inputs, "preprocess")
+        mapped = is_mappable(model.preprocess, sample.inputs)
+        preprocessed = preprocess_each(model.preprocess, sample.inputs, mapped=mapped)
+        _check_apart(model.model, preprocessed, "model")
+    _check_unchanged(given, model.train(), sample)
     (model,) = fresh(given)  # from here on a copy that shares the parameters
     model.train()
     for part, inputs, what in (
-        (model.preprocess, tried.inputs, "preprocess"),
-        (model.model, behind, "model"),
+        (model.preprocess, sample.inputs, "preprocess"),
+        (model.model, preprocessed, "model"),
     ):
         if _repeats(part, inputs):  # random outputs can't be compared
             _check_apart(part, inputs, what)
-    if tried.targets is not None:
-        _check_mean(loss, model, tried)
-        _check_keeps_nothing(loss, model, tried)
-    way = _quickest(loss, model, behind, tried, mapped=mapped)
+    if sample.targets is not None:
+        _check_mean(loss, model, sample)
+        _check_stateless(loss, model, sample)
+    method = _fastest(loss, model, preprocessed, sample, mapped=mapped)
     example = task.example_input
-    return replace(way, usual=(example.shape, example.dtype))
+    return replace(method, usual=(example.shape, example.dtype))
 
 
-def _quickest(
-    loss: Loss, model: FullModel, behind: Tensor, tried: SyntheticExamples, *, mapped: bool
+def _fastest(
+    loss: Loss, model: FullModel, preprocessed: Tensor, sample: SyntheticExamples, *, mapped: bool
 ) -> GradientMethod:
-    parameters = trained(model.model)
+    parameters = trainable_parameters(model.model)
     alone = one_by_one(loss, why="")
-    if tried.targets is None:
-        return one_by_one(loss, why="the loss takes none of the targets that were tried on it")
+    if sample.targets is None:
+        return one_by_one(loss, why="the loss accepts none of the targets that were tried")
     if not mapped:
         return one_by_one(loss, why="torch cannot map the preprocessing over examples")
-    drawn = [name for name in _drawn(loss, model, tried) if not name.startswith(_FIXED_DRAWS)]
+    drawn = [name for name in _drawn(loss, model, sample) if not name.startswith(_FIXED_DRAWS)]
     if drawn:  # the count may depend on one example and shift the next one's numbers, and draws
         # outside torch are shared by all examples of a vectorised pass
-        return one_by_one(loss, why=f"it draws random numbers by {', '.join(drawn)}")
-    why = "the model is no chain of dense layers and convolutions"
+        return one_by_one(loss, why=f"it draws random numbers with {', '.join(drawn)}")
+    why = "the model is not a chain of dense layers and convolutions"
     if len(parameters) < len(list(model.model.parameters())):
         why = "some parameters are frozen"
     elif not _has_hooks(model.model):
         (network,) = fresh(model.model)  # tracing leaves proxies in attributes
-        chain = find_chain(network, behind)
+        chain = find_chain(network, preprocessed)
         if chain is not None:
-            run = compiled_run(chain, network, apart=True) or torch_run(chain)
-            way = chain_method(chain, run, loss)
-            if not _agree(way, alone, model, tried):
-                return way
-    lookups = lookup_method(model.model, behind, loss, why=why)
-    if lookups is not None and not _agree(lookups, alone, model, tried):
+            run = compiled_run(chain, network, per_example=True) or torch_run(chain)
+            method = chain_method(chain, run, loss)
+            if not _difference(method, alone, model, sample):
+                return method
+    lookups = lookup_method(model.model, preprocessed, loss, why=why)
+    if lookups is not None and not _difference(lookups, alone, model, sample):
         return lookups
-    way = vmap_method(sum(p.numel() for p in parameters.values()), loss, why=why)
-    problem = _agree(way, alone, model, tried)
-    return one_by_one(loss, why=problem) if problem else way
+    method = vmap_method(sum(p.numel() for p in parameters.values()), loss, why=why)
+    problem = _difference(method, alone, model, sample)
+    return one_by_one(loss, why=problem) if problem else method
 
 
 class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
@@ -150,39 +150,39 @@ class _Draws(TorchDispatchMode):  # type: ignore[no-untyped-call]
         return func(*args, **(kwargs or {}))
 
 
-def _drawn(loss: Loss, model: FullModel, tried: SyntheticExamples) -> set[str]:
+def _drawn(loss: Loss, model: FullModel, sample: SyntheticExamples) -> set[str]:
     """Returns the names of the random sources that training on one example draws from."""
-    assert tried.targets is not None
+    assert sample.targets is not None
     model.train()
     before, network, judge = fresh(model.preprocess, model.model, loss)
     draws, began = _Draws(), drawn_outside_torch()
     with draws:
-        own_gradient(before, network, judge, tried.inputs[0], tried.targets[0])
+        own_gradient(before, network, judge, sample.inputs[0], sample.targets[0])
     outside = {"Python's or NumPy's random"} if drawn_outside_torch() != began else set()
     return draws.names | outside
 
 
-def _agree(
-    way: GradientMethod, alone: GradientMethod, model: FullModel, made: SyntheticExamples
+def _difference(
+    method: GradientMethod, alone: GradientMethod, model: FullModel, sample: SyntheticExamples
 ) -> str:
     """Returns why a method does not match batches of one; empty if it does."""
-    assert made.targets is not None
-    share = torch.linspace(0.5, 1, len(made.inputs), device=made.inputs.device)
-    examples = (model.preprocess, model.model, made.inputs, made.targets)
+    assert sample.targets is not None
+    share = torch.linspace(0.5, 1, len(sample.inputs), device=sample.inputs.device)
+    examples = (model.preprocess, model.model, sample.inputs, sample.targets)
     try:
         model.train()
-        way.take(*examples)  # with dropout
-        with _without_chance(model):
-            found, right = way.take(*examples), alone.take(*examples)
+        method.compute(*examples)  # with dropout
+        with _deterministic(model):
+            found, right = method.compute(*examples), alone.compute(*examples)
             sums = [zero_totals(model.model) for _ in range(2)]
             found.add(share, sums[0])
             right.add(share, sums[1])
     except Exception as error:  # the task's code, run in an unusual way
         said = str(error).partition("\n")[0][:120]
-        return f"torch cannot take all gradients at once ({type(error).__name__}: {said})"
+        return f"torch cannot compute all gradients at once ({type(error).__name__}: {said})"
     if all(_close(one, other) for one, other in zip(*sums, strict=True)):
         return ""
-    return "gradients taken at once differ from those of batches of one"
+    return "gradients computed at once differ from those of batches of one"
 
 
 def _close(one: Tensor, other: Tensor) -> bool:
@@ -191,25 +191,25 @@ def _close(one: Tensor, other: Tensor) -> bool:
     return torch.allclose(one, other, rtol=_SAME, atol=_SAME * scale + 1e-30, equal_nan=True)
 
 
-def made_up(task: Task, model: FullModel, count: int = _EXAMPLES) -> SyntheticExamples:
+def synthetic_examples(task: Task, model: FullModel, count: int = _EXAMPLES) -> SyntheticExamples:
     """Returns random examples, from a fixed seed, in the shape and dtype of the task's."""
     rng = torch.Generator().manual_seed(1)
     device = next(model.parameters()).device
     inputs = _inputs(task.example_input, model.model, count, rng).to(device)
     try:
-        with torch.no_grad(), _without_chance(model):
+        with torch.no_grad(), _deterministic(model):
             outputs = model(inputs)
     except Exception:  # the model rejects random inputs: use the task's example
         inputs = torch.stack([task.example_input] * count).to(device)
-        with torch.no_grad(), _without_chance(model):
+        with torch.no_grad(), _deterministic(model):
             outputs = model(inputs)
     fitting = (
-        one for one in _targets(task.kind, outputs, rng) if _takes(task.loss_of, outputs, one)
+        one for one in _targets(task.kind, outputs, rng) if _accepts(task.loss_of, outputs, one)
     )
     return SyntheticExamples(inputs, next(fitting, None))
 
 
-def _takes(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
+def _accepts(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
     """Returns whether a loss accepts these targets, for a batch and for a batch of one."""
     try:
         with torch.no_grad():
@@ -255,10 +255,10 @@ def _copied(model: FullModel, loss: Loss) -> FullModel:
         copied, _ = copy.deepcopy((model, loss))
     except Exception as error:  # the task's objects may raise anything
         raise UnsupportedLayer(
-            "model: example-level privacy takes each example with a copy of preprocessing, model "
-            f"and loss, and copying fails: {type(error).__name__}: {str(error)[:200]}. Nothing was "
-            "trained or charged; keep out of them what copy.deepcopy refuses (open files, locks, "
-            "tensors that are part of a graph), or set privacy.unit to 'none'."
+            "model: example-level privacy runs each example on a copy of preprocessing, model "
+            f"and loss, and copying fails: {type(error).__name__}: {str(error)[:200]}. Nothing "
+            "was trained or charged; remove from them what copy.deepcopy refuses (open files, "
+            "locks, tensors that are part of a graph), or set privacy.unit to 'none'."
         ) from None
     return copied
 
@@ -271,7 +271,7 @@ def _check_apart(module: nn.Module, inputs: Tensor, what: str) -> None:
     if together.shape != alone.shape or not _close(together.float(), alone.float()):
         raise UnsupportedLayer(
             f"{what}: its output for an example depends on the other examples of the batch, so a "
-            "model that is trained on each example alone would not be the one that is served. "
+            "model trained on each example alone would differ from the one that is served. "
             "Nothing was trained or charged; use layers that treat each example alone (GroupNorm "
             "or LayerNorm in place of statistics over the batch, batch_first=True for attention "
             "and recurrent layers), or set privacy.unit to 'none'."
@@ -303,13 +303,13 @@ def _repeats(module: nn.Module, inputs: Tensor) -> bool:
     return not outside and torch.equal(*given)
 
 
-def _check_keeps_nothing(loss: Loss, model: FullModel, tried: SyntheticExamples) -> None:
+def _check_stateless(loss: Loss, model: FullModel, sample: SyntheticExamples) -> None:
     """Refuses a model or loss that carries state from one example to the next in training.
 
     Fresh copies for each example would hide such state, and train another model than the task's.
     """
-    assert tried.targets is not None
-    pairs = list(zip(tried.inputs, tried.targets, strict=True))
+    assert sample.targets is not None
+    pairs = list(zip(sample.inputs, sample.targets, strict=True))
     found = []
     for order in (pairs[:1], [*pairs[1:], pairs[0]]):
         before, network, judge = fresh(model.preprocess, model.model, loss)
@@ -319,36 +319,36 @@ def _check_keeps_nothing(loss: Loss, model: FullModel, tried: SyntheticExamples)
                     gradient = own_gradient(before, network, judge, one, target)
             except Exception as error:
                 raise UnsupportedLayer(
-                    "model: example-level privacy takes the gradient of each example alone, and "
-                    f"that fails: {type(error).__name__}: {str(error)[:200]}. Nothing was trained "
-                    "or charged; make model and loss take batches of one in training, or set "
-                    "privacy.unit to 'none'."
+                    "model: example-level privacy computes the gradient of each example alone, "
+                    f"and that fails: {type(error).__name__}: {str(error)[:200]}. Nothing was "
+                    "trained or charged; make model and loss take batches of one in training, or "
+                    "set privacy.unit to 'none'."
                 ) from None
         found.append(gradient)
     scale = max((float(one.abs().max()) for one in found[0] if one.numel()), default=0.0)
     for first, again in zip(*found, strict=True):
         if not torch.allclose(first, again, rtol=0, atol=1e-6 * scale, equal_nan=True):
             raise UnsupportedLayer(
-                "model: its gradient for an example changes with the examples that were taken "
-                "before: model, preprocessing or loss keep something of them, or draw from a "
-                "random generator of their own. Nothing was trained or charged; keep no counters, "
-                "running means or lists from one example to the next, and draw from torch's "
-                "default generator, or set privacy.unit to 'none'."
+                "model: its gradient for an example depends on the examples processed before: "
+                "model, preprocessing or loss keep state from them, or draw from their own "
+                "random generator. Nothing was trained or charged; keep no counters, running "
+                "means or lists from one example to the next, and draw from torch's default "
+                "generator, or set privacy.unit to 'none'."
             )
 
 
-def _check_moves_nothing(given: FullModel, copied: FullModel, tried: SyntheticExamples) -> None:
+def _check_unchanged(given: FullModel, copied: FullModel, sample: SyntheticExamples) -> None:
     """Refuses a model that changes its parameters or buffers when run; runs only the copy."""
     with torch.no_grad():
-        for one in tried.inputs:
+        for one in sample.inputs:
             _of_one(copied.model, _of_one(copied.preprocess, one, "preprocess")[0], "model")
     now = dict(_state(copied))
-    moved = [name.partition(".")[2] for name, one in _state(given) if not _same(one, now[name])]
+    moved = [name.partition(".")[2] for name, one in _state(given) if not _is_equal(one, now[name])]
     if moved:
         raise UnsupportedLayer(
-            f"model: running it changes {', '.join(moved)}, with no training step. It may hold "
-            "statistics of the data, and would leave the device without noise. Nothing was trained "
-            "or charged; use layers that keep none, or set privacy.unit to 'none'."
+            f"model: running it changes {', '.join(moved)}, without a training step. It may hold "
+            "statistics of the data, and would leave the device without noise. Nothing was "
+            "trained or charged; use layers without such state, or set privacy.unit to 'none'."
         )
 
 
@@ -357,29 +357,29 @@ def _state(model: FullModel) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_buffers()
 
 
-def _same(one: Tensor, other: Tensor) -> bool:
+def _is_equal(one: Tensor, other: Tensor) -> bool:
     return torch.equal(torch.nan_to_num(one), torch.nan_to_num(other))  # NaN equals NaN
 
 
-def _check_mean(loss: Loss, model: FullModel, tried: SyntheticExamples) -> None:
-    assert tried.targets is not None
-    with torch.no_grad(), _without_chance(model):
-        outputs = model(tried.inputs)
+def _check_mean(loss: Loss, model: FullModel, sample: SyntheticExamples) -> None:
+    assert sample.targets is not None
+    with torch.no_grad(), _deterministic(model):
+        outputs = model(sample.inputs)
     # Add an outlier: over similar examples, a root or ratio over the batch resembles a mean.
-    if tried.targets.is_floating_point():
-        tried.targets[0] *= 100
+    if sample.targets.is_floating_point():
+        sample.targets[0] *= 100
     try:
-        mean = is_mean(loss, outputs, tried.targets)
+        mean = is_mean(loss, outputs, sample.targets)
     except Exception:  # it rejects a batch of one
         mean = False
     if mean is False:
         raise PrivacyError(
-            "loss: over a batch it is not the mean of the losses of batches of one, and under "
-            "example-level privacy each example is taken alone: the model would be trained for "
-            "something else. Nothing was trained or charged; divide by the number of examples: in "
-            "place of CrossEntropyLoss(weight=w) use (w[target] * cross_entropy(output, target, "
-            "reduction='none')).mean(); for masked targets divide by a fixed length, or by each "
-            "example's own; in place of a root of the mean use the mean itself, and no terms "
+            "loss: over a batch it is not the mean of the losses of batches of one. "
+            "Example-level privacy computes each example alone, so this would train for another "
+            "objective. Nothing was trained or charged; divide by the number of examples: "
+            "instead of CrossEntropyLoss(weight=w) use (w[target] * cross_entropy(output, "
+            "target, reduction='none')).mean(); for masked targets divide by a fixed length, or "
+            "by each example's own; use the mean itself instead of its root, and no terms "
             "between examples; or set privacy.unit to 'none'."
         )
 
@@ -389,7 +389,7 @@ def _has_hooks(model: nn.Module) -> bool:
 
 
 @contextmanager
-def _without_chance(module: nn.Module) -> Iterator[None]:
+def _deterministic(module: nn.Module) -> Iterator[None]:
     """Switches to evaluation mode, in which dropout and similar layers draw nothing."""
     modes = {name: one.training for name, one in module.named_modules()}
     module.eval()

@@ -115,7 +115,7 @@ class Blobs:
             found = _cuts_digest_of(path) if digest.startswith(_CUTS) else _digest_of(path)
         except OSError as error:
             raise DataError(
-                f"{path}: a value of the journal cannot be read ({error.strerror or error})."
+                f"{path}: cannot read a value of the journal ({error.strerror or error})."
             ) from error
         if found != digest:
             raise _damaged(path)
@@ -168,8 +168,7 @@ def _replace(path: Path, own: Path) -> None:
 
 def _damaged(path: Path) -> DataError:
     return DataError(
-        f"{path}: its bytes do not match the digest that it is named by: it is damaged, and was "
-        "not used."
+        f"{path}: its bytes do not match the digest in its name: it is damaged, and was not used."
     )
 
 

@@ -88,9 +88,9 @@ def as_written(entry: JournalEntry) -> Iterator[None]:
 
 def _unlike(entry: JournalEntry, error: Exception) -> DataError:
     return DataError(
-        f"journal: entry {foreign(entry.kind, 40)!r} of round {entry.round} is not as this version "
-        f"writes it ({type(error).__name__}: {foreign(error, 100)}). It was not used; where the "
-        "run cannot go on without it, restore the folder from a backup."
+        f"journal: entry {foreign(entry.kind, 40)!r} of round {entry.round} does not have the "
+        f"format of this version ({type(error).__name__}: {foreign(error, 100)}). It was not "
+        "used; if the run cannot continue without it, restore the folder from a backup."
     )
 
 
@@ -123,20 +123,20 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     except sqlite3.Error as error:
         raise _as_ours(path, error) from error
     except UnicodeDecodeError as error:  # SQLite's message quotes a name that is not valid UTF-8
-        raise DataError(f"{path}: the journal is damaged (names in it are no text).") from error
+        raise DataError(f"{path}: the journal is damaged (names in it are not text).") from error
 
 
 def _as_ours(path: Path, error: sqlite3.Error) -> FedcoreError:
     code = getattr(error, "sqlite_errorcode", 0)
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
         return DiskFull(
-            f"{path}: the disk has no room for the journal ({error}). What it holds stands, and "
-            "nothing else was done; free space there, and go on with --resume."
+            f"{path}: the disk is full, cannot write the journal ({error}). Its contents are "
+            "intact, and nothing else was done; free some space there and continue with --resume."
         )
     if code & 0xFF in (sqlite3.SQLITE_IOERR, sqlite3.SQLITE_CANTOPEN, sqlite3.SQLITE_READONLY):
         return ResourceError(
-            f"{path}: the journal cannot be read or written ({error}). What it holds stands; make "
-            "the disk work again, and go on with --resume."
+            f"{path}: cannot read or write the journal ({error}). Its contents are intact; "
+            "repair the disk and continue with --resume."
         )
     return DataError(f"{path}: the journal is damaged ({error}).")
 
@@ -248,5 +248,5 @@ class Entries:
     def _entry(self, row: tuple[Any, ...]) -> JournalEntry:
         """Converts a row; checks types, as one flipped bit can change the type of a value."""
         if tuple(map(type, row)) != _TYPES:
-            raise DataError(f"{self.path}: the journal is damaged (an entry is of other types).")
+            raise DataError(f"{self.path}: the journal is damaged (an entry has wrong types).")
         return JournalEntry(*row)

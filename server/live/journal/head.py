@@ -216,9 +216,9 @@ def open_repaired(folder: Path) -> tuple[Entries, str]:
         return _rebuilt(folder, head, str(error))
     copied = _last_commit(head or ())
     if not entries.of(RUN) and any(os.path.lexists(folder / name) for name in _TRACES):
-        why = f"{path}: the journal is empty, and a run was begun."
+        why = f"{path}: the journal is empty, although a run was started."
     elif copied > kept:
-        why = f"{path}: the journal ends with round {kept}, and round {copied} is over."
+        why = f"{path}: the journal ends with round {kept}, although round {copied} is complete."
     elif any(not entry.kind.startswith(REPLY) for entry in damaged):
         why = f"{path}: the journal is damaged (entries do not match their digests)."
     else:
@@ -226,7 +226,7 @@ def open_repaired(folder: Path) -> tuple[Entries, str]:
             entries.write(drop=[(entry.kind, entry.round, entry.round) for entry in damaged])
         if copy is None or copied < kept or copy.history != _history(entries):
             write_head(folder, entries)  # a crash before the copy was written, or a damaged copy
-        told = f"{path}: replies were damaged; those nodes are asked again."
+        told = f"{path}: replies were damaged; those nodes will be asked again."
         return entries, told if damaged else ""
     entries.close()
     return _rebuilt(folder, head, why)
@@ -239,19 +239,19 @@ def _unlike_a_file(path: Path) -> str:
     """
     for each in (path, *(path.with_name(path.name + suffix) for suffix in _BESIDE)):
         if each.is_symlink() and not each.exists():
-            return f"{each}: this link leads to no file, and the journal is expected here."
+            return f"{each}: expected a file of the journal, found a broken link."
         if each.exists() and not each.is_file():
             what = "a folder" if each.is_dir() else "a pipe or a device"
-            return f"{each}: this is {what}, and a file of the journal is expected here."
-    return "" if path.exists() else f"{path}: the journal is missing, and a run was begun."
+            return f"{each}: expected a file of the journal, found {what}."
+    return "" if path.exists() else f"{path}: the journal is missing, although a run was started."
 
 
 def _rebuilt(folder: Path, head: Sequence[JournalEntry] | None, why: str) -> tuple[Entries, str]:
     path = folder / JOURNAL
     if head is None:
         raise DataError(
-            f"{why} Its copy in {HEAD} is missing or damaged, too. Nothing was run; restore the "
-            "folder from a backup and go on with --resume, or begin the run again with --fresh."
+            f"{why} Its copy in {HEAD} is also missing or damaged. Nothing was run; restore the "
+            "folder from a backup and continue with --resume, or start the run over with --fresh."
         )
     # Complete the new file first: a crash leaves the old journal, the new one, or the copy.
     new = path.with_name(path.name + _NEW)
@@ -262,8 +262,8 @@ def _rebuilt(folder: Path, head: Sequence[JournalEntry] | None, why: str) -> tup
         entries.write(head)
     if os.path.lexists(f"{new}-wal"):  # SQLite deletes the WAL on close if it applied all of it
         raise DiskFull(
-            f"{new}: the disk has no room for the journal. What its copy in {HEAD} holds stands, "
-            "and nothing else was done; free space there, and go on with --resume."
+            f"{new}: the disk is full, cannot write the journal. Its copy in {HEAD} is intact, "
+            "and nothing else was done; free some space there and continue with --resume."
         )
     put_aside = False
     with disk_errors(path):
@@ -279,8 +279,9 @@ def _rebuilt(folder: Path, head: Sequence[JournalEntry] | None, why: str) -> tup
     write_head(folder, entries)
     number = _last_commit(head)
     return entries, (
-        f"{why} {'It was put aside, and round' if put_aside else 'Round'} {number} was taken from "
-        f"its copy; what nodes had sent in round {number + 1} is asked for again."
+        f"{why} {'It was moved aside, and round' if put_aside else 'Round'} {number} was "
+        "restored from its copy; nodes will be asked again for what they had sent in round "
+        f"{number + 1}."
     )
 
 

@@ -288,8 +288,9 @@ class Journal:
             return Start(progress, whole, cohort=self._cohort(entry.round, whole))
         if commits:
             raise DataError(
-                f"{self.mended} No round's weights are whole. Nothing was run; restore the folder "
-                "from a backup and go on with --resume, or begin the run again with --fresh."
+                f"{self.mended} No round's weights are intact. Nothing was run; restore the "
+                "folder from a backup and continue with --resume, or start the run over with "
+                "--fresh."
             )
         return None
 
@@ -319,7 +320,7 @@ class Journal:
     def _go_back(self, number: int) -> None:
         """Drops everything after a round. Devices send again the updates that they still have."""
         self._drop_after(number)
-        self.mended += f" The run goes on after round {number}, whose weights are whole."
+        self.mended += f" The run continues after round {number}, whose weights are intact."
 
     def _drop_after(self, number: int) -> None:
         after = (number + 1, _LAST)

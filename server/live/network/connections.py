@@ -155,7 +155,9 @@ class Connections:
         own = [each for each in self._owned[peer.public].values() if not each.dropped]
         if len(own) > self._limits.connections_each:
             most = self._limits.connections_each
-            self._tell(one, _TOO_MANY, f"more than {most} connections; the idlest was cut")
+            self._tell(
+                one, _TOO_MANY, f"more than {most} connections; the longest idle one was closed"
+            )
             _idlest(own).drop()
 
     def closed(self, descriptor: int) -> None:
@@ -193,13 +195,15 @@ class Connections:
                     one.drop()
             elif peer.public not in members:
                 if now - one.since > _FRESH_S:
-                    self._tell(one, 403, "cut, as it is no longer a member's")
+                    self._tell(one, 403, "closed: its peer is no longer a member")
                     one.drop()
             elif peer.due is not None and now > peer.due:
-                self._tell(one, _LATE, f"no whole request within {limits.headers_s:g} s")
+                self._tell(one, _LATE, f"no complete request within {limits.headers_s:g} s")
                 one.drop()
             elif peer.stuck is not None and now - peer.stuck > limits.body_s:
-                self._tell(one, _LATE, f"nothing of an answer taken within {limits.body_s:g} s")
+                self._tell(
+                    one, _LATE, f"the peer read nothing of the response within {limits.body_s:g} s"
+                )
                 one.drop()
 
     def _crowd_out(self, among: Iterable[_Open]) -> None:
@@ -210,7 +214,7 @@ class Connections:
             groups.setdefault(one.peer.public if one.peer else one.network, []).append(one)
         if groups:
             one = _idlest(max(groups.values(), key=len))
-            self._tell(one, _TOO_MANY, "gave way to another, as there were too many")
+            self._tell(one, _TOO_MANY, "closed in favour of a newer one: too many connections")
             one.drop()
 
     def _tell(self, one: _Open, status: int, text: str) -> None:

@@ -32,7 +32,7 @@ from fedcore.flower.fleet_api import ROUTES, Caller, FileResponse, Route, call, 
 from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, beginning_of
 from fedcore.flower.fleet_bundle import PUSH_BUNDLE, read_bundle
 from fedcore.observability.foreign import foreign
-from fedcore.rpc.hello import BUNDLES, WAKE_PORT, Hello, again_s_of, check_hello, instance_of
+from fedcore.rpc.hello import BUNDLES, WAKE_PORT, Hello, check_hello, instance_of, next_request_s
 from server.live.network.limits import Limits, PeerLines, Rates, Refusals, Uploads
 from server.live.network.peer import divert_of, key_of
 from server.live.network.presence import Presence
@@ -115,13 +115,13 @@ class Gate:
             await self._refuse(send, peer, scope["path"], refusal)
         except FedcoreError as error:
             if isinstance(error, ResourceError):  # the device will retry, so the round waits
-                self.fleet.lack(error)
+                self.fleet.report_storage_error(error)
             status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
             await self._refuse(send, peer, scope["path"], _Refusal(status, str(error)))
         except Exception as error:  # an unforeseen input must not break the connection
             self.refusals.note(peer, 500, f"{scope['path']}: {_place(error)}")
             if not begun:
-                text = f"the call could not be answered ({type(error).__name__})"
+                text = f"the request failed ({type(error).__name__})"
                 await _respond(
                     send, 500, b"application/json", json.dumps({"detail": text}).encode()
                 )
@@ -140,9 +140,9 @@ class Gate:
         public = key_of(scope["state"])
         member = self.roster.member(public) if public is not None else None
         if member is None:
-            raise _Refusal(403, "this certificate is not, or no longer, a member's")
+            raise _Refusal(403, "this certificate does not, or no longer, belong to a member")
         if member.role != "device" and self.operate is None:
-            raise _Refusal(403, f"{member.name!r} is no device but {member.role!r}")
+            raise _Refusal(403, f"{member.name!r} is not a device but {member.role!r}")
         return member
 
     def _grants(self, node_id: int, calls: int) -> bool:
@@ -151,7 +151,7 @@ class Gate:
     def _keep_to_rate(self, node_id: int, calls: int = 1) -> None:
         wait_s = self.rates.wait_s(node_id, calls)
         if wait_s > 0:
-            raise _Refusal(429, "too many calls", retry_after_s=wait_s)
+            raise _Refusal(429, "too many requests", retry_after_s=wait_s)
 
     async def _answer(self, scope: Scope, receive: Receive, member: Member) -> bytes | FileResponse:
         path, route = scope["path"], ROUTES.get(scope["path"])
@@ -159,7 +159,7 @@ class Gate:
             self._keep_to_rate(node_id_of(member.public))
             return b""
         if route is None or scope["method"] != "POST":
-            raise _Refusal(404, "no such call")
+            raise _Refusal(404, "no such endpoint")
         node_id = node_id_of(member.public)
         grant = partial(self._grants, node_id)
         caller = Caller(node_id, member.public, member.name, grant)
@@ -170,9 +170,9 @@ class Gate:
         instance = instance_of(headers)
         if path == ACTIVATE:
             if not instance:
-                raise _Refusal(400, "it names no process of a device")
+                raise _Refusal(400, "it does not identify a device process")
             check_hello(headers, self.hello)
-        elif not self.presence.call(caller.node_id, instance, again_s_of(headers)):
+        elif not self.presence.call(caller.node_id, instance, next_request_s(headers)):
             raise _Refusal(401, "this process was not activated")
         begin = None
         if path == PUSH_OBJECT:
@@ -181,7 +181,7 @@ class Gate:
         body = await self._body(headers, scope, receive, route, begin)
         if isinstance(body, ChunkUpload):
             self.uploads.progress_of(caller.node_id)
-            self.fleet.lack(None)
+            self.fleet.report_storage_error(None)
             with closing(body):
                 return bytes(body.finish().SerializeToString())
         if isinstance(body, bytes):
@@ -192,7 +192,7 @@ class Gate:
                 self.uploads.progress_of(caller.node_id)
                 async with self.bodies:  # parsing takes several times the object's size in memory
                     answer = await asyncio.to_thread(call, self.fleet, caller, route, body)
-                self.fleet.lack(None)
+                self.fleet.report_storage_error(None)
                 return answer
             raw = body.read()
             await self._before(path, caller, instance, raw)
@@ -236,7 +236,7 @@ class Gate:
         if upload is None:
             return
         if not await self.uploads.enter(caller.node_id, upload):
-            raise _Refusal(503, "the server is taking in other updates", retry_after_s=1.0)
+            raise _Refusal(503, "the server is busy receiving other updates", retry_after_s=1.0)
         if upload.message_id not in self.fleet.asked:  # its round ended while it waited
             self.uploads.leave(upload.message_id)
 
@@ -259,7 +259,7 @@ class Gate:
         """
         announced = _length(headers)
         if announced is not None and announced > route.max_bytes:
-            raise _Refusal(413, f"{announced} bytes, at most {route.max_bytes} are taken")
+            raise _Refusal(413, f"{announced} bytes, expected at most {route.max_bytes}")
         try:
             async with asyncio.timeout(self.limits.body_s):
                 read = await _read(receive, route.max_bytes, self.spool, begin)
@@ -283,7 +283,7 @@ class Gate:
             while True:
                 event = await receive()
                 if event["type"] == "http.disconnect":
-                    raise ConnectionResetError("the peer went away while it sent")
+                    raise ConnectionResetError("the peer disconnected while sending")
                 arrival.write(event.get("body", b""))
                 if not event.get("more_body"):
                     return
@@ -326,11 +326,11 @@ async def _read(
         while True:
             event = await receive()
             if event["type"] == "http.disconnect":
-                raise _Refusal(400, "the peer went away while it sent")
+                raise _Refusal(400, "the peer disconnected while sending")
             pieces.append(event.get("body", b""))
             size += len(pieces[-1])
             if size > max_bytes:
-                raise _Refusal(413, f"more than the {max_bytes} bytes that are taken")
+                raise _Refusal(413, f"more than the {max_bytes} bytes allowed")
             if begin is not None and size >= BEGINNING_BYTES:
                 arrival, begin = begin(b"".join(pieces)), None
                 if arrival is not None:

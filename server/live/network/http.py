@@ -76,7 +76,7 @@ def bind(host: str, port: int, *, option: str = "--listen") -> socket.socket:
     except OSError as error:
         listener.close()
         raise ResourceError(
-            f"server: port {port} of {host} cannot be listened on ({error.strerror}). Nothing was "
-            f"started; stop what uses it, or choose another with {option}."
+            f"server: cannot listen on port {port} of {host} ({error.strerror}). Nothing was "
+            f"started; stop the program that uses it, or choose another with {option}."
         ) from None
     return listener

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 from fedcore.flower.fleet_api import Upload
 from fedcore.observability.foreign import foreign
-from fedcore.observability.throttle import TOLD_S, Throttle, left_out, take_token
+from fedcore.observability.throttle import TOLD_S, Throttle, omitted_suffix, take_token
 
 log = logging.getLogger("fedcore.server")
 
@@ -119,7 +119,7 @@ class Refusals:
         if len(self._told) >= _MOST_TOLD:
             self._told.clear()
         self._told[key] = (now, 0)
-        shown = foreign(peer, 100), status, foreign(text, 1000), left_out(silent)
+        shown = foreign(peer, 100), status, foreign(text, 1000), omitted_suffix(silent)
         log.warning("refused %s: %d: %s%s", *shown)
 
 
@@ -134,7 +134,7 @@ class PeerLines:
         silent = self._told.admit((peer, what))
         if silent is not None:
             shown = f" ({foreign(more, 100)})" if more else ""
-            log.info("device %s: %s%s%s", foreign(peer, 100), what, shown, left_out(silent))
+            log.info("device %s: %s%s%s", foreign(peer, 100), what, shown, omitted_suffix(silent))
 
 
 class Streams:

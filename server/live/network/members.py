@@ -38,7 +38,7 @@ class Members:
     def admit(self, nodes: Collection[int]) -> Collection[int]:
         """Registers the members among ``nodes`` with the fleet, and returns them."""
         devices = devices_of(self.roster)
-        return {self.fleet.enlist(devices[node].public) for node in nodes if node in devices}
+        return {self.fleet.register_node(devices[node].public) for node in nodes if node in devices}
 
     def count(self, *, drained: Collection[str]) -> int:
         """Returns the number of devices that are members and not drained."""

@@ -92,9 +92,9 @@ class Presence:
                 return False
             if old is not None and instance in old.replaced:
                 raise TrustError(
-                    f"client {name!r}: another process with this identity has taken its place. It "
-                    "was refused; an identity belongs to one device: stop one of the two, and "
-                    "enrol that device under a name of its own."
+                    f"client {name!r}: another process with this identity has replaced it. It "
+                    "was refused; each device needs its own identity: stop one of the two, and "
+                    "enrol that device under its own name."
                 )
             session = _Session(instance, name, public_key, now)
             if old is not None:

@@ -112,7 +112,7 @@ class SignatureChecks:
         if member is None:
             raise CertificateRefused(
                 f"round {expected.round}: node {expected.node_id} is no longer a member of this "
-                "project. Its update was not aggregated; enrol it again, if it should take part."
+                "project. Its update was not aggregated; enrol it again if it should take part."
             )
         envelope = verify_reply(
             reply.content,
@@ -126,8 +126,9 @@ class SignatureChecks:
         )
         if reply.metadata.message_type != expected.purpose:
             raise UpdateForeign(
-                f"{where}: it is a reply to another type of message than {expected.purpose!r}. It "
-                "was not aggregated; a node answers what it was asked."
+                f"{where}: it replies to another type of message, expected one to "
+                f"{expected.purpose!r}. It was not aggregated; a node must reply to the request "
+                "that it received."
             )
         replays.accept(envelope)
 

@@ -51,13 +51,13 @@ class SteadyClock:
             if self._jumped_s is None:
                 self._jumped_s = passed_s
                 log.warning(
-                    "the system's clock has jumped by %.0f s; it is not believed for %.0f s",
+                    "the system clock jumped by %.0f s; it is ignored for %.0f s",
                     now_s - steady_s,
                     BELIEVED_S,
                 )
             if passed_s - self._jumped_s < BELIEVED_S:
                 return steady_s
-            log.warning("the system's clock is believed again, %.0f s away", now_s - steady_s)
+            log.warning("the system clock is used again, now %.0f s off", now_s - steady_s)
             self._ahead_s, self._jumped_s = now_s - passed_s, None
             return now_s
 

@@ -72,7 +72,9 @@ class Wakeups(WakeServicer):
         if public is None or member is None or member.role != "device":
             # Log unknown peers by address without the port, which differs on each connection.
             peer = member.name if member else context.peer().rpartition(":")[0]
-            self.refusals.note(peer, 403, "stream: no device's certificate that is in force")
+            self.refusals.note(
+                peer, 403, "stream: the certificate is not that of a device in force"
+            )
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not a device of this project")
         assert public is not None
         assert member is not None
@@ -172,8 +174,8 @@ async def serve_wakeups(
         bound = server.add_secure_port(target, credentials)
     except RuntimeError:
         raise ResourceError(
-            f"server: port {port} of {host} is in use, or may not be used. Nothing was started; "
-            "stop what uses it, or choose another with --wake-port."
+            f"server: port {port} of {host} is in use or forbidden. Nothing was started; stop "
+            "the program that uses it, or choose another with --wake-port."
         ) from None
     await server.start()
     return server, bound
@@ -198,6 +200,6 @@ async def disconnect_revoked(
         connections.sweep(members)
         for node_id, public in presence.keys().items():
             if public not in members:
-                log.warning("device %s: no longer a member; put out", node_id)
+                log.warning("device %s: no longer a member; disconnected", node_id)
                 presence.remove(node_id)
                 uploads.gone(node_id)

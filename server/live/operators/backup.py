@@ -55,19 +55,19 @@ def check_place(file: Path) -> None:
     """
     if not file.is_absolute() or "\0" in str(file) or file.exists():
         raise ConfigError(
-            f"{str(file)!r}: expected the whole path of a file that does not exist. Nothing was "
-            "written; choose another name."
+            f"{str(file)!r}: expected the absolute path of a file that does not exist. Nothing "
+            "was written; choose another name."
         )
     if not file.parent.is_dir():
         raise ConfigError(
-            f"{file}: there is no folder {file.parent}. Nothing was written; make it, or name "
-            "another place."
+            f"{file}: there is no folder {file.parent}. Nothing was written; create it, or "
+            "choose another place."
         )
     around = results_around(file)
     if around is not None:
         raise ConfigError(
-            f"{file}: {around} holds the results of a run, and the next start of that run would "
-            "remove the backup with them. Nothing was written; name a place outside of it."
+            f"{file}: {around} contains the results of a run, and the next start of that run "
+            "would remove the backup with them. Nothing was written; choose a place outside it."
         )
 
 
@@ -83,11 +83,13 @@ def check_wanted(name: str, *, gone: bool, ends: bool) -> None:
         ResourceError: ``gone`` or ``ends`` is set.
     """
     if gone:
-        raise ResourceError("backup: whoever asked hung up before it was over. Nothing was left.")
+        raise ResourceError(
+            "backup: the operator disconnected before it was complete. No file was left."
+        )
     if ends:
         raise ResourceError(
-            f"backup: the run {name!r} ends. Nothing was written; copy its folder once `fedcore "
-            "server status` finds no server."
+            f"backup: the run {name!r} is ending. Nothing was written; copy its folder once "
+            "`fedcore server status` finds no server."
         )
 
 
@@ -171,8 +173,8 @@ def _hold(journal: Path, held: Path) -> None:
                 break
     else:
         raise ResourceError(
-            f"{journal}: it changed {_ATTEMPTS} times while it was copied. No backup was made; "
-            "pause the run (`fedcore server pause`), and try again."
+            f"{journal}: it changed {_ATTEMPTS} times while it was being copied. No backup was "
+            "written; pause the run (`fedcore server pause`), and try again."
         )
     for path in values.iterdir():
         if path.name not in needed:
@@ -197,8 +199,8 @@ def _copy(database: Path, copy: Path) -> None:
             there.backup(here)
     except (sqlite3.Error, UnicodeDecodeError) as error:  # a message may quote invalid UTF-8
         raise DataError(
-            f"{database}: this database cannot be copied ({error}). No backup was made; see that "
-            "the disk is sound."
+            f"{database}: cannot copy this database ({error}). No backup was written; check the "
+            "disk for errors."
         ) from None
 
 

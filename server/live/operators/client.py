@@ -51,14 +51,14 @@ def ask_local(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
                 raw = stream.read(_MAX_ANSWER_BYTES)
         except PermissionError:
             raise ResourceError(
-                f"{path}: only the server's own user and root may use this socket. Nothing was "
-                "asked; become one of them, or ask with an operator's certificate (--kit)."
+                f"{path}: only the server's own user and root may use this socket. No request "
+                "was sent; run this as one of them, or use an operator's certificate (--kit)."
             ) from None
         except OSError:
             raise ResourceError(
-                f"{folder}: no server answers with this identity: none is running, or it is on its "
-                "way up. Nothing was asked; where none is running, `fedcore server start` starts "
-                "one."
+                f"{folder}: no server with this identity responds: none is running, or it is "
+                "still starting. No request was sent; if none is running, start one with "
+                "`fedcore server start`."
             ) from None
     return _read(raw, where=str(folder))
 
@@ -85,9 +85,9 @@ def ask_remote(kit: Kit, request: dict[str, Any]) -> dict[str, Any]:
         )
     except httpx.HTTPError as error:
         raise ResourceError(
-            f"{url}: the server cannot be reached ({error}). Nothing was asked; see that it runs, "
-            "and that its rounds are not over yet (`fedcore server status` on its machine), and "
-            "that this certificate is in force."
+            f"{url}: cannot reach the server ({error}). No request was sent; check that it runs "
+            "and has not finished its rounds (`fedcore server status` on its machine), and that "
+            "this certificate is in force."
         ) from None
     if answer.status_code != 200:
         raise TrustError(
@@ -117,8 +117,9 @@ def _read(raw: bytes, *, where: str) -> dict[str, Any]:
         told = answer.pop("ok")
     except (ValueError, KeyError, AttributeError):
         raise DataError(
-            f"{where}: the server's answer of {len(raw)} bytes cannot be read. Whether it did what "
-            "was asked, `fedcore server status` shows; use its own version of fedcore."
+            f"{where}: cannot read the server's response of {len(raw)} bytes. `fedcore server "
+            "status` shows whether it carried out the request; use the same version of fedcore "
+            "as the server."
         ) from None
     if not told:
         kind = getattr(errors, str(answer.get("error")), None)

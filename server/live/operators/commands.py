@@ -22,13 +22,13 @@ def _where(parser: argparse.ArgumentParser) -> None:
         type=Path,
         default=Path("authority/server"),
         metavar="DIR",
-        help="the folder of a server on this machine, as --identity server (default: %(default)s)",
+        help=("folder of a server on this machine, e.g. --identity server (default: %(default)s)"),
     )
     where.add_argument(
         "--kit",
         type=Path,
         metavar="DIR",
-        help="ask over the network, with the operator's or viewer's kit in this folder, as "
+        help="connect over the network, with the operator's or viewer's kit in this folder, e.g. "
         "--kit anna",
     )
     json_option(parser)
@@ -36,13 +36,13 @@ def _where(parser: argparse.ArgumentParser) -> None:
 
 def _drain_arguments(parser: argparse.ArgumentParser) -> None:
     _where(parser)
-    parser.add_argument("device", metavar="DEVICE", help="its name, as edge-017")
-    parser.add_argument("--undo", action="store_true", help="have rounds select the device again")
+    parser.add_argument("device", metavar="DEVICE", help="name of the device, e.g. edge-017")
+    parser.add_argument("--undo", action="store_true", help="let rounds select the device again")
 
 
 def _backup_arguments(parser: argparse.ArgumentParser) -> None:
     _where(parser)
-    parser.add_argument("file", type=Path, metavar="FILE", help="where it goes, as orchard.tar")
+    parser.add_argument("file", type=Path, metavar="FILE", help="file to write, e.g. orchard.tar")
 
 
 def _ask(options: argparse.Namespace, shown: Shown, **request: Any) -> int:
@@ -68,7 +68,7 @@ def _shown_status(told: Mapping[str, Any]) -> str:
     listens = f"{told['listens']}, wakes on {told['wakes']}" if told["listens"] else "no more"
     lines = [
         f"Run:     {told['run']}, {state}; {told['round']} of {counted(told['rounds'], 'round')}",
-        f"Devices: {devices['there']} there, of {counted(devices['members'], 'member')}; "
+        f"Devices: {devices['there']} connected of {counted(devices['members'], 'member')}; "
         f"{devices['drained']} drained",
         f"Listens: {listens}; up {told['up_s']:.0f} s",
         f"Project: {told['project']}, fedcore {told['version']}; certificate until "
@@ -77,7 +77,7 @@ def _shown_status(told: Mapping[str, Any]) -> str:
     if last:
         lines.insert(1, f"Last:    {_shown_round(last)}")
     if told["roster"]["damage"]:
-        lines.append(f"Roster:  not read again: {told['roster']['damage']}")
+        lines.append(f"Roster:  could not be reloaded: {told['roster']['damage']}")
     return "\n".join([*lines, *(f"Note:    {note}" for note in told["notes"])])
 
 
@@ -92,7 +92,7 @@ def _shown_round(one: Mapping[str, Any]) -> str:
 def _rounds(options: argparse.Namespace) -> int:
     return _ask(
         options,
-        lambda told: "\n".join(map(_shown_round, told["rounds"])) or "No round is over yet.",
+        lambda told: "\n".join(map(_shown_round, told["rounds"])) or "No round is complete yet.",
         verb="rounds",
     )
 
@@ -108,7 +108,7 @@ def _shown_devices(told: Mapping[str, Any]) -> str:
         drained = ", drained" if one["drained"] else ""
         until = one["certificate_not_after"][:10]
         lines.append(f"{one['name']:<24} {there}{drained}; certificate until {until}")
-    return "\n".join(lines) or "No device is a member yet."
+    return "\n".join(lines) or "The project has no devices yet."
 
 
 def _steer(verb: str) -> Callable[[argparse.Namespace], int]:
@@ -141,35 +141,36 @@ def _backup(options: argparse.Namespace) -> int:
 
 OPERATOR_VERBS = {
     "status": Command(
-        "Show what a running server does.", _where, _status, "fedcore server status --json"
+        "Show the state of a running server.", _where, _status, "fedcore server status --json"
     ),
     "rounds": Command(
-        "List the rounds that are over, the last 1000.",
+        "List the completed rounds, the last 1000.",
         _where,
         _rounds,
         "fedcore server rounds --kit anna",
     ),
     "devices": Command(
-        "List the devices of the project: who is there, who is drained.",
+        "List the project's devices, and which are connected or drained.",
         _where,
         _devices,
         "fedcore server devices",
     ),
     "pause": Command(
-        "Begin no further round once this one is over.",
+        "Pause after the current round.",
         _where,
         _steer("pause"),
         "fedcore server pause",
     ),
-    "resume": Command("Go on after a pause.", _where, _steer("resume"), "fedcore server resume"),
+    "resume": Command("Continue after a pause.", _where, _steer("resume"), "fedcore server resume"),
     "stop": Command(
-        "End the server after this round, or what follows the rounds; the run can be resumed.",
+        "Stop the server after the current round, or during the steps after the rounds; the "
+        "run can be resumed.",
         _where,
         _steer("stop"),
         "fedcore server stop --kit anna",
     ),
     "drain": Command(
-        "Have further rounds leave a device out, until it is undone.",
+        "Exclude a device from further rounds, until undone.",
         _drain_arguments,
         _drain,
         "fedcore server drain edge-017",

@@ -184,7 +184,7 @@ class Control:
     def _answer(self, request: OperatorRequest, asker: Requester, gone: Gone) -> dict[str, Any]:
         site = self._site
         if site is None:
-            raise ResourceError("the server is not up yet. Nothing was done; ask again.")
+            raise ResourceError("the server is still starting. Nothing was done; try again.")
         if request.verb in LOOKING:
             return self._look(request, site)
         more = request.model_dump(exclude={"verb"}, exclude_defaults=True)
@@ -195,8 +195,8 @@ class Control:
         try:
             if asker.role != "operator":
                 raise TrustError(
-                    f"{asker.by}: a {asker.role} may look, and only an operator may "
-                    f"{request.verb}. Nothing was done; ask an operator."
+                    f"{asker.by}: a {asker.role} may only read, an operator may {request.verb}. "
+                    "Nothing was done; ask an operator."
                 )
             with named(request):
                 act = self._act(request, asker, site, gone)
@@ -270,9 +270,9 @@ class Control:
         """Validates a request after the rounds, when only a stop is possible."""
         if request.verb != "stop":
             raise ConfigError(
-                f"{request.verb}: the rounds of {self._run.name!r} are over, no device is asked "
-                f"anything any more, and its model is being finished ({self._stage}). Nothing was "
-                "done; `fedcore server stop` ends that, and --resume goes on with it."
+                f"{request.verb}: the rounds of {self._run.name!r} are complete, devices take no "
+                f"further part, and its model is being finished ({self._stage}). Nothing was "
+                "done; `fedcore server stop` interrupts that, and --resume continues it."
             )
 
         def stop() -> dict[str, Any]:
@@ -299,7 +299,7 @@ class Control:
         if name not in known and not (request.undo and name in self._drained):
             raise ConfigError(
                 f"{name or 'drain'}: no device of this project has this name. Nothing was done; "
-                "`fedcore server devices` lists them."
+                "list them with `fedcore server devices`."
             )
         if not request.undo:
             with self._changed:
@@ -324,8 +324,9 @@ class Control:
         file = Path(request.file or "")
         if not asker.local:
             raise ConfigError(
-                "backup: it is written on the server's own machine, and asked for there. Nothing "
-                "was written; log in there, and name the server's folder with --identity."
+                "backup: it can only be requested on the server's own machine, where it is "
+                "written. Nothing was written; log in there, and pass the server's folder with "
+                "--identity."
             )
         check_place(file)
 
@@ -348,8 +349,8 @@ class Control:
         with self._changed:
             if self._hold:
                 raise ResourceError(
-                    "backup: another one waits for the end of this round, or is being written. "
-                    "Nothing was written; ask again when it is done, or end it with Ctrl-C."
+                    "backup: another one is being written, or waits for the end of this round. "
+                    "Nothing was written; try again when it is done, or cancel it with Ctrl-C."
                 )
             self._hold = True
         try:
@@ -370,7 +371,7 @@ class Control:
 
     def _check_stopped(self) -> None:
         if self._site is None or self._site.stopping:
-            raise ServerStopped("the server stops")
+            raise ServerStopped("the server is stopping")
         if self._stop:
             raise ServerStopped("an operator stopped the run")
 

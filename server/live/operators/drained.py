@@ -32,7 +32,7 @@ def read_drained(folder: Path) -> frozenset[str]:
         path,
         max_bytes=_MAX_DRAINED_BYTES,
         what="the list of drained devices",
-        otherwise="Nothing was started; remove it, and drain again who should be.",
+        otherwise="Nothing was started; remove it, and drain the devices again that should be.",
     )
     try:
         names = json.loads(raw)
@@ -40,7 +40,8 @@ def read_drained(folder: Path) -> frozenset[str]:
             raise ValueError("expected a list of names")
     except (ValueError, RecursionError) as error:
         raise DataError(
-            f"{path}: {error}. Nothing was started; remove the file, and drain again who should be."
+            f"{path}: {error}. Nothing was started; remove the file, and drain the devices "
+            "again that should be."
         ) from None
     return frozenset(names)
 
@@ -55,8 +56,8 @@ def warn_of_unknown(drained: Collection[str], roster: Roster) -> None:
     """Logs a warning if a drained name belongs to no current device."""
     if names := unknown(drained, roster):
         log.warning(
-            "%s: drained, and no device in force has the name; rounds leave out whoever gets it. "
-            "`fedcore server drain NAME --undo` takes a name off the list",
+            "%s: drained, but no device in force has this name; rounds will exclude any device "
+            "that gets it. `fedcore server drain NAME --undo` removes a name from the list",
             ", ".join(names),
         )
 
@@ -89,8 +90,7 @@ def check_enough(
     left = len(set(there) - set(drained))
     if left < needed <= len(there):
         raise ConfigError(
-            f"drain: {counted(left, 'device')} would be left, and each round of {name!r} asks "
-            f"{needed}. "
-            "Nothing was done; stop the run, and start it with a lower federation.cohort, or wait "
-            "for more devices."
+            f"drain: {counted(left, 'device')} would be left, and each round of {name!r} needs "
+            f"{needed}. Nothing was done; stop the run, and start it with a lower "
+            "federation.cohort, or wait for more devices."
         )

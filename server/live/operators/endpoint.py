@@ -44,9 +44,9 @@ def sole(folder: Path) -> Iterator[None]:
         ResourceError: another server is running with this folder.
     """
     refused = ResourceError(
-        f"{folder}: a server is running with this identity. Nothing was started; wait for the end "
-        "of its run (`fedcore server status`), stop it (`fedcore server stop`), or run another "
-        "with a project and an identity of its own."
+        f"{folder}: a server is running with this identity. Nothing was started; wait for the "
+        "end of its run (`fedcore server status`), stop it (`fedcore server stop`), or run "
+        "another server with its own project and identity."
     )
     with lock_folder(folder, refused):
         yield
@@ -149,7 +149,7 @@ def operator_handler(control: Control) -> Operate:
 
     async def operate(scope: Scope, receive: Receive, send: Send, member: Member) -> None:
         if scope["path"] != OPERATE or scope["method"] != "POST":
-            return await _respond(send, 404, {"detail": "no such call"})
+            return await _respond(send, 404, {"detail": "no such endpoint"})
         raw = b""
         try:
             async with asyncio.timeout(_ASK_S):
@@ -195,8 +195,8 @@ def _bind(path: Path) -> socket.socket:
     except OSError as error:
         listener.close()
         raise ResourceError(
-            f"{path}: this socket cannot be made ({error.strerror or error}). Nothing was started; "
-            "the server's folder must be on a file system of this machine, and writable."
+            f"{path}: cannot create this socket ({error.strerror or error}). Nothing was "
+            "started; the server's folder must be on a file system of this machine, and writable."
         ) from None
     finally:
         os.umask(mask)
@@ -230,7 +230,7 @@ async def _answer(
         told: dict[str, Any] = {
             "ok": False,
             "error": "TrustError",
-            "message": "this user is not the server's, nor root. Nothing was done.",
+            "message": "only the server's own user and root may connect. Nothing was done.",
         }
     else:
         gone = threading.Event()

@@ -54,8 +54,8 @@ def parse_request(raw: bytes) -> OperatorRequest:
         return OperatorRequest.model_validate_json(raw)
     except ValidationError as error:
         raise ConfigError(
-            f"request: {first_fault(error)}. Nothing was done; ask with the server's own version "
-            "of fedcore."
+            f"request: {first_fault(error)}. Nothing was done; use the same version of fedcore "
+            "as the server."
         ) from None
 
 
@@ -70,6 +70,6 @@ def named(request: OperatorRequest) -> Iterator[None]:
         yield
     except (OSError, ValueError) as error:
         raise ResourceError(
-            f"{request.verb}: {request.file or 'the server'}: it could not be done ({error}). See "
-            "that the place is there and writable for the server's user, and ask again."
+            f"{request.verb}: {request.file or 'the server'}: the request failed ({error}). "
+            "Check that the place exists and is writable for the server's user, and try again."
         ) from error

@@ -212,7 +212,7 @@ class JournalGrid(ForwardingGrid):
         if not kinds <= {*_ROUNDS}:
             yield from reply_batches(self._behind, [*waiting.values()], timeout=timeout)
             return
-        assert len(kinds) <= 1, "a round asks all for the same"
+        assert len(kinds) <= 1, "a round sends the same request to all"
         kind = next(iter(kinds), MessageType.TRAIN)
         asked, came = len(waiting), 0
         for node in list(waiting):

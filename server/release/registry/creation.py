@@ -46,7 +46,7 @@ def refuse_occupied(repository: Path) -> None:
     if repository.exists() and (not repository.is_dir() or any(repository.iterdir())):
         raise ReleaseError(
             f"{repository}: expected an empty folder, or none. Nothing was written; choose "
-            "another, or publish to the repository that is there."
+            "another, or publish to the existing repository."
         )
 
 

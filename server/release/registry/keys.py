@@ -21,7 +21,7 @@ from securesystemslib.signer import (  # type: ignore[attr-defined]  # implicit 
 )
 
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import is_there, read_bytes, write_atomic
+from fedcore.files import name_exists, read_bytes, write_atomic
 from fedcore.observability.words import counted
 
 OFFLINE = ("root", "targets")
@@ -86,7 +86,7 @@ def generate_keys(
 def refuse_existing(folder: Path) -> None:
     """Raises `ReleaseError` if ``folder`` contains a key already: keys are never overwritten."""
     found = [path for role in ROLES for path in key_files(folder, role)]
-    if found or is_there(folder / TRUSTED_ROOT):
+    if found or name_exists(folder / TRUSTED_ROOT):
         raise ReleaseError(
             f"{folder}: keys already exist there ({(found or [folder / TRUSTED_ROOT])[0].name}). "
             "Nothing was written: overwriting them would lock out every device that trusts them. "
@@ -120,7 +120,7 @@ def add_keys(keys: Keys, folder: Path) -> list[Path]:
             number = 0
             for signer in signers:
                 number += 1
-                while is_there(path := _path(folder, role, number)):
+                while name_exists(path := _path(folder, role, number)):
                     number += 1
                 for parent in (folder, path.parent):
                     parent.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -170,7 +170,9 @@ def key_files(folder: Path, role: str) -> list[Path]:
         for path in first.parent.glob(f"{role}-*.pem")
         if (number := path.stem.removeprefix(f"{role}-")).isdecimal()
     }
-    return ([first] if is_there(first) else []) + [numbered[number] for number in sorted(numbered)]
+    return ([first] if name_exists(first) else []) + [
+        numbered[number] for number in sorted(numbered)
+    ]
 
 
 def read_trusted_root(folder: Path) -> bytes:
@@ -185,7 +187,7 @@ def read_trusted_root(folder: Path) -> bytes:
         )
     except DataError as error:
         raise ReleaseError(
-            f"{error} Nothing was published; name the folder that `fedcore release init` made."
+            f"{error} Nothing was published; pass the folder created by `fedcore release init`."
         ) from None
 
 
@@ -199,9 +201,9 @@ def read_key(path: Path, role: str) -> CryptoSigner:
         raw = read_bytes(path, max_bytes=_MAX_KEY_BYTES, what=f"the private key of role {role!r}")
     except DataError as error:
         hint = (
-            "Bring the offline folder back for this step"
+            "Restore the offline folder for this step"
             if role in OFFLINE
-            else "Name the folder that `fedcore release init` made"
+            else "Pass the folder created by `fedcore release init`"
         )
         raise ReleaseError(f"{error} Nothing was published. {hint}.") from None
     try:

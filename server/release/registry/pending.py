@@ -11,13 +11,13 @@ import json
 from pathlib import Path
 
 from fedcore.errors import ReleaseError
-from fedcore.files import is_there, read_if_exists, sync_folder, write_atomic, write_json
+from fedcore.files import name_exists, read_if_exists, sync_folder, write_atomic, write_json
 
 _NAME = ".pending.json"
 _MAX_BYTES = 4_000_000  # bytes: a root and a timestamp
 
 
-def begin(repository: Path, files: dict[str, bytes]) -> None:
+def commit(repository: Path, files: dict[str, bytes]) -> None:
     """Commits metadata files, which then come into force in order, even after a crash.
 
     Args:
@@ -29,13 +29,13 @@ def begin(repository: Path, files: dict[str, bytes]) -> None:
     finish(repository)
 
 
-def is_begun(repository: Path) -> bool:
+def is_pending(repository: Path) -> bool:
     """Returns whether committed files are still to be put into force."""
-    return is_there(repository / "metadata" / _NAME)
+    return name_exists(repository / "metadata" / _NAME)
 
 
 def finish(repository: Path) -> None:
-    """Completes an interrupted `begin`; does nothing if there is none.
+    """Completes an interrupted `commit`; does nothing if there is none.
 
     Raises:
         ReleaseError: the journal file is damaged.
@@ -43,18 +43,18 @@ def finish(repository: Path) -> None:
     """
     metadata = repository / "metadata"
     path = metadata / _NAME
-    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="metadata that comes into force")
+    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="pending metadata")
     if raw is None:
         return
     try:
         files = {str(name): str(text).encode() for name, text in json.loads(raw).items()}
         if not all(name == "timestamp.json" or name.endswith(".root.json") for name in files):
-            raise ValueError("it names other files")
+            raise ValueError("it lists other files")
     except (ValueError, AttributeError, RecursionError) as error:
         raise ReleaseError(
-            f"{path}: it does not hold the root and timestamp that a rotation wrote ({error}); the "
-            "disk may be failing. Nothing was published; restore the repository from a copy, and "
-            "rotate again."
+            f"{path}: its contents are not the root and timestamp that a rotation wrote "
+            f"({error}); the disk may be failing. Nothing was published; restore the repository "
+            "from a copy, and rotate again."
         ) from error
     for name, content in files.items():
         write_atomic(metadata / Path(name).name, content)

@@ -37,7 +37,7 @@ from tuf.api.serialization.json import JSONSerializer
 
 from fedcore.artifacts.statements import stamp
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import is_there, lock_file, read_bytes, write_atomic
+from fedcore.files import lock_file, name_exists, read_bytes, write_atomic
 from fedcore.observability.words import counted
 from server.release.registry import pending
 from server.release.registry.keys import MAX_METADATA_BYTES, Keys
@@ -82,8 +82,8 @@ def locked(repository: Path) -> Iterator[None]:
     """
     if not (repository / "metadata").is_dir():
         raise ReleaseError(
-            f"{repository}: there is no release repository here. Nothing was published; "
-            "`fedcore release init` makes one."
+            f"{repository}: there is no release repository here. Nothing was published; create "
+            "one with `fedcore release init`."
         )
     with lock_file(repository / ".lock"):
         pending.finish(repository)
@@ -101,20 +101,26 @@ def read_state(repository: Path, trusted_root: bytes) -> RepositoryState:
     folder = repository / "metadata"
     try:
         root = _verified(Root, trusted_root, "root", None)
-        while is_there(path := folder / f"{root.version + 1}.root.json"):
+        while name_exists(path := folder / f"{root.version + 1}.root.json"):
             newer = _verified(Root, _read(path), "root", root)
             if newer.version != root.version + 1:
                 raise RepositoryError(f"{path.name} says that it is version {newer.version}")
             root = newer
         timestamp = _verified(Timestamp, _read(folder / "timestamp.json"), "timestamp", root)
-        snapshot = _vouched(Snapshot, folder, "snapshot", timestamp.snapshot_meta, root)
-        targets = _vouched(Targets, folder, "targets", snapshot.meta["targets.json"], root)
-        releases = _vouched(Targets, folder, "releases", snapshot.meta["releases.json"], targets)
+        snapshot = _verified_by_delegator(
+            Snapshot, folder, "snapshot", timestamp.snapshot_meta, root
+        )
+        targets = _verified_by_delegator(
+            Targets, folder, "targets", snapshot.meta["targets.json"], root
+        )
+        releases = _verified_by_delegator(
+            Targets, folder, "releases", snapshot.meta["releases.json"], targets
+        )
     except (RepositoryError, DataError, KeyError, ValueError) as error:
         raise ReleaseError(
             f"{repository}: this repository does not verify with the root in the folder of keys: "
-            f"{type(error).__name__}: {error}. Nothing was published; name the folder of keys that "
-            "belongs to it, or restore it from a copy."
+            f"{type(error).__name__}: {error}. Nothing was published; pass the folder of keys "
+            "that belongs to it, or restore it from a copy."
         ) from error
     return RepositoryState(root, targets, releases, snapshot, timestamp)
 
@@ -135,14 +141,14 @@ def trusted_keys(state: RepositoryState, keys: Keys, repository: Path) -> Keys:
         if not trusted[role]:
             raise ReleaseError(
                 f"{repository}: its role {role!r} is signed by another key than the one given "
-                f"({keys.ids(role)[0][:12]}). Nothing was published; name the folder of keys "
-                "that `fedcore release init` made for this repository."
+                f"({keys.ids(role)[0][:12]}). Nothing was published; pass the folder of keys "
+                "that `fedcore release init` created for this repository."
             )
         if len(trusted[role]) < required.threshold:
             raise ReleaseError(
                 f"{repository}: its role {role!r} needs {required.threshold} of its "
                 f"{counted(len(required.keyids), 'key')}, and {len(trusted[role])} is given. "
-                "Nothing was published; bring the files of more of them into the folder of keys."
+                "Nothing was published; add more of their files to the folder of keys."
             )
     return Keys(trusted)
 
@@ -196,8 +202,8 @@ def read_info(repository: Path, info: TargetFile) -> bytes:
         info.verify_length_and_hashes(raw)
     except (DataError, RepositoryError) as error:
         raise ReleaseError(
-            f"{repository}: {info.path} is not what was published: {error} Nothing was changed; "
-            "restore the file from a copy of the repository."
+            f"{repository}: {info.path} differs from what was published: {error} Nothing was "
+            "changed; restore the file from a copy of the repository."
         ) from error
     return raw
 
@@ -270,9 +276,10 @@ def _replace_online(
     for role, payload in (("root", state.root), ("targets", state.targets)):
         if payload.is_expired(now):
             raise ReleaseError(
-                f"{repository}: the metadata of role {role!r} expired on {payload.expires:%Y-%m-%d}"
-                ", so devices would refuse whatever is published. Nothing was; `fedcore release "
-                "refresh --offline` renews it with the offline keys."
+                f"{repository}: the metadata of role {role!r} expired on "
+                f"{payload.expires:%Y-%m-%d}, so devices would refuse any release. Nothing was "
+                "published; renew it with `fedcore release refresh --offline`, which needs the "
+                "offline keys."
             )
     infos = {path: TargetFile.from_data(path, data, ["sha256"]) for path, data in files.items()}
     releases = Targets(
@@ -341,15 +348,15 @@ def replace(
     written: list[Path] = []
     try:
         for name, data in new.items():
-            if not is_there(path := repository / name):
+            if not name_exists(path := repository / name):
                 written.append(path)
             write_atomic(path, data)
         if root is None:
             write_atomic(switch, raw)
         else:
-            pending.begin(repository, {f"{root[0]}.root.json": root[1], switch.name: raw})
+            pending.commit(repository, {f"{root[0]}.root.json": root[1], switch.name: raw})
     except BaseException:
-        begun = pending.is_begun(repository)
+        begun = pending.is_pending(repository)
         if not begun and not _holds(switch, raw):  # not in force: nothing refers to them
             for path in written:
                 path.unlink(missing_ok=True)
@@ -381,7 +388,7 @@ def _verified(
     return signed
 
 
-def _vouched(
+def _verified_by_delegator(
     kind: type[Payload], folder: Path, role: str, meta: MetaFile, delegator: Root | Targets
 ) -> Payload:
     """Returns the payload of a metadata file, also verified by version and digest in ``meta``."""

@@ -101,20 +101,20 @@ def rotate(
         )
     if idle := sorted(set(quorums) - set(roles)):
         raise ReleaseError(
-            f"role {idle[0]!r}: a threshold is given, but its keys are not to be replaced. Nothing "
-            "was changed; name the role, too."
+            f"role {idle[0]!r}: a threshold is given, but its keys are not to be replaced. "
+            "Nothing was changed; pass the role with --role, too."
         )
     with registry.locked(repository):
         state = registry.read_state(repository, read_trusted_root(keys))
         numbers = {role: quorums.get(role) or _quorum(state, role) for role in ROLES}
-        kept = _kept(state, keys, set(ROLES) - set(roles), repository)
+        kept = _trusted_old_keys(state, keys, set(ROLES) - set(roles), repository)
         fresh = generate_keys([role for role in ROLES if role in roles], numbers)
         signing = Keys({**kept.signers, **fresh.signers})
         rooted = bool(TOP_LEVEL_ROLE_NAMES & set(roles))
         root = _root(state, signing, numbers, now) if rooted else state.root
         targets = _targets(state, signing, numbers["releases"], now)
-        files, releases, epochs = _gone_back(repository, state, targets, last_good, now)
-        before = [_kept(state, keys, ["root"], repository)] if "root" in roles else []
+        files, releases, epochs = _rolled_back(repository, state, targets, last_good, now)
+        before = [_trusted_old_keys(state, keys, ["root"], repository)] if "root" in roles else []
         raw_root = registry.sign(root, signing, "root", *before) if rooted else None
         written = add_keys(fresh, keys)
         try:
@@ -156,7 +156,7 @@ def _quorum(state: registry.RepositoryState, role: str) -> Quorum:
     return Quorum(required.threshold, len(required.keyids))
 
 
-def _kept(
+def _trusted_old_keys(
     state: registry.RepositoryState, keys: Path, roles: Iterable[str], repository: Path
 ) -> Keys:
     """Returns the trusted old keys of some roles, in the order of `ROLES`."""
@@ -198,7 +198,7 @@ def _targets(
     return targets
 
 
-def _gone_back(
+def _rolled_back(
     repository: Path,
     state: registry.RepositoryState,
     targets: Targets,
@@ -217,15 +217,17 @@ def _gone_back(
         manifest = f"models/{model}/{version}/manifest.json"
         if manifest not in published:
             raise ReleaseError(
-                f"{model}: there is no version {version} to go back to. Nothing was changed; "
-                "`fedcore release list` names those that were published."
+                f"{model}: there is no version {version} to return to. Nothing was changed; list "
+                "the published versions with `fedcore release list`."
             )
         # Everything later is withdrawn; what remains must be complete.
         for name in registry.RELEASE_FILES:
             path = f"models/{model}/{version}/{name}"
             registry.read_target(repository, state, path)
         raw = registry.read_target(repository, state, manifest)
-        published = {path: info for path, info in published.items() if _stays(path, model, version)}
+        published = {
+            path: info for path, info in published.items() if _is_kept(path, model, version)
+        }
         pointer = TargetFile.from_data(f"models/{model}/{registry.POINTER}", raw, ["sha256"])
         published[pointer.path] = pointer
         files[f"targets/{pointer.get_prefixed_paths()[0]}"] = raw
@@ -257,7 +259,7 @@ def read_epochs(repository: Path, state: registry.RepositoryState) -> Epochs:
         raise ReleaseError(f"{repository}: {error} Restore it from a copy.") from error
 
 
-def _stays(path: str, model: str, version: int) -> bool:
+def _is_kept(path: str, model: str, version: int) -> bool:
     """Returns whether a file stays when a model is rolled back; unknown paths come from a thief."""
     found = registry.release_of(path)
     if found is None:
@@ -267,7 +269,7 @@ def _stays(path: str, model: str, version: int) -> bool:
 
 def _in_force(repository: Path, keys: Path, fresh: Keys) -> bool:
     """Returns whether new keys are in force despite an interruption."""
-    if pending.is_begun(repository):
+    if pending.is_pending(repository):
         return True
     state = registry.read_state(repository, read_trusted_root(keys))
     delegators = {role: state.targets if role == "releases" else state.root for role in ROLES}

@@ -95,7 +95,7 @@ class ExactMean:
             peaks = [largest_magnitude(part) for part in parts()]
         if not all_finite(peaks):
             raise InvalidUpdate(
-                "aggregation: an update holds values that are not finite. This client was not "
+                "aggregation: an update contains values that are not finite. This client was not "
                 "aggregated; lower client.learning_rate."
             )
         for factor in _factors(weight):
@@ -195,7 +195,7 @@ class ExactMean:
                     np.copyto(added, scaled, casting="unsafe")
                 self._limbs[0][start : start + len(piece)] += added
                 start += len(piece)
-        assert start == len(self._limbs[0]), "parts of another vector"
+        assert start == len(self._limbs[0]), "parts of a vector of another length"
 
     def _add_scaled(
         self, rows: NDArray[np.float32], factors: NDArray[np.float64], bound: float

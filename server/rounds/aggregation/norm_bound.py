@@ -103,7 +103,8 @@ class NormBound:
             why = f"federation.max_update_norm = {self.fixed:g}"
         return (
             f"round {number}: {counted(len(clipped), 'update')} longer than {why}, clipped to "
-            f"that: {', '.join(shown)}{more}. Look at such a device, and revoke it if it goes on."
+            f"that: {', '.join(shown)}{more}. Check these devices, and revoke them if this "
+            "continues."
         )
 
 

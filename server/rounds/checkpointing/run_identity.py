@@ -79,13 +79,13 @@ def check_same(
     if found := changes(before, now, free=free):
         raise ConfigError(
             f"{where}: this checkpoint was written by another run, which differs in "
-            f"{', '.join(found)}. Nothing was run; set back what was changed, or begin again with "
+            f"{', '.join(found)}. Nothing was run; undo these changes, or start over with "
             "--fresh."
         )
 
 
 def _digest(path: Path, what: str) -> str:
-    more = "Nothing was run; name one that is there in the run's file."
+    more = "Nothing was run; set the run's file to an existing one."
     return sha256_hex(
         read_bytes(path, max_bytes=_MAX_FILE_BYTES, what=f"the {what}", otherwise=more)
     )

@@ -74,10 +74,9 @@ def protect(run: RunConfig, *, clients: int, cohort: int) -> Protection:
     if settings.target_delta * clients > _LEAST_DELTA_SHARE:
         raise PrivacyError(
             f"privacy.client.target_delta = {settings.target_delta:g} with "
-            f"{counted(clients, 'client')}: "
-            f"expected at most {_LEAST_DELTA_SHARE / clients:.2g}, a tenth of one over their "
-            "number, as showing one client's data to everyone with probability delta would count "
-            "as private. Nothing was trained; lower it."
+            f"{counted(clients, 'client')}: expected at most {_LEAST_DELTA_SHARE / clients:.2g}, "
+            "a tenth of one over their number, because publishing one client's data with "
+            "probability delta would count as private. Nothing was trained; lower it."
         )
     separation = _separation(settings, clients, cohort)
     plan = ClientPlan(clients, min(cohort, clients), 1.0, separation)
@@ -143,13 +142,13 @@ def draw(
         rested = (
             ""
             if plan.separation in (None, 1)
-            else (f" that were not asked in the {counted(plan.separation - 1, 'round')} before")
+            else (f" not selected in the {counted(plan.separation - 1, 'round')} before")
         )
         raise RoundFailed(
-            f"round {number}: {counted(len(free), 'client')} {is_or_are(len(free))} there{rested}, "
-            "and the round takes "
-            f"{plan.expected}. It was not begun, and nothing was spent on it; wait for more "
-            "clients, or begin again with a lower federation.cohort or privacy.client.separation."
+            f"round {number}: {counted(len(free), 'client')} {is_or_are(len(free))} "
+            f"available{rested}, but the round needs {plan.expected}. It was not started, and no "
+            "epsilon was spent on it; wait for more clients, or start over with a lower "
+            "federation.cohort or privacy.client.separation."
         )
     if plan.separation is None:
         return [free[int(place)] for place in draws.poisson(len(free), plan.sample_rate)]
@@ -285,11 +284,10 @@ def _separation(settings: ClientPrivacy, clients: int, cohort: int) -> int | Non
     most = max(1, clients // cohort)
     if (settings.separation or 1) > most:
         raise PrivacyError(
-            f"privacy.client.separation = {settings.separation}: with {counted(clients, 'client')} "
-            "and "
-            f"{cohort} of them a round, each is asked again after {counted(most, 'round')} at the "
-            "latest. "
-            "Nothing was trained; lower it, or federation.cohort."
+            f"privacy.client.separation = {settings.separation}: with "
+            f"{counted(clients, 'client')} and {cohort} of them a round, each is selected again "
+            f"after {counted(most, 'round')} at the latest. Nothing was trained; lower it, or "
+            "federation.cohort."
         )
     return settings.separation or most
 

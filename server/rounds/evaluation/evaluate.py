@@ -60,9 +60,9 @@ def _evaluate_on_clients(
         there = list(federation.grid.get_node_ids())
         if not there:
             raise RoundFailed(
-                f"round {number}: no client is there to evaluate it, and "
-                f"federation.evaluate_cohort asks for {size}. The round does not count; start "
-                "clients, and go on with the run, or run it again."
+                f"round {number}: no client is connected to evaluate it, but "
+                f"federation.evaluate_cohort needs {size}. The round does not count; start "
+                "clients, then continue the run or start it again."
             )
         words = ("evaluation", number)
         nodes = select(there, min(size, len(there)), seed=run.seed, words=words)
@@ -127,7 +127,7 @@ def ask_to_evaluate(
     if not found:
         raise RoundFailed(
             f"round {number}: none of {counted(len(nodes), 'client')} could be evaluated. First: "
-            f"{'; '.join(tally.reasons[:1]) or 'no reply came before the deadline'}"
+            f"{'; '.join(tally.reasons[:1]) or 'no reply arrived before the deadline'}"
         )
     if tally.reasons:
         on_note(
@@ -157,9 +157,9 @@ def _mean(
             if out
         ]
         federation.on_note(
-            f"round {number}: {metric.name} is without {', '.join(sorted(named)[:_NAMED])}"
-            f"{', ...' if len(named) > _NAMED else ''}: far from what the other "
-            f"{counted(len(kept), 'client')} measured."
+            f"round {number}: {metric.name} excludes "
+            f"{', '.join(sorted(named)[:_NAMED])}{', ...' if len(named) > _NAMED else ''}: far "
+            f"from the values of the other {counted(len(kept), 'client')}."
         )
     # Exact sums: the result must not depend on the order of the replies.
     total = sum(one.num_examples for one in kept)

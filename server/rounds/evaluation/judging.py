@@ -168,8 +168,9 @@ def judging_app(
         both = sorted(found[0].keys() & found[1].keys())
         if not both:
             raise RoundFailed(
-                f"judging: none of {counted(len(nodes), 'client')} measured both models. The "
-                "fine-tuned model was not judged where the data live, and is not kept."
+                f"evaluating the fine-tuned model: none of {counted(len(nodes), 'client')} "
+                "evaluated both models. The fine-tuned model was not evaluated on clients' data, "
+                "and is not kept."
             )
         on_end(
             judgement([(found[0][node][0], found[0][node][1], found[1][node][1]) for node in both])

@@ -149,9 +149,9 @@ class AlgorithmStrategy(Strategy):
 
     def _failed(self, number: int, error: AlgorithmRefused) -> RoundFailed:
         return RoundFailed(
-            f"round {number}: federation.strategy = {self._label!r}: {error}. The global model is "
-            f"that of round {number - 1}; mend the strategy and begin again with --fresh: a "
-            "resumed run needs the strategy that it began with."
+            f"round {number}: federation.strategy = {self._label!r}: {error}. The global model "
+            f"is that of round {number - 1}; correct the strategy and start over with --fresh: a "
+            "resumed run needs the strategy that it started with."
         )
 
 
@@ -177,17 +177,19 @@ def rehearse(
         for number in range(1, min(rounds, _REHEARSED) + 1):
             if known:
                 checked.configure(number, clients, state)
-            made_up = [_made_up(checked, weights, number, place) for place in range(_MADE_UP)]
+            synthetic_examples = [
+                _made_up(checked, weights, number, place) for place in range(_MADE_UP)
+            ]
             if checked.algorithm.folds:
-                _, state = checked.step(number, weights, made_up[0].weights, state)
+                _, state = checked.step(number, weights, synthetic_examples[0].weights, state)
             else:
-                _, state = checked.aggregate(number, weights, made_up, state)
+                _, state = checked.aggregate(number, weights, synthetic_examples, state)
         if known:
             _check_last(checked, rounds, clients, state)
     except AlgorithmRefused as error:
         raise ConfigError(
-            f"federation.strategy = {label!r}: {error}. This was found on made-up updates, before "
-            "the first round. Nothing was run; mend the strategy."
+            f"federation.strategy = {label!r}: {error}. This was found with synthetic updates, "
+            "before the first round. Nothing was run; correct the strategy."
         ) from error.__cause__
 
 

@@ -81,8 +81,8 @@ class CheckedAlgorithm:
         if asked and self.run.client_private:
             raise AlgorithmRefused(
                 "configure returned settings of single clients, expected one ClientSettings for "
-                "all: under client-level privacy noise hides one client's update, and not what it "
-                "would change in the settings of others"
+                "all: under client-level privacy the noise hides one client's update, but not "
+                "its effect on the settings of others"
             )
         for name, one in asked.items():
             if not isinstance(one, ClientSettings):
@@ -131,8 +131,8 @@ class CheckedAlgorithm:
         ]
         if changed:
             raise AlgorithmRefused(
-                f"{method} changed self.{min(changed)}, expected it to be left: a run that is "
-                "resumed would have lost it. Keep it in the state"
+                f"{method} changed self.{min(changed)}, expected it to be unchanged: a resumed "
+                "run would lose it. Keep it in the state"
             )
         return result
 
@@ -170,8 +170,8 @@ def _next(result: Any, weights: Vector, method: str) -> tuple[Vector, State]:
         )
     if made.shape != weights.shape:
         raise AlgorithmRefused(
-            f"{method} returned weights of shape {made.shape}, expected {weights.shape}, that of "
-            "the weights that it was given"
+            f"{method} returned weights of shape {made.shape}, expected {weights.shape}, the "
+            "shape of the weights that it was given"
         )
     with np.errstate(over="ignore"):  # a float64 out of range becomes an infinity
         found = made.astype(np.float32, copy=False)
@@ -196,7 +196,8 @@ def _state(value: Any, method: str) -> State:
         if not fits and type(one) not in _PLAIN:
             raise AlgorithmRefused(
                 f"{method} returned a state in which {name!r} is {_kind(one)}, which cannot be "
-                f"kept: expected a NumPy array or number ({_DTYPES}), or a bool, int, float or str"
+                f"stored: expected a NumPy array or number ({_DTYPES}), or a bool, int, float or "
+                "str"
             )
         kept[name] = one
     return _read_only_copy(kept)

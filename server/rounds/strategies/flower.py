@@ -105,9 +105,9 @@ def choose_strategy(
     if run.client_private and not (isinstance(own, Algorithm) and folds):
         raise ConfigError(
             f"federation.strategy = {label!r} contradicts privacy.unit = {run.privacy.unit!r}: "
-            "noise is counted for a sum of updates, and for nothing else that a round shows a "
-            f"strategy. Nothing was run; make it a fedcore.Algorithm that folds, or choose one of "
-            f"{', '.join(SUMMED)}."
+            "the privacy accounting covers only a sum of updates, not anything else that a "
+            "strategy reads in a round. Nothing was run; make it a fedcore.Algorithm that folds, "
+            f"or choose one of {', '.join(SUMMED)}."
         )
     notes = [] if folds or not size else [_takes_all(label, cohort, size)]
     if isinstance(own, Algorithm):
@@ -115,9 +115,9 @@ def choose_strategy(
         return ChosenStrategy(adapted, folds, False, notes, label=label)
     if isinstance(own, (*_TREES, *_CLIENT_DP)):
         raise ConfigError(
-            f"federation.strategy = {label!r}: it derives from a strategy of Flower's for trees, "
-            "or from one whose clients run code of their own, which a file on the server cannot "
-            "bring to devices. Nothing was run; derive it from another."
+            f"federation.strategy = {label!r}: it derives from a Flower strategy for trees, or "
+            "from one whose clients run their own code, which a file on the server cannot "
+            "install on devices. Nothing was run; derive it from another strategy."
         )
     for name, value in _ALL_OF_THEM.items():
         if hasattr(own, name):
@@ -168,16 +168,16 @@ def make_strategy(
     cls = _find(name)
     if issubclass(cls, _TREES):
         raise ConfigError(
-            f"federation.strategy = {name!r}: it aggregates XGBoost trees, and a task's model is a "
-            "torch module. Nothing was run; choose another strategy."
+            f"federation.strategy = {name!r}: it aggregates XGBoost trees, but a task's model is "
+            "a torch module. Nothing was run; choose another strategy."
         )
     arguments, notes = dict(options), []
     if cls in _CLIENT_DP:
         inner = make_strategy(str(arguments.pop("strategy", "FedAvg")), {}, cohort=cohort, size=0)
         arguments |= {"strategy": inner.strategy, "num_sampled_clients": cohort}
         notes.append(
-            f"{name} adds client-level noise of its own; it is not counted in the epsilon that "
-            "fedcore reports."
+            f"{name} adds its own client-level noise, which the epsilon reported by fedcore does "
+            "not include."
         )
     else:
         arguments |= _ALL_OF_THEM
@@ -200,9 +200,9 @@ def _find(name: str) -> type[Strategy]:
         near = difflib.get_close_matches(name, names, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
-            f"federation.strategy = {name!r}: Flower has no such strategy.{hint} It has: "
-            f"{', '.join(names)}. Nothing was run; one of your own is named by its file and class, "
-            "as 'mine.py:MyStrategy'."
+            f"federation.strategy = {name!r}: Flower has no such strategy.{hint} Available: "
+            f"{', '.join(names)}. Nothing was run; to use your own, give its file and class, "
+            "e.g. 'mine.py:MyStrategy'."
         )
     found: type[Strategy] = getattr(flower, name)
     return found
@@ -219,7 +219,7 @@ def _construct(
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"federation.strategy_options.{unknown[0]}: {cls.__name__} has no such option.{hint} "
-            f"It takes: {', '.join(allowed) or 'none'}. Nothing was run."
+            f"It accepts: {', '.join(allowed) or 'none'}. Nothing was run."
         )
     try:
         return cls(**{key: value for key, value in arguments.items() if key in known})

@@ -80,13 +80,13 @@ def _class(run: RunConfig, where: str) -> type[Own]:
     path = file_of(run)
     if path is None or not name.isidentifier():
         raise ConfigError(
-            f"{where}: expected FILE.py:CLASS, as 'mine.py:MyStrategy', with the file relative to "
-            "the run's, or the name of a strategy of Flower's. Nothing was run."
+            f"{where}: expected FILE.py:CLASS, e.g. 'mine.py:MyStrategy', with the file relative "
+            "to the run's, or the name of a strategy of Flower's. Nothing was run."
         )
     if not path.is_file():
         raise ConfigError(
-            f"{where}: there is no file {path}. Nothing was run; a relative path starts from the "
-            "folder of the run's file."
+            f"{where}: there is no file {path}. Nothing was run; a relative path is relative to "
+            "the folder of the run's file."
         )
     found = vars(_module(path, where))
     if name not in found:
@@ -111,8 +111,8 @@ def _module(path: Path, where: str) -> Any:
     except (Exception, SystemExit) as error:  # any error of the user's file: reported with its text
         del sys.modules[name]
         raise ConfigError(
-            f"{where}: importing {path} failed: {type(error).__name__}: {error}. Nothing was run; "
-            "`python` on the file shows where."
+            f"{where}: importing {path} failed: {type(error).__name__}: {error}. Nothing was "
+            "run; run `python` on the file to see where."
         ) from error
     finally:
         sys.path.remove(str(path.parent))
@@ -139,8 +139,8 @@ def _made(cls: type[Own], options: Mapping[str, Any], where: str) -> Own:
     except TypeError as error:
         takes = ", ".join(inspect.signature(cls).parameters)
         raise ConfigError(
-            f"{where}: federation.strategy_options = {dict(options)}: {error}. "
-            f"{cls.__name__} takes: {takes or 'none'}. Nothing was run."
+            f"{where}: federation.strategy_options = {dict(options)}: {error}. {cls.__name__} "
+            f"accepts: {takes or 'none'}. Nothing was run."
         ) from None
     try:
         return cls(**options)
@@ -155,13 +155,13 @@ def _check_algorithm(algorithm: Algorithm, where: str) -> None:
     cls, folds = type(algorithm), algorithm.folds
     if type(folds) is not bool:
         raise ConfigError(
-            f"{where}: {cls.__name__}.folds = {folds!r}, expected True or False: whether the next "
-            "model follows from the mean of the updates alone. Nothing was run."
+            f"{where}: {cls.__name__}.folds = {folds!r}, expected True or False, which says "
+            "whether the next model depends on the mean of the updates only. Nothing was run."
         )
     needed, other = ("step", "aggregate") if folds else ("aggregate", "step")
     if getattr(cls, needed) is getattr(Algorithm, needed):
         has_other = getattr(cls, other) is not getattr(Algorithm, other)
-        has = f", and it has {other}" if has_other else ""
+        has = f", but it has {other}" if has_other else ""
         raise ConfigError(
             f"{where}: {cls.__name__} has folds = {folds}, which needs a method {needed}{has}. "
             f"Nothing was run; write {needed}, or set folds = {not folds} and write {other}."

@@ -82,9 +82,9 @@ def _taken(value: Any, where: str, arrays: list[NDArray[Any]]) -> Any:
     elif inspect.isroutine(value):
         return {"function": _name(value)}
     raise ConfigError(
-        f"federation.strategy: {where} is a {kind.__name__}, which a checkpoint cannot hold. "
-        "Nothing was lost; have a class of your own hold arrays, numbers and text, or choose "
-        "another strategy, or a version of Flower that fedcore knows."
+        f"federation.strategy: {where} is a {kind.__name__}, which a checkpoint cannot store. "
+        "Nothing was lost; use arrays, numbers and text in your own class, or choose another "
+        "strategy, or a version of Flower that fedcore supports."
     )
 
 
@@ -149,7 +149,7 @@ def _made(tree: Any, has: Any, arrays: Sequence[NDArray[Any]], where: str) -> An
 
 def _other(where: str, got: str, expected: str) -> DataError:
     return DataError(
-        f"checkpoint: {where}: got {got}, expected {expected}: it was written by another strategy "
-        "or another version of Flower. Nothing was run; resume with the version that began the "
-        "run, or begin again with --fresh."
+        f"checkpoint: {where}: got {got}, expected {expected}: it was written by another "
+        "strategy or another version of Flower. Nothing was run; resume with the version that "
+        "started the run, or start over with --fresh."
     )

@@ -38,7 +38,7 @@ from fedcore.training.per_example.clipping import (
 from fedcore.training.per_example.losses import example_losses
 from fedcore.training.private import noise_deviation
 from server.simulation.batched.optimizer import Descend, descent
-from server.simulation.batched.rows import Rows, lay_out, poisson_order, shuffled_order
+from server.simulation.batched.rows import Rows, poisson_order, shuffled_order, stack_batches
 from server.simulation.batched.work import LocalWork, TrainedClients, in_order
 
 
@@ -101,20 +101,20 @@ def _train(
     places = sorted(range(len(work)), key=lambda place: -len(orders[place].lengths))
     group = [work[place] for place in places]
     device = next(model.model.parameters()).device
-    rows = lay_out(model, group, [orders[place] for place in places], device)
+    rows = stack_batches(model, group, [orders[place] for place in places], device)
     start = {name: p.detach() for name, p in model.model.named_parameters()}
     weights = stacked(chain, start, len(work))
     descend = descent(weights, start, chain.layers, settings, proximal_mu)
     if private:
-        _walk_private(rows, group, chain.layers, run, weights, loss, descend)
+        _run_private_steps(rows, group, chain.layers, run, weights, loss, descend)
         losses: list[float | None] = [None] * len(work)
     else:
-        losses = list(_walk(rows, run, weights, loss, descend, epochs=settings.epochs))
+        losses = list(_run_steps(rows, run, weights, loss, descend, epochs=settings.epochs))
     flat = torch.cat([tensor.flatten(1) for tensor in weights.values()], dim=1)
     return in_order([(places, TrainedClients(flat, losses))])
 
 
-def _walk(
+def _run_steps(
     rows: Rows, run: Run, weights: Weights, loss: Loss, descend: Descend, *, epochs: int
 ) -> list[float]:
     """Runs all steps without privacy; returns each client's mean loss over its last epoch.
@@ -124,15 +124,15 @@ def _walk(
     told: list[Tensor] = []
     shares = rows.mask / rows.counts.clamp(min=1).unsqueeze(2)
     for step, clients in enumerate(rows.active):
-        back, losses, slopes = _ahead(rows, step, run, weights, loss)
+        backward, losses, grads = _forward(rows, step, run, weights, loss)
         told.append(losses)
         if rows.full:
-            slopes.mul_(1 / rows.width)
+            grads.mul_(1 / rows.width)
         else:
             share = shares[:clients, step, : rows.widest[step]]
-            slopes.mul_(share.reshape(*share.shape, *[1] * (slopes.dim() - 2)))
-        layers = back(slopes)
-        given = [_together(one) for one in layers]
+            grads.mul_(share.reshape(*share.shape, *[1] * (grads.dim() - 2)))
+        layers = backward(grads)
+        given = [_sum_over_batch(one) for one in layers]
         descend(clients, given, None)
     each = torch.zeros(rows.mask.shape, device=rows.mask.device)
     for step, losses in enumerate(told):
@@ -145,7 +145,9 @@ def _walk(
     return torch.where(finite, means, torch.nan).tolist()
 
 
-def _together(part: Share | BatchGradients | PerExampleGradients) -> Gradient | BatchGradients:
+def _sum_over_batch(
+    part: Share | BatchGradients | PerExampleGradients,
+) -> Gradient | BatchGradients:
     """Returns a layer's gradient summed over whole batches."""
     assert not isinstance(part, PerExampleGradients)
     return part if isinstance(part, BatchGradients) else batch_gradient(*part)
@@ -154,11 +156,11 @@ def _together(part: Share | BatchGradients | PerExampleGradients) -> Gradient | 
 def _last_epoch(rows: Rows, epochs: int) -> Tensor:
     """Returns whether each step of each client is in its last epoch, shape ``(K, T)``."""
     number = torch.arange(rows.counts.shape[1], device=rows.counts.device)
-    taken = rows.taken.unsqueeze(1)
-    return (number >= taken - taken // epochs) & (number < taken)
+    counts = rows.step_counts.unsqueeze(1)
+    return (number >= counts - counts // epochs) & (number < counts)
 
 
-def _walk_private(
+def _run_private_steps(
     rows: Rows,
     group: Sequence[LocalWork],
     layers: Sequence[Dense],
@@ -176,18 +178,20 @@ def _walk_private(
     draw = _noise(group, weights, sizes)
     shares = rows.mask / expected[:, None, None]
     for step, clients in enumerate(rows.active):
-        back, _, slopes = _ahead(rows, step, run, weights, loss)
+        backward, _, grads = _forward(rows, step, run, weights, loss)
         each = []
-        for layer, one in zip(layers, back(slopes), strict=True):
+        for layer, one in zip(layers, backward(grads), strict=True):
             each.append(example_gradients(per_example_part(one), bias=layer.bias is not None))
         if not all(bool(one.usable.all()) for one in each):
-            raise DataError("data: some example's gradient is not finite. It is taken alone.")
+            raise DataError(
+                "data: the gradient of some example is not finite. It is computed alone."
+            )
         squares = torch.stack([one.squares for one in each]).sum(dim=0)
         scale = clip_factors(squares, norms[:clients]) * shares[:clients, step, : rows.widest[step]]
         descend(clients, [one.weighted(scale, slice(None)) for one in each], draw(clients))
 
 
-def _ahead(
+def _forward(
     rows: Rows, step: int, run: Run, weights: Weights, loss: Loss
 ) -> tuple[Back, Tensor, Tensor]:
     """Runs the forward pass of a step, one batch per client.
@@ -200,12 +204,12 @@ def _ahead(
     columns = slice(step * rows.width, step * rows.width + rows.widest[step])
     all_of_them = clients == len(rows.inputs)
     now = weights if all_of_them else {name: one[:clients] for name, one in weights.items()}
-    output, back = run(now, rows.inputs[:clients, columns])
-    losses, slopes = example_losses(loss, output, rows.targets[:clients, columns])
+    output, backward = run(now, rows.inputs[:clients, columns])
+    losses, grads = example_losses(loss, output, rows.targets[:clients, columns])
     if not rows.full:  # a padding row's gradient may be NaN, which a factor of 0 would keep
         pads = rows.mask[:clients, step, : rows.widest[step]] == 0
-        slopes[pads] = 0
-    return back, losses, slopes
+        grads[pads] = 0
+    return backward, losses, grads
 
 
 def _noise(

@@ -89,8 +89,8 @@ def train_linear(
         )  # fmt: skip
         if wrong >= 0:
             raise DataError(
-                f"data: example {int(wrong)} has the target {int(targets[int(wrong)])}, the model "
-                f"has {shape[0]} outputs. Its client was not trained."
+                f"data: example {int(wrong)} has the target {int(targets[int(wrong)])}, but the "
+                f"model has {shape[0]} outputs. Its client was not trained."
             )
         losses.append(loss)
     return TrainedClients(torch.from_numpy(rows), losses)
@@ -103,13 +103,13 @@ def _examples(model: FullModel, one: LocalWork, width: int) -> tuple[Tensor, Ten
     if inputs.dtype != torch.float32 or inputs.shape[1] != width:
         kind = f"inputs of {inputs.shape[1]} numbers each, {inputs.dtype}"
         raise DataError(
-            f"data: {kind}; the model takes {width}, torch.float32. Nobody was trained."
+            f"data: {kind}; the model expects {width}, torch.float32. No client was trained."
         )
     if targets.dtype != torch.int64 or targets.shape != inputs.shape[:1]:
         kind = f"targets of shape {tuple(targets.shape)} and dtype {targets.dtype}"
-        raise DataError(f"data: {kind}, not one class an example. Nobody was trained.")
+        raise DataError(f"data: {kind}, expected one class per example. No client was trained.")
     if len(inputs) != one.size:
-        raise DataError(f"data: {one.size} examples are {len(inputs)} once preprocessed.")
+        raise DataError(f"data: {one.size} examples became {len(inputs)} after preprocessing.")
     return inputs.contiguous(), targets.contiguous()
 
 
@@ -121,12 +121,12 @@ _FREE = {"reassoc", "contract"}
     "float32(float32[::1], int64, float32[:, ::1], float32[::1], float32[::1], float32)",
     fastmath=_FREE,
 )
-def _ahead(
+def _forward(
     x: NDArray[np.float32],
     target: int,
     weight: NDArray[np.float32],
     bias: NDArray[np.float32],
-    slopes: NDArray[np.float32],
+    grads: NDArray[np.float32],
     step: np.float32,
 ) -> np.float32:
     """Returns one example's loss; fills ``slopes`` with ``step`` times its output gradient."""
@@ -140,30 +140,30 @@ def _ahead(
             sum_b += x[i] * b[i]
             sum_c += x[i] * c[i]
             sum_d += x[i] * d[i]
-        slopes[o], slopes[o + 1], slopes[o + 2], slopes[o + 3] = sum_a, sum_b, sum_c, sum_d
+        grads[o], grads[o + 1], grads[o + 2], grads[o + 3] = sum_a, sum_b, sum_c, sum_d
     for o in range(four, outputs):
         whole = bias[o]
         for i in range(width):
             whole += x[i] * weight[o, i]
-        slopes[o] = whole
-    largest = slopes[0]
+        grads[o] = whole
+    largest = grads[0]
     for o in range(1, outputs):
-        largest = max(largest, slopes[o])
-    found, total = slopes[target], np.float32(0)
+        largest = max(largest, grads[o])
+    found, total = grads[target], np.float32(0)
     for o in range(outputs):
-        slopes[o] = np.exp(slopes[o] - largest)
-        total += slopes[o]
+        grads[o] = np.exp(grads[o] - largest)
+        total += grads[o]
     for o in range(outputs):
-        slopes[o] *= step / total
-    slopes[target] -= step
+        grads[o] *= step / total
+    grads[target] -= step
     return np.float32(np.log(total) + largest - found)
 
 
 @compiled("void(float32[:, ::1], int64[::1], float32[:], float32[::1])", fastmath=_FREE)
-def _back(
+def _update_weights(
     x: NDArray[np.float32],
     rows: NDArray[np.int64],
-    slopes: NDArray[np.float32],
+    grads: NDArray[np.float32],
     weight: NDArray[np.float32],
 ) -> None:
     """Updates the weights of one output, ``(in,)``, by a batch's gradients.
@@ -173,11 +173,11 @@ def _back(
     four = len(rows) - len(rows) % 4
     for n in range(0, four, 4):
         a, b, c, d = x[rows[n]], x[rows[n + 1]], x[rows[n + 2]], x[rows[n + 3]]
-        of_a, of_b, of_c, of_d = slopes[n], slopes[n + 1], slopes[n + 2], slopes[n + 3]
+        of_a, of_b, of_c, of_d = grads[n], grads[n + 1], grads[n + 2], grads[n + 3]
         for i in range(len(weight)):
             weight[i] -= (of_a * a[i] + of_b * b[i]) + (of_c * c[i] + of_d * d[i])
     for n in range(four, len(rows)):
-        a, of_a = x[rows[n]], slopes[n]
+        a, of_a = x[rows[n]], grads[n]
         for i in range(len(weight)):
             weight[i] -= of_a * a[i]
 
@@ -222,7 +222,7 @@ def _descend(
         example with an invalid target, else -1.
     """
     outputs, width = weight.shape
-    slopes = np.empty((min(batch_size, len(x)), outputs), np.float32)
+    grads = np.empty((min(batch_size, len(x)), outputs), np.float32)
     total, finite = 0.0, True
     for epoch in range(0, len(order), len(x)):
         total = 0.0
@@ -233,7 +233,7 @@ def _descend(
                 row = rows[number]
                 if y[row] < 0 or y[row] >= outputs:
                     return 0.0, float(row)
-                total += float(_ahead(x[row], y[row], weight, bias, slopes[number], step))
+                total += float(_forward(x[row], y[row], weight, bias, grads[number], step))
             if decay != 0 or mu != 0:
                 for o in range(outputs):
                     bias[o] -= rate * (mu * (bias[o] - start_bias[o]) + decay * bias[o])
@@ -241,9 +241,9 @@ def _descend(
                         pull = mu * (weight[o, i] - start[o, i]) + decay * weight[o, i]
                         weight[o, i] -= rate * pull
             for o in range(outputs):
-                _back(x, rows, slopes[:, o], weight[o])
+                _update_weights(x, rows, grads[:, o], weight[o])
                 if has_bias:
                     for number in range(len(rows)):
-                        bias[o] -= slopes[number, o]
+                        bias[o] -= grads[number, o]
         finite = finite and bool(np.isfinite(total))
     return (total / len(x) if finite else np.nan), -1.0

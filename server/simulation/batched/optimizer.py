@@ -10,7 +10,13 @@ from torch.optim.adam import adam
 from torch.optim.sgd import sgd
 
 from fedcore.config.run import ClientConfig
-from fedcore.training.per_example.chain import BatchGradients, Dense, Weights, like_weight, matrix
+from fedcore.training.per_example.chain import (
+    BatchGradients,
+    Dense,
+    Weights,
+    matrix,
+    reshape_to_weight,
+)
 from fedcore.training.per_example.clipping import Gradient
 
 Descend = Callable[[int, Sequence[Gradient | BatchGradients], Weights | None], None]
@@ -76,8 +82,8 @@ def _plain(
 
 def _pull(weight: Tensor, start: Tensor, decay: float, mu: float) -> Tensor:
     """Returns the gradients of weight decay and of FedProx's penalty."""
-    slopes = (weight - start).mul_(mu) if mu else torch.zeros_like(weight)
-    return slopes.add_(weight, alpha=decay) if decay else slopes
+    grads = (weight - start).mul_(mu) if mu else torch.zeros_like(weight)
+    return grads.add_(weight, alpha=decay) if decay else grads
 
 
 def _with_state(
@@ -97,7 +103,9 @@ def _with_state(
                 products = one.weight
             else:
                 products = torch.bmm(one.left.transpose(1, 2), one.right)
-            gradients[layer.weight] = like_weight(layer, products, weights[layer.weight][:clients])
+            gradients[layer.weight] = reshape_to_weight(
+                layer, products, weights[layer.weight][:clients]
+            )
             if layer.bias is not None:
                 gradients[layer.bias] = one.bias
         for name, gradient in gradients.items():

@@ -31,7 +31,7 @@ class Rows:
     """Examples in each batch, ``(K, T)``; an empty batch has 0, and is still a step."""
     active: tuple[int, ...]
     """Number of clients in each step."""
-    taken: Tensor
+    step_counts: Tensor
     """Number of steps of each client, ``(K,)``."""
     width: int
     widest: tuple[int, ...]
@@ -74,7 +74,7 @@ def poisson_order(work: LocalWork) -> BatchOrder:
     return BatchOrder(drawn.nonzero()[:, 1], drawn.sum(dim=1).tolist())
 
 
-def lay_out(
+def stack_batches(
     model: FullModel, work: Sequence[LocalWork], orders: Sequence[BatchOrder], device: torch.device
 ) -> Rows:
     """Stacks the batches of all clients; ``work`` is in descending order of steps."""
@@ -98,7 +98,7 @@ def lay_out(
         targets,
         counts=torch.tensor(lengths, device=device),
         active=tuple(sum(step < taken for taken in steps) for step in range(steps[0])),
-        taken=torch.tensor(steps, device=device),
+        step_counts=torch.tensor(steps, device=device),
         width=width,
         widest=tuple(max(1, *step) for step in zip(*lengths, strict=True)),
         full=all(length == width for row in lengths for length in row),
@@ -127,8 +127,8 @@ def check_alike(one: tuple[Tensor, Tensor], other: tuple[Tensor, Tensor]) -> Non
     (x, y), (inputs, targets) = one, other
     if _kind(x) != _kind(inputs) or _kind(y) != _kind(targets):
         raise DataError(
-            f"data: examples are {_kind(x)} with targets {_kind(y)}, those of another client "
-            f"{_kind(inputs)} with {_kind(targets)}. They were not trained together."
+            f"data: examples are {_kind(x)} with targets {_kind(y)}, but those of another client "
+            f"are {_kind(inputs)} with {_kind(targets)}. They were not trained together."
         )
 
 

@@ -25,7 +25,7 @@ from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.resident import Resident
 from server.rounds.aggregation.exact_mean import AddScaled
 from server.simulation.batched.chained import train_chained
-from server.simulation.batched.vmap import train_cohort, what_forbids
+from server.simulation.batched.vmap import train_cohort, unsupported_parts
 from server.simulation.batched.work import LocalWork, TrainedClients
 
 _LOOKED_AT = 32  # examples for testing the loss and the model
@@ -45,7 +45,7 @@ class Trainer:
     train: Train
     numbers: int
     """Largest number of values that a layer computes for one example; 0 where unknown."""
-    in_turn: bool = False
+    sequential: bool = False
     """Whether layers process clients one after the other, not all at once."""
     add_scaled: AddScaled | None = None
     """Compiled function to add up the results; None to use NumPy."""
@@ -127,13 +127,13 @@ def find_trainer(
     assert client.task.loss is not None  # set by `Task`
     loss: Loss = client.task.loss
     if client_mods(run.federation.strategy):
-        return f"clients of {run.federation.strategy} run a mod around their training, each its own"
-    forbidden = what_forbids(model)
+        return f"clients of {run.federation.strategy} each run their own mod around training"
+    forbidden = unsupported_parts(model)
     if forbidden:
         return (
-            f"the model holds {forbidden}: with buffers, frozen or tied weights, random layers or "
-            "layers that mix examples it cannot be trained side by side with the result that a "
-            "device would get"
+            f"the model contains {forbidden}: with buffers, frozen or tied weights, random "
+            "layers or layers that mix examples vectorised training would not give the result of "
+            "a device"
         )
     # A single example is doubled: for a batch of one, a sum equals a mean.
     rows = range(min(_LOOKED_AT, sample.size)) if sample.size > 1 else (0, 0)
@@ -147,16 +147,16 @@ def find_trainer(
     if mean is None:
         raise DataError("data: the loss of these examples is not finite. Others were tried.")
     if not mean:
-        return "the task's loss is no mean over the examples of a batch"
+        return "the task's loss is not a mean over the examples of a batch"
     chain = None if _has_hooks(model.model) else find_chain(model.model, behind)
     if chain is not None:
         return _of_chain(chain, model, loss, settings, private=run.private)
     if run.private:
         return (
-            "per-example gradients of more than dense layers and convolutions are taken one client "
-            "at a time"
+            "per-example gradients of layers other than dense layers and convolutions are "
+            "computed one client at a time"
         )
-    mixed = _what_mixes(model.model, behind, targets, loss)
+    mixed = _batch_dependence(model.model, behind, targets, loss)
     if mixed:
         return mixed
 
@@ -181,7 +181,7 @@ def _of_chain(
     linear = _linear(chain, model, settings) if plain else None
     if linear is not None:
         return linear
-    kernels = compiled_run(chain, model.model, apart=private)
+    kernels = compiled_run(chain, model.model, per_example=private)
     way = torch_run(chain) if kernels is None else kernels
 
     def train(
@@ -225,7 +225,7 @@ def _has_hooks(model: nn.Module) -> bool:
     return any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
 
 
-def _what_mixes(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> str:
+def _batch_dependence(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> str:
     """Tests a model on examples; returns why they affect each other in a batch, or empty.
 
     Also covers models that draw random numbers or have unused parameters.
@@ -238,18 +238,21 @@ def _what_mixes(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -
             try:
                 alone = torch.cat([model(one.unsqueeze(0)) for one in inputs])
             except Exception as error:  # the task's code may not support such a batch
-                return f"the model takes no batch of one example ({type(error).__name__}: {error})"
+                return (
+                    f"the model does not accept a batch of one example ({type(error).__name__}: "
+                    f"{error})"
+                )
         with torch.enable_grad():
             value = loss(model(inputs), targets)
             parameters = dict(model.named_parameters())
-            slopes = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
+            grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
     finally:
         model.train(was_training)
     scale = float(together.abs().max()) if together.is_floating_point() else 1.0
     if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * scale):
         return "the model mixes the examples of a batch, or draws random numbers"
-    unused = [name for name, one in zip(parameters, slopes, strict=True) if one is None]
-    return f"nothing depends on {', '.join(unused)}" if unused else ""
+    unused = [name for name, one in zip(parameters, grads, strict=True) if one is None]
+    return f"the output does not depend on {', '.join(unused)}" if unused else ""
 
 
 def train_in_groups(
@@ -284,7 +287,7 @@ def _groups(
     step = settings.batch_size * trainer.numbers * 4
     most = len(work)
     if step and next(model.model.parameters()).device.type == "cpu":
-        most = _IN_TURN if trainer.in_turn else max(1, _STEP_BYTES // step)
+        most = _IN_TURN if trainer.sequential else max(1, _STEP_BYTES // step)
         most = -(-len(work) // -(-len(work) // most))  # in groups of about equal size
     places = sorted(range(len(work)), key=lambda place: -work[place].size)
     numbers = client.task.example_input.numel()

@@ -25,7 +25,7 @@ from server.simulation.batched.work import LocalWork, TrainedClients, in_order
 Weights = dict[str, Tensor]
 
 
-def what_forbids(model: FullModel) -> str:
+def unsupported_parts(model: FullModel) -> str:
     """Returns the parts of a model that prevent batched training; empty when there are none."""
     named = [
         f"{name or 'model'} ({type(module).__name__})"
@@ -100,7 +100,7 @@ def _train(
     device = next(model.model.parameters()).device
     counts = torch.tensor([one.size for one in work], device=device)
     steps = -(-int(counts[0]) // batch)
-    inputs, targets = _side_by_side(model, work, steps * batch)
+    inputs, targets = _stacked_batches(model, work, steps * batch)
     valid = torch.arange(steps * batch, device=device) < counts[:, None]
     full = bool(valid.all())
     weights, start = _stacked(model.model, clients)
@@ -131,7 +131,7 @@ def _train(
     return TrainedClients(flat, means.tolist())
 
 
-def _side_by_side(
+def _stacked_batches(
     model: FullModel, work: Sequence[LocalWork], length: int
 ) -> tuple[Tensor, Tensor]:
     """Returns all clients' examples, preprocessed, padded and stacked: ``(K, length, ...)``."""

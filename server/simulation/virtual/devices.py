@@ -1,8 +1,9 @@
 """Virtual clock of a simulation: which clients of a round reply, when, and which are lost.
 
-Nothing here computes or waits. A round gets the `fate` of each selected client, `settle` determines
-how it ends, and only clients whose updates count are trained. The clock starts at 0 with the first
-round and advances by each round's duration; the server's own work takes no virtual time.
+Nothing here computes or waits. A round gets the `fate` of each selected client, `resolve_round`
+determines how it ends, and only clients whose updates count are trained. The clock starts at 0 with
+the first round and advances by each round's duration; the server's own work takes no virtual
+time.
 """
 
 from __future__ import annotations
@@ -56,7 +57,7 @@ class Fate:
 
     client: str
     outcome: Literal["done", "unavailable", "dropped"]
-    begins_s: float
+    start_s: float
     """When it has the model and starts to train; like all other times, 0 if it is unavailable."""
     trained_s: float
     """When training ends."""
@@ -76,7 +77,7 @@ class VirtualRound:
 
     finishers: tuple[str, ...]
     """Clients whose updates arrive in time, in the order of the request: the ones to train."""
-    begun_in_vain: tuple[str, ...]
+    wasted_clients: tuple[str, ...]
     """Clients that start to train and whose updates do not count. Under privacy, their devices
     have already charged their ledgers."""
     record: VirtualRecord
@@ -100,7 +101,7 @@ def read_fleet(run: RunConfig, clients: Iterable[str]) -> VirtualFleet | None:
     missing = next((client for client in clients if client not in trace.numbers), None)
     if missing is not None:
         raise DataError(
-            f"{path}: client {missing!r} has no row in this trace, which names "
+            f"{path}: client {missing!r} has no row in this trace, which lists "
             f"{counted(len(trace.numbers), 'client')}. Nothing was simulated; give every client "
             "at least one row."
         )
@@ -185,8 +186,8 @@ def fate(
         device = VirtualDevice(window.examples_per_s, window.download_mbit_s, window.upload_mbit_s)
     else:
         window, device = None, device_of(fleet, client)
-    begins_s = device.latency_s + _transfer_s(bytes_down, device.download_mbit_s)
-    trained_s = begins_s + examples * epochs / device.examples_per_s
+    start_s = device.latency_s + _transfer_s(bytes_down, device.download_mbit_s)
+    trained_s = start_s + examples * epochs / device.examples_per_s
     finish_s = trained_s + _transfer_s(bytes_up, device.upload_mbit_s)
     if window:
         lost_s = window.available_until_s - clock_s
@@ -199,7 +200,7 @@ def fate(
     return Fate(
         client,
         "dropped" if dropped else "done",
-        begins_s,
+        start_s,
         trained_s,
         finish_s,
         lost_s=lost_s if dropped else math.inf,
@@ -214,7 +215,7 @@ def first_of(fates: Sequence[Fate], count: int, *, deadline_s: float) -> list[Fa
     return sorted(in_time, key=lambda one: one.finish_s)[:count]
 
 
-def settle(
+def resolve_round(
     fates: Sequence[Fate], *, deadline_s: float, enough: Sequence[Fate] = ()
 ) -> VirtualRound:
     """Determines how the round ends: which updates count, its duration and its traffic.
@@ -241,7 +242,7 @@ def settle(
     losses_s = [one.lost_s + SILENCE_S for one in fates if one.outcome == "dropped"]
     return VirtualRound(
         finishers=tuple(one.client for one in counted),
-        begun_in_vain=tuple(one.client for one in others if begun(one)),
+        wasted_clients=tuple(one.client for one in others if has_started(one)),
         record=VirtualRecord(
             simulated_s=min(max(answers_s + losses_s, default=0.0), deadline_s),
             unavailable=sum(one.outcome == "unavailable" for one in fates),
@@ -254,9 +255,9 @@ def settle(
     )
 
 
-def begun(one: Fate) -> bool:
+def has_started(one: Fate) -> bool:
     """Whether a client starts to train; under privacy, its device has then charged its ledger."""
-    return one.begins_s < one.lost_s
+    return one.start_s < one.lost_s
 
 
 def counts(one: Fate, *, deadline_s: float) -> bool:

@@ -91,7 +91,7 @@ def read_trace(path: Path) -> Trace:
         clients.append(numbers.setdefault(client, len(numbers)))
         lines.append(line)
     if not numbers:
-        raise DataError(f"{path}: this trace names no client. Nothing was simulated; add rows.")
+        raise DataError(f"{path}: this trace lists no client. Nothing was simulated; add rows.")
     return _sorted(path, numbers, clients, lines, values)
 
 
@@ -104,23 +104,23 @@ def _rows(path: Path, raw: bytes) -> Iterator[tuple[int, list[str]]]:
         header = next(table, [])
         if tuple(header) != COLUMNS:
             found = ",".join(header)[: 2 * _SHOWN]
-            raise _bad(path, 1, f"the header is {found!r}, and should be {expected!r}")
+            raise _bad(path, 1, f"the header is {found!r}, expected {expected!r}")
         for row in table:
             if row and len(row) != len(COLUMNS):
                 raise _bad(
                     path,
                     table.line_num,
-                    f"{counted(len(row), 'value')}, and {len(COLUMNS)} expected",
+                    f"{counted(len(row), 'value')}, expected {len(COLUMNS)}",
                 )
             if row:
                 yield table.line_num, row
     except UnicodeDecodeError as error:
         raise DataError(
-            f"{path}: this trace is no UTF-8 text ({error.reason}). Nothing was simulated; save it "
-            "as UTF-8."
+            f"{path}: this trace is not UTF-8 text ({error.reason}). Nothing was simulated; save "
+            "it as UTF-8."
         ) from None
     except csv.Error as error:
-        raise _bad(path, table.line_num, f"no row of a CSV file ({error})") from None
+        raise _bad(path, table.line_num, f"not a row of a CSV file ({error})") from None
 
 
 def _window(path: Path, line: int, texts: list[str]) -> list[float]:
@@ -131,9 +131,9 @@ def _window(path: Path, line: int, texts: list[str]) -> list[float]:
     for column, value in zip(COLUMNS[1:4], rates, strict=True):
         if not RATE_MIN <= value <= RATE_MAX:
             allowed = f"from {RATE_MIN:g} to {RATE_MAX:g}"
-            raise _bad(path, line, f"{column} = {value:g}, and it should be {allowed}")
+            raise _bad(path, line, f"{column} = {value:g}, expected {allowed}")
     if not 0 <= start < math.inf:
-        raise _bad(path, line, f"available_from_s = {start:g}, and it should be 0 or later")
+        raise _bad(path, line, f"available_from_s = {start:g}, expected 0 or later")
     if not end > start:
         raise _bad(
             path, line, f"available_until_s = {end:g} is not after available_from_s = {start:g}"
@@ -147,7 +147,7 @@ def _number(path: Path, line: int, column: str, text: str) -> float:
     except ValueError:
         value = math.nan
     if math.isnan(value):
-        raise _bad(path, line, f"{column} = {text[:_SHOWN]!r}, and it should be a number")
+        raise _bad(path, line, f"{column} = {text[:_SHOWN]!r}, expected a number")
     return value
 
 
@@ -172,7 +172,7 @@ def _sorted(
         first = int(clashes[0])
         one, other = sorted((lines[order[first]], lines[order[first + 1]]))
         client = next(name for name, number in numbers.items() if number == owner[first])
-        problem = f"client {client[:_SHOWN]!r} is there already, on line {one}: its windows overlap"
+        problem = f"client {client[:_SHOWN]!r} already has line {one}, and its windows overlap"
         raise _bad(path, other, problem)
     return Trace(numbers, np.searchsorted(owner, np.arange(len(numbers) + 1)), windows)
 

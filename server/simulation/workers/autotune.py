@@ -31,7 +31,7 @@ Clock = Callable[[], float]
 
 def forced(method: Method) -> Choice:
     """Returns the choice that the configuration specifies."""
-    return Choice(method, None, None, "as the configuration says")
+    return Choice(method, None, None, "as configured")
 
 
 def attempts(
@@ -47,7 +47,7 @@ def attempts(
         asked: Clients of that round whose updates arrive in time.
         clock: Returns seconds.
     """
-    worker.begin(replace(order, method="loop", fold=False))
+    worker.start_task(replace(order, method="loop", fold=False))
     found: list[ClientOutcome] = []
     trained = 0
     for one in asked:
@@ -73,7 +73,7 @@ def choose(worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, cloc
     """
 
     def seconds(method: Method, clients: Sequence[ClientRef]) -> float:
-        worker.begin(replace(order, method=method))
+        worker.start_task(replace(order, method=method))
         started = clock()
         worker.work(clients)
         return (clock() - started) / len(clients)
@@ -91,8 +91,8 @@ def choose(worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, cloc
         return Choice("loop", loop_s, None, reason)
     method: Method = "vectorised" if vectorised_s * _MARGIN < loop_s else "loop"
     measured = (
-        f"a client takes {loop_s * 1e3:.3g} ms one after the other and {vectorised_s * 1e3:.3g} ms "
-        "side by side"
+        f"a client takes {loop_s * 1e3:.3g} ms in the loop and {vectorised_s * 1e3:.3g} ms "
+        "vectorised"
     )
     return Choice(method, loop_s, vectorised_s, measured)
 
@@ -108,7 +108,7 @@ def difference(worker: Worker, order: RoundTask, alone: Sequence[ClientOutcome])
         order: Task of the first round.
         alone: Outcomes of the same clients, trained one after the other, from `attempts`.
     """
-    worker.begin(replace(order, method="vectorised", fold=False))
+    worker.start_task(replace(order, method="vectorised", fold=False))
     together = worker.work([one.asked for one in alone])
     start = _weights(order.content)
     found = ""
@@ -116,7 +116,7 @@ def difference(worker: Worker, order: RoundTask, alone: Sequence[ClientOutcome])
         name = by_itself.asked.name
         if by_itself.content is None or beside.content is None:
             if (by_itself.content is None) != (beside.content is None):
-                return f"client {name!r} fails in one way of training alone"
+                return f"client {name!r} fails with only one of the two training methods"
             continue
         one, other = _weights(by_itself.content), _weights(beside.content)
         gap, moved = np.linalg.norm(one - other), np.linalg.norm(one - start)
@@ -124,8 +124,8 @@ def difference(worker: Worker, order: RoundTask, alone: Sequence[ClientOutcome])
             continue
         seldom = not found and len(alone) > 1 and gap <= _TIE * moved  # one tie is normal
         found = (
-            f"client {name!r} learns something else side by side: its update "
-            f"differs by {gap / moved if moved else np.inf:.2g} of its length"
+            f"client {name!r} gets a different update from vectorised training: it differs by "
+            f"{gap / moved if moved else np.inf:.2g} of its length"
         )
         if not seldom:
             return found

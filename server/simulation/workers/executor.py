@@ -48,8 +48,8 @@ class LocalExecutor:
         self, order: RoundTask, asked: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
         """Runs the task in this process; returns the outcomes and the sum of folded updates."""
-        self.worker.begin(order)
-        return self.worker.work(asked), self.worker.take_sum()
+        self.worker.start_task(order)
+        return self.worker.work(asked), self.worker.partial_sum()
 
     def close(self) -> None:
         """Does nothing: there are no processes to stop."""

@@ -24,7 +24,7 @@ from server.simulation.virtual.nodes import RUN_ID
 from server.simulation.workers.executor import MakeWorker, gathered, pieces
 from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
 
-_KILLED = " That usually means that memory ran out: take fewer simulation.workers."
+_KILLED = " This usually means that memory ran out: use fewer simulation.workers."
 _END_S = 0.5  # longer than an idle process needs to exit
 
 
@@ -132,7 +132,7 @@ class ProcessPool:
         if isinstance(got, str):
             raise RoundFailed(
                 f"simulation: a worker failed while it trained {_named(piece)}. The round was "
-                f"dropped. It said: {got}"
+                f"dropped. Its error: {got}"
             )
         return got  # type: ignore[no-any-return]
 
@@ -179,8 +179,8 @@ def _serve(
             if worker is None:
                 worker = make()
             if order is not None:
-                worker.begin(order)
-            answer: object = worker.work(piece) if piece else worker.take_sum()
+                worker.start_task(order)
+            answer: object = worker.work(piece) if piece else worker.partial_sum()
         except FedcoreError as error:
             answer = error
         except Exception:  # the parent raises it

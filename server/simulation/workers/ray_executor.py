@@ -69,7 +69,7 @@ class RayExecutor:
         shared = ray.put(order)
         waiting = list(pieces(order, asked, self.size))[::-1]
         try:
-            ray.get([actor.begin.remote(shared) for actor in self._actors])
+            ray.get([actor.start_task.remote(shared) for actor in self._actors])
             busy: dict[Any, Any] = {}
             for actor in self._actors:
                 if waiting:
@@ -81,12 +81,12 @@ class RayExecutor:
                 answers += ray.get(done)
                 if waiting:
                     busy[actor.work.remote(waiting.pop())] = actor
-            sums = ray.get([actor.take_sum.remote() for actor in self._actors])
+            sums = ray.get([actor.partial_sum.remote() for actor in self._actors])
         except ray.exceptions.RayTaskError as error:
             if isinstance(error.cause, FedcoreError):
                 raise error.cause from None
             raise RoundFailed(
-                f"simulation: a Ray actor failed. The round was dropped. It said: {error}"
+                f"simulation: a Ray actor failed. The round was dropped. Its error: {error}"
             ) from None
         except ray.exceptions.RayError as error:
             raise RoundFailed(
@@ -112,11 +112,11 @@ class _Actor:
         assume_identity(RUN_ID)
         self._worker = make()
 
-    def begin(self, order: RoundTask) -> None:
-        self._worker.begin(order)
+    def start_task(self, order: RoundTask) -> None:
+        self._worker.start_task(order)
 
     def work(self, asked: Sequence[ClientRef]) -> list[ClientOutcome]:
         return self._worker.work(asked)
 
-    def take_sum(self) -> ExactMean:
-        return self._worker.take_sum()
+    def partial_sum(self) -> ExactMean:
+        return self._worker.partial_sum()

@@ -75,7 +75,7 @@ class WorkerScheduler:
         wanted, worker = self._settings.training, self._here.worker
         if wanted == "loop":
             return forced(wanted)
-        there = worker.reached(order, asked)
+        there = worker.clients_in_time(order, asked)
         alone = attempts(worker, order, there, clock=self._clock)
         train = [one.asked for one in alone if one.content is not None]
         if not train:

@@ -38,7 +38,7 @@ from fedcore.updates.messages import (
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.simulation.batched.trainer import Trainer, Trainers, train_in_groups
 from server.simulation.batched.work import LocalWork, PrivateWork, TrainedClients, divergence
-from server.simulation.virtual.devices import Fate, VirtualFleet, begun, counts, fate
+from server.simulation.virtual.devices import Fate, VirtualFleet, counts, fate, has_started
 from server.simulation.virtual.nodes import RUN_ID
 from server.simulation.workers.messages import (
     ClientOutcome,
@@ -62,7 +62,7 @@ class Ready:
 class Worker:
     """Trains clients for one task at a time; keeps the model in memory between tasks.
 
-    Of a folded task, it keeps only the sum of updates, until `take_sum`.
+    Of a folded task, it keeps only the sum of updates, until `partial_sum`.
     """
 
     def __init__(
@@ -82,7 +82,7 @@ class Worker:
         self._sum = ExactMean(0)
         self._trainers = Trainers(client)
 
-    def begin(self, order: RoundTask) -> None:
+    def start_task(self, order: RoundTask) -> None:
         """Starts a task; discards the previous task's sum."""
         self._order = order
         self._instruction = None
@@ -92,11 +92,11 @@ class Worker:
     def prepare(self, order: RoundTask, asked: Sequence[ClientRef]) -> None:
         """Computes and caches clients' noise multipliers, before training times are measured."""
         if self._client.run.private:
-            self.begin(order)
+            self.start_task(order)
             for one in asked:
                 with suppress(Exception, SystemExit):  # reported when the client trains
                     examples, _ = local_data(self._client, one.name)
-                    asked_of = self._asked_of(order, one)
+                    asked_of = self._instruction_of(order, one)
                     self._spend(one, examples, asked_of, settings_of(self._client, asked_of))
 
     def work(self, asked: Sequence[ClientRef]) -> list[ClientOutcome]:
@@ -104,7 +104,7 @@ class Worker:
         order = self._order
         assert order is not None
         if order.kind != MessageType.TRAIN:
-            return [self._by_app(order, one, None) for one in asked]
+            return [self._run_app(order, one, None) for one in asked]
         there, lost = [], []
         self._skipped.clear()
         for one in asked:
@@ -112,16 +112,16 @@ class Worker:
             if found is None or counts(found, deadline_s=order.deadline_s):
                 there.append((one, found))
             else:
-                lost.append(self._lost(order, one, found))
+                lost.append(self._lost_outcome(order, one, found))
         if order.method == "vectorised":
-            answers = list(self._together(order, there))
+            answers = list(self._train_batched(order, there))
         else:
-            answers = [self._alone(order, one, found) for one, found in there]
+            answers = [self._train_one(order, one, found) for one, found in there]
         places = {one.node: place for place, one in enumerate(asked)}
         answers = [replace(one, skipped=self._skipped.get(one.asked.name, 0)) for one in answers]
         return sorted(answers + lost, key=lambda answer: places[answer.asked.node])
 
-    def reached(self, order: RoundTask, asked: Sequence[ClientRef]) -> list[ClientRef]:
+    def clients_in_time(self, order: RoundTask, asked: Sequence[ClientRef]) -> list[ClientRef]:
         """Returns the clients in ``asked`` whose updates arrive in time on the virtual clock."""
         fates = ((one, self._fate(order, one)) for one in asked)
         return [
@@ -130,7 +130,7 @@ class Worker:
             if found is None or counts(found, deadline_s=order.deadline_s)
         ]
 
-    def take_sum(self) -> ExactMean:
+    def partial_sum(self) -> ExactMean:
         """Returns the sum of updates folded since the task began."""
         return self._sum
 
@@ -140,7 +140,7 @@ class Worker:
             self._instruction = read_instruction(order.content)
         return self._instruction
 
-    def _asked_of(self, order: RoundTask, one: ClientRef) -> Instruction:
+    def _instruction_of(self, order: RoundTask, one: ClientRef) -> Instruction:
         """Returns the task's instruction for one client."""
         return instruction_for(order, one, self._read(order))
 
@@ -150,7 +150,7 @@ class Worker:
             return None
         try:
             examples = size_of(local_data(self._client, one.name)[0])
-            epochs = settings_of(self._client, self._asked_of(order, one)).epochs
+            epochs = settings_of(self._client, self._instruction_of(order, one)).epochs
         except (Exception, SystemExit):  # reported when the client trains
             return None
         sent = sum(len(array.data) for array in order.content.array_records[ARRAYS].values())
@@ -165,27 +165,27 @@ class Worker:
             bytes_up=sent,
         )
 
-    def _lost(self, order: RoundTask, one: ClientRef, found: Fate) -> ClientOutcome:
+    def _lost_outcome(self, order: RoundTask, one: ClientRef, found: Fate) -> ClientOutcome:
         """Returns the outcome of a late or lost client; charges its ledger if it has begun."""
         ledger = one.ledger
-        if self._client.run.private and begun(found):
+        if self._client.run.private and has_started(found):
             with suppress(FedcoreError):  # it declined or failed, but is lost anyway
-                instruction = self._asked_of(order, one)
+                instruction = self._instruction_of(order, one)
                 examples, _ = local_data(self._client, one.name)
                 settings = settings_of(self._client, instruction)
                 _, ledger = self._spent(one, examples, instruction, settings)
         return ClientOutcome(one, ledger=ledger, fate=found)
 
-    def _alone(self, order: RoundTask, one: ClientRef, found: Fate | None) -> ClientOutcome:
+    def _train_one(self, order: RoundTask, one: ClientRef, found: Fate | None) -> ClientOutcome:
         """Trains one client; without messages, where the task folds updates."""
         if not order.fold:
-            return self._by_app(order, one, found)
+            return self._run_app(order, one, found)
         ledgers = [one.ledger]
         try:
             update = learn(
                 self._client,
                 one.name,
-                self._asked_of(order, one),
+                self._instruction_of(order, one),
                 one.ledger or Ledger(),
                 on_spend=ledgers.append,
             )
@@ -195,7 +195,7 @@ class Worker:
             )
         return self._folded(order, one, update, ledgers[-1], found)
 
-    def _by_app(self, order: RoundTask, one: ClientRef, found: Fate | None) -> ClientOutcome:
+    def _run_app(self, order: RoundTask, one: ClientRef, found: Fate | None) -> ClientOutcome:
         """Runs one client with the ClientApp that devices run, mods included."""
         context = Context(RUN_ID, one.node, {"client": one.name}, RecordDict(), {})
         if one.ledger is not None:
@@ -213,7 +213,7 @@ class Worker:
             return ClientOutcome(one, error=code, ledger=ledger, fate=found)
         return ClientOutcome(one, content=reply.content, ledger=ledger, fate=found)
 
-    def _together(
+    def _train_batched(
         self, order: RoundTask, asked: Sequence[tuple[ClientRef, Fate | None]]
     ) -> Iterator[ClientOutcome]:
         """Trains clients in batches; each has the result of training by itself.
@@ -223,13 +223,13 @@ class Worker:
         groups: dict[tuple[Settings, float], list[Ready]] = {}
         for one, found in asked:
             try:
-                instruction = self._asked_of(order, one)
+                instruction = self._instruction_of(order, one)
                 settings = settings_of(self._client, instruction)
                 examples, _ = local_data(self._client, one.name)
                 private, ledger = self._spend(one, examples, instruction, settings)
             except (Exception, SystemExit) as error:  # the task's code: that client's failure
                 if self._client.run.client_private:  # hides failures
-                    yield self._alone(order, one, found)
+                    yield self._train_one(order, one, found)
                     continue
                 code = error_of(one.name, error, hide=False)
                 yield ClientOutcome(one, error=code, ledger=one.ledger, fate=found)
@@ -250,14 +250,14 @@ class Worker:
         trainer = self._trainers.find(load, work_of, settings, chosen=order.chosen)
         try:
             if trainer is None:
-                raise DataError("data: none of these clients can be trained side by side")
+                raise DataError("data: none of these clients can be trained in a vectorised batch")
             with memory_errors(f"round {instruction.round}: {len(ready)} clients together"):
                 model = self._model(instruction)
                 groups = train_in_groups(trainer, model, work_of, client, settings, mu)
         except InsufficientMemory:
             raise
         except (Exception, SystemExit):  # a client's error: found when each trains by itself
-            yield from (self._alone(order, one.asked, one.fate) for one in ready)
+            yield from (self._train_one(order, one.asked, one.fate) for one in ready)
             return
         for places, trained in groups:
             some = [ready[place] for place in places]

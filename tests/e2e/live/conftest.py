@@ -23,7 +23,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from edge_client.agent.loop import run_device
 from edge_client.agent.run import DeviceSetup
 from edge_client.agent.wake import Signals
-from edge_client.device_folder import own
+from edge_client.device_folder import lock_device_folder
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import RunConfig
 from fedcore.crypto.certificates import pem
@@ -267,7 +267,7 @@ def start(project: Project) -> Iterator[Start]:
 
         def body() -> None:
             try:
-                with own(project.root / (folder or f"{name}-data")) as owned:
+                with lock_device_folder(project.root / (folder or f"{name}-data")) as owned:
                     made = (kit, load_task(path), path, OPEN_POLICY, owned, Simulated(1))
                     run_device(DeviceSetup(*made), signals)
             except BaseException as error:

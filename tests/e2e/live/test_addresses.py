@@ -70,7 +70,7 @@ def test_a_stranger_at_one_address_is_told_of_and_another_one_is_taken(
             wait_for(lambda: awake(served))
     assert "trusted" not in seen
     told = [record.getMessage() for record in caplog.records]
-    passed = [line for line in told if "other addresses are tried" in line]
+    passed = [line for line in told if "Trying the kit's other addresses" in line]
     assert len(passed) == 1
     assert f"https://{ELSEWHERE}:{project.port} (" in passed[0]
     assert device.errors == []
@@ -128,7 +128,10 @@ def test_the_doctor_looks_at_each_address(
     _, first, second = servers()
     assert first[0] == "warn"
     assert f"{ELSEWHERE}:{project.port}: " in first[1]
-    assert second == ("ok", f"127.0.0.1:{project.port} answers over TLS 1.3, both sides known")
+    assert second == (
+        "ok",
+        f"127.0.0.1:{project.port} answers over TLS 1.3, both sides authenticated",
+    )
     monkeypatch.setenv("ALL_PROXY", "http://user:secret@127.0.0.1:9")
     monkeypatch.setenv("NO_PROXY", "127.0.0.1")
     proxies, first, second = servers()

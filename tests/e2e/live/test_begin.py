@@ -75,7 +75,10 @@ def test_a_port_that_is_taken_costs_no_results(
     ("setting", "said"),
     [
         ("federation.strategy=Nope", "Flower has no such strategy"),
-        ("federation.initial=runs/trial/global.safetensors", "it lies among the results of a run"),
+        (
+            "federation.initial=runs/trial/global.safetensors",
+            "it is among the results of an earlier run",
+        ),
     ],
 )
 def test_rounds_that_could_not_begin_cost_no_results(
@@ -95,7 +98,7 @@ def test_a_socket_that_cannot_be_made_costs_no_results(project: Any, launch: Any
     (project.root / "server" / "control.sock").mkdir()
     refused = start(launch, project)
     assert refused.end(60) == ResourceError.exit_code
-    assert "this socket cannot be made" in refused.log.read_text()
+    assert "cannot create this socket" in refused.log.read_text()
     assert contents(folder) == before
 
 

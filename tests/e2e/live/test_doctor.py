@@ -75,7 +75,7 @@ def test_each_finding_says_what_to_do(
     assert "firewalls" in found["server"].remedy
     launch_server()
     project.revoke("edge-0")
-    assert "does not let this device in" in device(kit)["server"].detail
+    assert "refuses this device" in device(kit)["server"].detail
 
     class Wrong(datetime):
         @classmethod
@@ -102,7 +102,7 @@ def test_the_server_side_finds_a_taken_port_a_bad_roster_and_a_changed_log(proje
     assert "no server has run" in server_side(project)["audit"].detail
     (folder / "roster.seen").write_text('{"format":"fedcore.seen/1","version":1}')
     assert server_side(project)["audit"].verdict == "fail"
-    assert "is gone, though a server has run" in server_side(project)["audit"].detail
+    assert "is missing, but a server has run" in server_side(project)["audit"].detail
     (folder / "drained.json").write_text('["edge-9"]')
     assert server_side(project)["drained"].verdict == "warn"
     assert "edge-9" in server_side(project)["drained"].detail

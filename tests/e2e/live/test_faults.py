@@ -123,7 +123,7 @@ def test_without_a_cohort_those_who_came_by_the_deadline_take_part(
         launch_device(name)
     assert server.end(90) == 0, server.log.read_text()
     assert [(record["cohort"], record["updates"]) for record in rounds(server.log)] == [(2, 2)] * 2
-    assert "2 of 3 devices came within federation.deadline_s = 12" in server.log.read_text()
+    assert "2 of 3 devices connected within federation.deadline_s = 12" in server.log.read_text()
 
 
 def test_an_evaluation_that_finds_nobody_waits(

@@ -153,7 +153,9 @@ def test_what_follows_the_rounds_is_watched_stopped_and_gone_on_with(
         assert "Run:     trial, finishing: fine-tuning; 2 of 2 rounds" in shown.stdout
         assert len(ask_local(folder, {"verb": "rounds"})["rounds"]) == 2
         for verb in ("pause", "resume", "drain", "backup"):
-            with pytest.raises(ConfigError, match=rf"{verb}: the rounds of 'trial' are over, no"):
+            with pytest.raises(
+                ConfigError, match=rf"{verb}: the rounds of 'trial' are complete, devices"
+            ):
                 ask_local(folder, {"verb": verb, "device": "edge-0", "file": str(root / "b.tar")})
         assert ask_local(folder, {"verb": "stop"})["state"] == "stopping"
         assert server.end() == INTERRUPTED, server.log.read_text()
@@ -186,7 +188,7 @@ def test_devices_judge_what_fine_tuning_gives(
     devices, server = judged(project, launch, launch_device)
     server.wait_for('"stage_finished", "stage": "finetune"', 120)
     text = server.log.read_text()
-    assert "on what 2 clients hold back" in text, text[-3000:]
+    assert "on held-out data of 2 clients" in text, text[-3000:]
     assert server.end(120) == 0
     assert len(published(project.root)) == 1
     for device in devices:
@@ -211,6 +213,6 @@ def test_a_server_that_waits_for_judges_is_stopped_and_goes_on(
     server.wait_for("listening on", 60)
     for name in ("edge-0", "edge-1"):
         launch_device(name)
-    server.wait_for("on what 2 clients hold back", 60)
+    server.wait_for("on held-out data of 2 clients", 60)
     assert server.end(120) == 0
     assert len(published(project.root)) == 1

@@ -27,7 +27,7 @@ REFUSED: dict[str, tuple[Lie, str]] = {
     ),
     "a metric that nobody asked for": (
         lambda one: Update(one.weights, one.num_examples, {**one.metrics, "more": 1.0}),
-        "it holds metric 'more', which was not asked for",
+        "it contains metric 'more', which was not requested",
     ),
     "a name of control characters": (
         lambda one: Update(one.weights, one.num_examples, {"\x1b[2J": 1.0}),

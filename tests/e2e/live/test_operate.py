@@ -93,9 +93,9 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
     assert ask_local(folder, {"verb": "stop"})["state"] == "stopping"
     assert server.end() == 130
     told = server.log.read_text()
-    assert re.search(r"Stopped after round \d+ of \d+\. Kept in .*--resume` goes", told)
+    assert re.search(r"Stopped after round \d+ of \d+\. Kept in .*--resume` continues", told)
     assert not (folder / SOCKET).exists()
-    with pytest.raises(ResourceError, match="no server answers"):
+    with pytest.raises(ResourceError, match="no server with this identity responds"):
         status(project)
     told = [(line["action"], line["outcome"].partition(":")[0]) for line in audit(project)]
     assert told == [
@@ -131,9 +131,9 @@ def test_over_the_network_viewers_look_and_operators_steer(
     assert ask_remote(bruno, {"verb": "status"})["state"] == "waiting"
     assert [one["name"] for one in ask_remote(bruno, {"verb": "devices"})["devices"]] == ["edge-0"]
     for verb in ("pause", "resume", "stop"):
-        with pytest.raises(TrustError, match=f"a viewer may look, and only an operator may {verb}"):
+        with pytest.raises(TrustError, match=f"a viewer may only read, an operator may {verb}"):
             ask_remote(bruno, {"verb": verb})
-    with pytest.raises(ConfigError, match="written on the server's own machine"):
+    with pytest.raises(ConfigError, match="requested on the server's own machine"):
         ask_remote(anna, {"verb": "backup", "file": "/tmp/x.tar"})
     with pytest.raises(TrustError, match="HTTP 404"):
         ask_remote(device, {"verb": "status"})
@@ -195,7 +195,7 @@ def test_the_socket_is_its_users_alone_and_a_killed_server_leaves_none_in_the_wa
     server.send(signal.SIGKILL)
     server.end()
     assert path.exists()
-    with pytest.raises(ResourceError, match="no server answers"):
+    with pytest.raises(ResourceError, match="no server with this identity responds"):
         status(project)
     launch_server(name="second")
     wait_for(lambda: status(project)["run"] == "second")
@@ -207,14 +207,14 @@ def test_nothing_is_done_unrecorded_and_a_log_that_is_gone_stops_a_server(
     server, folder = launch_server(), project.root / "server"
     wait_for(lambda: status(project)["state"] == "waiting")
     (folder / "audit.jsonl").unlink()
-    with pytest.raises(DataError, match="removed, replaced or cut while the server runs"):
+    with pytest.raises(DataError, match="removed, replaced or truncated while the server runs"):
         ask_local(folder, {"verb": "pause"})
     assert status(project)["state"] == "waiting"
     server.send(signal.SIGTERM)
     assert server.end() == 4
     done = fedcore("server", "start", "run.toml", "--identity", "server", cwd=project.root)
     assert done.returncode == 4, done.stderr
-    assert "the audit log is gone" in done.stderr
+    assert "the audit log is missing" in done.stderr
     (folder / "audit.mark").unlink()
     launch_server(name="second")
     audit(project)
@@ -250,7 +250,7 @@ def test_another_user_is_refused_even_where_the_socket_is_open(
             capture_output=True,
             text=True,
         )
-    assert "this user is not the server's, nor root" in done.stdout, done.stderr
+    assert "only the server's own user and root may connect" in done.stdout, done.stderr
     assert status(project)["state"] == "waiting"
 
 
@@ -260,8 +260,8 @@ def test_a_log_in_a_file_and_each_verb_on_the_command_line(
     launch_server()
     for verb, shown in (
         ("status", "Run:     trial, waiting"),
-        ("rounds", "No round is over yet."),
-        ("devices", "No device is a member yet."),
+        ("rounds", "No round is complete yet."),
+        ("devices", "The project has no devices yet."),
         ("pause", "trial: pausing"),
         ("resume", "trial: waiting"),
     ):

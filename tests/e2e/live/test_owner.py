@@ -52,7 +52,7 @@ def test_a_device_that_lacks_what_its_owner_names_does_not_start(
 ) -> None:
     owner = project.root / "owner.toml"
     for line, told in (
-        ('data = "nosuch"', "there is no folder"),
+        ('data = "nosuch"', "there is no accessible folder"),
         ('device = "cuda"', "torch finds no such device"),
     ):
         owner.write_text(line + "\n")
@@ -93,6 +93,6 @@ def test_what_a_device_lacks_is_not_what_the_server_lacks(
     again = launch(*server.words, "--resume")
     assert again.end(60) == 0, "it asks who is there, and not whom the round asked that failed"
     over = launch(*server.words, "--resume")
-    assert over.end(60) == 0, "and there is nothing left to be done"
+    assert over.end(60) == 0, "and there is nothing left to do"
     assert "this run is complete: its model is in global.safetensors" in over.log.read_text()
     assert (project.root / "runs" / "trial" / "global.safetensors").is_file()

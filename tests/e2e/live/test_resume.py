@@ -93,7 +93,7 @@ def test_an_interrupted_run_is_neither_dropped_nor_repeated_by_accident(
 
     again = start(launch, project)
     assert again.end() == ConfigError.exit_code
-    assert "go on with --resume, or begin again with --fresh" in again.log.read_text()
+    assert "continue with --resume, or start over with --fresh" in again.log.read_text()
 
     other = start(launch, project, "--resume", "--set", "client.batch_size=4")
     assert other.end() == ConfigError.exit_code

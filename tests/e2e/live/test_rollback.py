@@ -32,7 +32,7 @@ def test_a_server_does_not_start_with_an_older_roster(
         *("--listen", f"127.0.0.1:{project.port}", "--wake-port", "0"),
     )
     assert again.end(60) == 10, again.log.read_text()
-    said = f"version {project.version - 1}, and version {project.version} was in force"
+    said = f"version {project.version - 1}, but version {project.version} was in force"
     assert said in again.log.read_text()
     assert "listening on" not in again.log.read_text()
     options = argparse.Namespace(identity=folder, runs=project.root / "runs")

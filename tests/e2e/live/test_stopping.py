@@ -111,7 +111,7 @@ def test_a_task_that_swallows_an_interrupt_is_ended_and_the_second_one_ends_it_a
     for device in devices:
         device.wait_for("reads its data")
     assert stopped(devices[0]) == 0
-    assert "what it was at did not end" in devices[0].log.read_text()
+    assert "the work in progress did not end" in devices[0].log.read_text()
     devices[1].send(signal.SIGTERM)
     devices[1].wait_for("goes on")
     began = time.monotonic()

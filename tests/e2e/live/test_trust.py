@@ -75,7 +75,7 @@ def test_a_stranger_on_the_servers_port_does_not_put_a_device_out(
         wait_for(lambda: seen.count("refused") >= 5)
     assert "trusted" not in seen
     told = [record.getMessage() for record in caplog.records]
-    assert sum("does not prove to be this project's server" in line for line in told) == 1
+    assert sum("did not authenticate as this project's server" in line for line in told) == 1
     with serve() as served:
         wait_for(lambda: awake(served))
     assert device.errors == []
@@ -118,7 +118,7 @@ def test_a_renewed_kit_is_used_without_a_restart(
         with serve() as served:
             wait_for(lambda: awake(served))
     assert device.errors == []
-    assert "renewed: the certificate in use is valid until" in caplog.text
+    assert "certificate renewed: valid until" in caplog.text
 
 
 def test_a_device_whose_certificate_runs_out_ends_and_says_so(
@@ -152,7 +152,7 @@ def test_another_identitys_kit_is_not_taken_up(project: Any, caplog: Any) -> Non
     finally:
         link.close()
     assert link.kit == kit
-    assert caplog.text.count("another identity's now, of the device 'edge-1'") == 1
+    assert caplog.text.count("now belongs to another identity, the device 'edge-1'") == 1
 
 
 def test_a_folder_of_another_identity_is_not_used(project: Any, serve: Any, start: Any) -> None:
@@ -166,7 +166,7 @@ def test_a_folder_of_another_identity_is_not_used(project: Any, serve: Any, star
         assert served.listening.presence.nodes() == []
     (error,) = second.errors
     assert isinstance(error, DeviceError)
-    assert "name this device's own folder with --state" in str(error)
+    assert "pass this device's own folder with --state" in str(error)
 
 
 def test_a_revoked_device_cannot_flood_the_log_through_the_stream(
@@ -193,7 +193,7 @@ def test_a_revoked_device_cannot_flood_the_log_through_the_stream(
                         assert caught.value.code() == grpc.StatusCode.PERMISSION_DENIED
     lines = [one.getMessage() for one in caplog.records if "refused" in one.getMessage()]
     assert len(lines) == 1
-    assert "no device's certificate that is in force" in lines[0]
+    assert "the certificate is not that of a device in force" in lines[0]
 
 
 def test_a_process_that_is_not_known_is_told_so_and_the_kit_stays(project: Any, serve: Any) -> None:

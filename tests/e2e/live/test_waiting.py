@@ -96,11 +96,11 @@ def test_a_backup_that_waits_is_alone_and_ends_with_whoever_asked_or_the_run(
         gone = threading.Event()
         first = backup("a.tar", gone)
         assert not first.done()
-        assert "another one waits" in backup("b.tar").result(0)["message"]
+        assert "another one is being written" in backup("b.tar").result(0)["message"]
         for _ in range(8):
             assert ask("status").result(5)["state"] == "running"
         gone.set()
-        assert "hung up" in first.result(5)["message"]
+        assert "the operator disconnected" in first.result(5)["message"]
         second = backup("c.tar")
         assert ask("stop").result(5)["ok"]
         assert "the run 'trial' ends" in second.result(5)["message"]
@@ -126,7 +126,7 @@ def test_a_backup_that_waits_when_the_server_ends_is_answered_before_the_audit_i
         assert waits.result(0)["error"] == "ResourceError"
     assert audit(project)[1:] == [("backup", "accepted"), ("backup", "refused"), ("end", "done")]
     told = control.answer(line, Requester("me", "operator", True))
-    assert "not up" in told["message"]
+    assert "still starting" in told["message"]
 
 
 def test_a_backup_is_taken_and_a_stop_obeyed_while_a_round_lacks_devices(
@@ -178,7 +178,7 @@ def test_a_file_that_cannot_be_written_is_answered_and_noted(
         ("b\0.tar", ConfigError),
         ("b" * 300, FedcoreError),
     ):
-        with pytest.raises(kind, match=r"backup|no folder|whole path"):
+        with pytest.raises(kind, match=r"backup|no folder|absolute path"):
             ask_local(folder, {"verb": "backup", "file": str(project.root / name)})
         assert audit(project)[-1] == ("backup", "refused")
     assert "Traceback" not in server.log.read_text()
@@ -208,6 +208,6 @@ def test_a_signal_does_not_wait_for_a_backup_that_is_being_copied(
         server.send(signal.SIGTERM)
         assert server.end() == 130
         told = json.loads(connection.makefile("rb").read())
-    assert "the run 'trial' ends. Nothing was written" in told["message"]
+    assert "the run 'trial' is ending. Nothing was written" in told["message"]
     assert [path.name for path in project.root.rglob("*.tar")] == []
     assert audit(project)[-3:] == [("backup", "accepted"), ("backup", "refused"), ("end", "done")]

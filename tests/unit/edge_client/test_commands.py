@@ -89,12 +89,12 @@ def test_a_fallback_is_said_aloud(
     assert run("infer", *at, "--input", str(tmp_path / "x.json")) == 0
     shown = capsys.readouterr()
     assert shown.out == "yes\n"
-    assert "warning: version 1 serves in place of the active one" in shown.err
+    assert "warning: version 1 serves instead of the active one" in shown.err
     assert run("status", *at[:2]) == 0
-    assert "the active version does not serve" in capsys.readouterr().out
+    assert "the active version cannot be served" in capsys.readouterr().out
     (tmp_path / "store" / "models" / "digits" / "1" / "model.onnx").write_bytes(b"x")
     assert run("status", *at[:2]) == 10
-    assert "nothing serves" in capsys.readouterr().out
+    assert "no version can be served" in capsys.readouterr().out
 
 
 def test_status_lists_what_serves(
@@ -149,7 +149,7 @@ def test_bad_input_is_told_apart(at: list[str], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("threads", ["0", "-1", "x", "1.5", "257", "9" * 5000])
 def test_threads_are_a_whole_number(at: list[str], threads: str) -> None:
-    with pytest.raises(ConfigError, match="--threads: expected a whole number from 1 on"):
+    with pytest.raises(ConfigError, match="--threads: expected a whole number from 1 to"):
         run("infer", *at, "--input", "-", "--threads", threads)
 
 

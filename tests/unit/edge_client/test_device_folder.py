@@ -12,7 +12,7 @@ import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
 import edge_client.device_folder as state_module
-from edge_client.device_folder import DeviceFolder, own
+from edge_client.device_folder import DeviceFolder, lock_device_folder
 from fedcore.errors import DataError, DeviceError
 from fedcore.files import write_atomic
 
@@ -30,12 +30,12 @@ def content(value: int = 1) -> RecordDict:
 
 
 def test_state_and_replies_come_back_as_they_were(tmp_path: Path) -> None:
-    with own(tmp_path / "device") as folder:
+    with lock_device_folder(tmp_path / "device") as folder:
         assert list(folder.state("run")) == []
         state = content(2)
         assert folder.reply("key", state) is None
-        folder.keep("run", state, "key", content(3))
-    with own(tmp_path / "device") as folder:
+        folder.store_reply("run", state, "key", content(3))
+    with lock_device_folder(tmp_path / "device") as folder:
         state = folder.state("run")
         assert {name: state[name] for name in content(2)} == dict(content(2))
         assert folder.reply("key", state) == content(3)
@@ -43,18 +43,18 @@ def test_state_and_replies_come_back_as_they_were(tmp_path: Path) -> None:
 
 
 def test_what_is_kept_is_for_its_owner_alone(tmp_path: Path) -> None:
-    with own(tmp_path / "device") as folder:
-        folder.keep("run", content(), "key", content())
+    with lock_device_folder(tmp_path / "device") as folder:
+        folder.store_reply("run", content(), "key", content())
     files = [path for path in (tmp_path / "device").rglob("*") if path.is_file()]
     assert len(files) == 2
     assert {path.stat().st_mode & 0o777 for path in files} == {0o600}
 
 
 def test_only_the_newest_replies_are_kept(tmp_path: Path) -> None:
-    with own(tmp_path) as folder:
+    with lock_device_folder(tmp_path) as folder:
         state = RecordDict()
         for number in range(10):
-            folder.keep("run", state, str(number), content(number))
+            folder.store_reply("run", state, str(number), content(number))
         assert [folder.reply(str(number), state) is not None for number in range(10)] == [
             *[False] * 6,
             *[True] * 4,
@@ -62,21 +62,21 @@ def test_only_the_newest_replies_are_kept(tmp_path: Path) -> None:
 
 
 def test_a_file_that_is_no_record_is_said_so(tmp_path: Path) -> None:
-    with own(tmp_path) as folder:
-        folder.keep("run", content(), "key", content())
+    with lock_device_folder(tmp_path) as folder:
+        folder.store_reply("run", content(), "key", content())
         (tmp_path / "state" / "run.state").write_bytes(b"\xff\xff garbage")
-        with pytest.raises(DataError, match="holds no record"):
+        with pytest.raises(DataError, match="does not contain the record"):
             folder.state("run")
 
 
 def test_a_second_process_is_kept_out(tmp_path: Path) -> None:
     with (
-        own(tmp_path / "device"),
+        lock_device_folder(tmp_path / "device"),
         pytest.raises(DeviceError, match="another process"),
-        own(tmp_path / "device"),
+        lock_device_folder(tmp_path / "device"),
     ):
         pass
-    with own(tmp_path / "device"):
+    with lock_device_folder(tmp_path / "device"):
         pass
 
 
@@ -88,8 +88,8 @@ def test_a_reply_whose_cost_is_not_on_disk_does_not_count(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dies between the two files: the instruction is followed again, and charged once."""
-    with own(tmp_path) as folder:
-        folder.keep("run", state := content(1), "before", content(3))
+    with lock_device_folder(tmp_path) as folder:
+        folder.store_reply("run", state := content(1), "before", content(3))
         write = state_module.write_atomic
 
         def dying(path: Path, data: bytes, *, mode: int) -> None:
@@ -99,13 +99,13 @@ def test_a_reply_whose_cost_is_not_on_disk_does_not_count(
 
         monkeypatch.setattr(state_module, "write_atomic", dying)
         with pytest.raises(Died):
-            folder.keep("run", state, "key", content(4))
+            folder.store_reply("run", state, "key", content(4))
     monkeypatch.undo()
-    with own(tmp_path) as folder:
+    with lock_device_folder(tmp_path) as folder:
         state = folder.state("run")
         assert folder.reply("key", state) is None
         assert folder.reply("before", state) == content(3)
-        folder.keep("run", state, "key", content(5))
+        folder.store_reply("run", state, "key", content(5))
         assert folder.reply("key", folder.state("run")) == content(5)
 
 
@@ -138,8 +138,8 @@ DAMAGES: tuple[Callable[[Path], object], ...] = (
 def test_a_damaged_reply_is_put_aside_and_made_again(
     tmp_path: Path, caplog: pytest.LogCaptureFixture, damage: Callable[[Path], object]
 ) -> None:
-    with own(tmp_path) as folder:
-        folder.keep("run", RecordDict(), "key", content(3))
+    with lock_device_folder(tmp_path) as folder:
+        folder.store_reply("run", RecordDict(), "key", content(3))
         for again in (4, 5):
             damage(tmp_path / "spool" / "key.reply")
             state = folder.state("run")
@@ -148,9 +148,9 @@ def test_a_damaged_reply_is_put_aside_and_made_again(
                 assert folder.reply("key", state) is None
             (record,) = caplog.records
             assert "key.reply: " in record.getMessage()
-            assert "put aside as key.damaged" in record.getMessage()
+            assert "moved aside to key.damaged" in record.getMessage()
             assert {path.name for path in (tmp_path / "spool").iterdir()} == {"key.damaged"}
-            folder.keep("run", state, "key", content(again))
+            folder.store_reply("run", state, "key", content(again))
             assert folder.reply("key", folder.state("run")) == content(again)
 
 
@@ -158,82 +158,82 @@ def test_a_reply_made_again_is_not_taken_for_the_one_that_was_paid_for(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """It dies between the two files of a reply that was made again."""
-    with own(tmp_path) as folder:
-        folder.keep("run", state := RecordDict(), "key", content(3))
+    with lock_device_folder(tmp_path) as folder:
+        folder.store_reply("run", state := RecordDict(), "key", content(3))
         with monkeypatch.context() as patch:
             patch.setattr(DeviceFolder, "keep_state", lambda *_: None)
-            folder.keep("run", state, "key", content(4))
+            folder.store_reply("run", state, "key", content(4))
         assert (tmp_path / "spool" / "key.reply").exists()
         assert folder.reply("key", folder.state("run")) is None
 
 
 def test_a_folder_knows_whose_it_is(tmp_path: Path) -> None:
-    with own(tmp_path / "device") as folder:
-        assert not folder.let_in_before(b"anna")
-        folder.note_let_in(b"anna")
-        folder.keep("run", RecordDict(), "key", content())
-        folder.note_let_in(b"anna")
-        assert folder.let_in_before(b"anna")
-        with pytest.raises(DeviceError, match="keeps the replies and the ledger of the identity"):
-            folder.let_in_before(b"ben")
-        with pytest.raises(DeviceError, match="Nothing was read; name this device's own folder"):
+    with lock_device_folder(tmp_path / "device") as folder:
+        assert not folder.was_admitted(b"anna")
+        folder.record_admission(b"anna")
+        folder.store_reply("run", RecordDict(), "key", content())
+        folder.record_admission(b"anna")
+        assert folder.was_admitted(b"anna")
+        with pytest.raises(DeviceError, match="holds the replies and the ledger of the identity"):
+            folder.was_admitted(b"ben")
+        with pytest.raises(DeviceError, match="Nothing was read; pass this device's own folder"):
             folder.belongs_to(b"ben", so="Nothing was read")
         assert folder.reply("key", folder.state("run")) is not None
 
 
 def test_what_whose_folder_it_is_cannot_be_read_is_not_guessed(tmp_path: Path) -> None:
-    with own(tmp_path / "device") as folder:
+    with lock_device_folder(tmp_path / "device") as folder:
         (folder.path / "identity.json").write_text("{}")
-        with pytest.raises(DeviceError, match="an identity that cannot be read"):
-            folder.let_in_before(b"anna")
+        with pytest.raises(DeviceError, match="an unreadable identity"):
+            folder.was_admitted(b"anna")
 
 
 def test_a_folder_from_before_it_said_whose_it_is_is_this_keys(tmp_path: Path) -> None:
-    with own(tmp_path / "device") as folder:
-        folder.keep("run", content(2), "key", content(3))
-        assert folder.let_in_before(b"anna")
-        folder.note_let_in(b"anna")
+    with lock_device_folder(tmp_path / "device") as folder:
+        folder.store_reply("run", content(2), "key", content(3))
+        assert folder.was_admitted(b"anna")
+        folder.record_admission(b"anna")
         assert folder.reply("key", folder.state("run")) == content(3)
-        assert folder.let_in_before(b"anna")
+        assert folder.was_admitted(b"anna")
         with pytest.raises(DeviceError, match="of the identity"):
-            folder.let_in_before(b"ben")
+            folder.was_admitted(b"ben")
 
 
 def test_whose_replies_those_are_is_known_without_the_folders_note(tmp_path: Path) -> None:
-    with own(tmp_path / "device") as folder:
-        folder.note_let_in(b"anna")
-        folder.keep("run", content(2), "key", content(3))
+    with lock_device_folder(tmp_path / "device") as folder:
+        folder.record_admission(b"anna")
+        folder.store_reply("run", content(2), "key", content(3))
         (folder.path / "identity.json").unlink()
-        assert folder.let_in_before(b"anna")
-        folder.note_let_in(b"anna")
+        assert folder.was_admitted(b"anna")
+        folder.record_admission(b"anna")
         assert folder.reply("key", folder.state("run")) == content(3)
         (folder.path / "identity.json").unlink()
         (folder.path / "spool" / "identity.json").write_text("{}")
-        assert not folder.let_in_before(b"anna")
-        folder.note_let_in(b"anna")
+        assert not folder.was_admitted(b"anna")
+        folder.record_admission(b"anna")
         assert folder.reply("key", folder.state("run")) is None
 
 
 def test_who_takes_a_folder_over_gets_what_was_spent_and_no_reply(tmp_path: Path) -> None:
-    with own(tmp_path / "device") as folder:
-        folder.note_let_in(b"anna")
-        folder.keep("run", content(2), "key", content(3))
+    with lock_device_folder(tmp_path / "device") as folder:
+        folder.record_admission(b"anna")
+        folder.store_reply("run", content(2), "key", content(3))
         (folder.path / "identity.json").unlink()
-        assert not folder.let_in_before(b"ben")
-        folder.note_let_in(b"ben")
+        assert not folder.was_admitted(b"ben")
+        folder.record_admission(b"ben")
         state = folder.state("run")
         assert state["metrics"] == content(2)["metrics"]
         assert folder.reply("key", state) is None
-        assert folder.let_in_before(b"ben")
+        assert folder.was_admitted(b"ben")
 
 
 def test_what_a_device_keeps_is_for_its_own_user_alone(tmp_path: Path) -> None:
     (tmp_path / "device" / "spool").mkdir(parents=True, mode=0o755)  # of an earlier version
-    with own(tmp_path / "device") as folder:
+    with lock_device_folder(tmp_path / "device") as folder:
         folder.keep_state("run", RecordDict())
         for name in ("", "state", "spool"):
             assert stat.S_IMODE((folder.path / name).stat().st_mode) == (0o700 if name else 0o755)
-    with own(tmp_path / "new") as folder:
+    with lock_device_folder(tmp_path / "new") as folder:
         assert stat.S_IMODE(folder.path.stat().st_mode) == 0o700
 
 
@@ -245,9 +245,9 @@ def test_a_folder_that_is_made_for_a_private_file_is_private(tmp_path: Path) -> 
 
 
 def test_a_reply_that_is_gone_is_told_of(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
-    with own(tmp_path) as folder:
+    with lock_device_folder(tmp_path) as folder:
         state = RecordDict()
-        folder.keep("run", state, "key", content())
+        folder.store_reply("run", state, "key", content())
         assert folder.reply("another", state) is None
         assert caplog.messages == []
         (tmp_path / "spool" / "key.reply").unlink()
@@ -259,9 +259,9 @@ def test_a_reply_that_is_gone_is_told_of(tmp_path: Path, caplog: pytest.LogCaptu
 @pytest.mark.timeout(20)
 @pytest.mark.parametrize("what", ["loop", "pipe", "folder"])
 def test_what_lies_among_the_replies_stops_no_round(tmp_path: Path, what: str) -> None:
-    with own(tmp_path) as folder:
+    with lock_device_folder(tmp_path) as folder:
         state = RecordDict()
-        folder.keep("run", state, "0", content())
+        folder.store_reply("run", state, "0", content())
         odd = tmp_path / "spool" / "odd.reply"
         {
             "loop": lambda: odd.symlink_to(odd.name),
@@ -269,6 +269,6 @@ def test_what_lies_among_the_replies_stops_no_round(tmp_path: Path, what: str) -
             "folder": odd.mkdir,
         }[what]()
         for number in range(1, 8):
-            folder.keep("run", state, str(number), content(number))
+            folder.store_reply("run", state, str(number), content(number))
         assert not os.path.lexists(odd)
         assert folder.reply("7", state) == content(7)

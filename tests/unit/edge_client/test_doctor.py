@@ -20,10 +20,14 @@ DAY = timedelta(days=1)
     ("floor", "verdict", "told"),
     [
         (TimeFloor(), "warn", "no release has been verified here yet"),
-        (TimeFloor(signed=NOW - DAY, until=NOW + DAY), "ok", "not before 2026-04-30 00:00 UTC"),
-        (TimeFloor(signed=NOW + DAY, until=NOW + 8 * DAY), "fail", "is behind: it is 2026-05-02"),
-        (TimeFloor(signed=NOW - DAY, latest=NOW + DAY), "warn", "it was ahead, or is behind now"),
-        (TimeFloor(signed=NOW - 9 * DAY, until=NOW - DAY), "warn", "was signed until 2026-04-30"),
+        (TimeFloor(signed=NOW - DAY, until=NOW + DAY), "ok", "later than 2026-04-30 00:00 UTC"),
+        (
+            TimeFloor(signed=NOW + DAY, until=NOW + 8 * DAY),
+            "fail",
+            "is slow: the time is 2026-05-02",
+        ),
+        (TimeFloor(signed=NOW - DAY, latest=NOW + DAY), "warn", "it was fast then, or is slow now"),
+        (TimeFloor(signed=NOW - 9 * DAY, until=NOW - DAY), "warn", "was valid until 2026-04-30"),
     ],
 )
 def test_the_clock_is_compared_with_what_was_signed(
@@ -61,12 +65,12 @@ def test_a_device_that_only_infers_is_looked_at(
     parser = argparse.ArgumentParser()
     doctor.doctor.arguments(parser)
     assert doctor.doctor.run(parser.parse_args(["--store", str(store)])) == 0
-    assert "OK   store        the clock is not before" in capsys.readouterr().out
+    assert "OK   store        the clock is later than" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("sides", [[], ["--store", "s", "--identity", "i"]])
 def test_a_side_has_to_be_named(sides: list[str]) -> None:
     parser = argparse.ArgumentParser()
     doctor.doctor.arguments(parser)
-    with pytest.raises(ConfigError, match=r"doctor: .*Nothing was looked at"):
+    with pytest.raises(ConfigError, match=r"doctor: .*Nothing was checked"):
         doctor.doctor.run(parser.parse_args(sides))

@@ -149,5 +149,5 @@ def test_a_model_keeps_to_its_limits(manifest: Any, tmp_path: Path) -> None:
 def test_labels_are_a_classifiers(manifest: Any, tmp_path: Path) -> None:
     rows = manifest.model_copy(update={"kind": "regression"})
     model = EdgeModel(Installed(rows, RECORD, tmp_path / "model.onnx", b""))
-    with pytest.raises(DeviceError, match=r"it is for regression.*predict\(\) gives its outputs"):
+    with pytest.raises(DeviceError, match=r"its kind is regression.*predict\(\) gives its outputs"):
         model.predict_labels(X)

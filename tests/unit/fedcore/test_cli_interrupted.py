@@ -32,6 +32,4 @@ def test_ctrl_c_while_a_command_loads_leaves_no_traceback(name: str, tmp_path: P
         [sys.executable, "-c", code], capture_output=True, text=True, cwd=tmp_path
     )
     assert done.returncode == 130, done.stderr
-    assert done.stderr.splitlines() == [
-        "Interrupted: stopped where it was; nothing half-written was left."
-    ]
+    assert done.stderr.splitlines() == ["Interrupted: stopped at once; no partial file was left."]

@@ -84,7 +84,7 @@ def test_a_node_that_is_no_client_is_refused(config: dict[str, Any]) -> None:
     node = Context(1, 7, config, RecordDict(), {})
     said = refused(ask(make_task(), make_run(), node=node))
     assert "node 7: partition-id = " in said
-    assert "the task has 2 clients" in said
+    assert "the task has only 2 clients" in said
 
 
 def test_the_proximal_term_keeps_the_update_near() -> None:
@@ -128,7 +128,7 @@ def test_evaluation_scores_the_servers_weights() -> None:
 
 def test_evaluation_without_held_back_data_is_refused() -> None:
     said = refused(ask(make_task(), make_run(), kind="evaluate"))
-    assert "client 'anna': InvalidUpdate: evaluation: this client holds no data back" in said
+    assert "client 'anna': InvalidUpdate: evaluation: this client has no held-out data" in said
 
 
 def test_a_loss_that_turns_nan_sends_nothing() -> None:
@@ -159,13 +159,13 @@ def test_weights_of_another_length_are_refused() -> None:
 
 def test_a_message_of_something_else_is_refused() -> None:
     said = refused(app_of(make_task(), make_run())(Message(RecordDict(), 2, "train"), context()))
-    assert "lacks what a fedcore server sends" in said
+    assert "not a valid message of a fedcore server" in said
 
 
 def test_a_client_without_data_says_so() -> None:
     task = make_task(client_data=lambda client, folder: Subset(data(), []))
     said = refused(ask(task, make_run()))
-    assert "client 'anna': DataError: data of client 'anna': it holds no examples" in said
+    assert "client 'anna': DataError: data of client 'anna': got no examples" in said
 
 
 def test_data_that_cannot_be_read_is_named() -> None:

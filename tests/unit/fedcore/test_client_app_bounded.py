@@ -87,4 +87,4 @@ def test_a_server_that_names_no_bound_gets_no_update() -> None:
     assume_identity(1)
     reply = ask(task, run)
     assert reply.has_error()
-    assert "names no bound" in str(reply.error.reason)
+    assert "contains no bound" in str(reply.error.reason)

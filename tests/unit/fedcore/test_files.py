@@ -15,8 +15,8 @@ from fedcore.files import (
     check_folder,
     check_picture,
     disk_errors,
-    is_there,
     lock_file,
+    name_exists,
     open_regular,
     read_bytes,
     read_if_exists,
@@ -99,7 +99,7 @@ def test_a_real_limit_on_file_size_is_a_full_disk(tmp_path: Path) -> None:
         [sys.executable, "-B", "-c", code, str(path)], capture_output=True, text=True, timeout=60
     )
     assert done.stdout.startswith(f"{path}: the disk has no room for this file"), done.stderr
-    assert "Nothing half-written was left" in done.stdout
+    assert "No partial file was left" in done.stdout
     assert path.read_bytes() == b"old"
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -117,13 +117,13 @@ def test_another_failure_of_the_system_is_not_called_a_full_disk() -> None:
 
 def test_a_file_in_the_way_of_a_folder_is_named(tmp_path: Path) -> None:
     (tmp_path / "folder").write_text("a file")
-    with pytest.raises(ResourceError, match=r"folder/file: this file cannot be written"):
+    with pytest.raises(ResourceError, match=r"folder/file: cannot write this file"):
         write_atomic(tmp_path / "folder" / "file", b"bytes")
 
 
 def test_a_folder_in_the_way_of_a_file_is_named_and_nothing_is_left(tmp_path: Path) -> None:
     (tmp_path / "file").mkdir()
-    with pytest.raises(ResourceError, match="cannot be written"):
+    with pytest.raises(ResourceError, match="cannot write this file"):
         write_atomic(tmp_path / "file", b"bytes")
     assert [p.name for p in tmp_path.iterdir()] == ["file"]
 
@@ -155,16 +155,16 @@ def test_what_cannot_be_read_is_said(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="a test does not exist"):
         read_bytes(tmp_path / "file" / "below", max_bytes=5, what="a test")
     with pytest.raises(
-        DataError, match="a test cannot be read: a folder or something else has its name"
+        DataError, match="cannot read a test: it is a folder or another kind of file"
     ):
         read_bytes(tmp_path, max_bytes=5, what="a test")
     os.mkfifo(tmp_path / "pipe")
-    with pytest.raises(DataError, match="something else has its name"):
+    with pytest.raises(DataError, match="another kind of file"):
         read_bytes(tmp_path / "pipe", max_bytes=5, what="a test")
 
 
 def test_a_file_whose_size_is_not_what_the_system_said_is_refused() -> None:
-    with pytest.raises(DataError, match="changed while it was read"):
+    with pytest.raises(DataError, match="changed while it was being read"):
         read_bytes(Path("/proc/self/status"), max_bytes=1 << 20, what="a test")
 
 
@@ -182,10 +182,10 @@ def test_where_a_result_goes_is_looked_at_without_a_trace(tmp_path: Path) -> Non
     check_folder(tmp_path, option="--report")
     check_picture(tmp_path / "new" / "one.PDF", option="--plot")
     for refused, said in (
-        (lambda: check_file(tmp_path, option="--out"), "--out .*: a folder has this name"),
+        (lambda: check_file(tmp_path, option="--out"), "--out .*: expected a file to write"),
         (lambda: check_file(tmp_path / "file" / "x", option="--out"), "--out .*file is a file"),
         (lambda: check_folder(tmp_path / "file", option="--report"), "--report .*file is a file"),
-        (lambda: check_folder(Path("/proc/x"), option="--report"), "can be written into /proc"),
+        (lambda: check_folder(Path("/proc/x"), option="--report"), "cannot write into /proc"),
     ):
         with pytest.raises(ResourceError, match=said):
             refused()
@@ -212,17 +212,15 @@ def test_what_is_no_file_is_neither_read_nor_waited_for(tmp_path: Path, what: st
     path = tmp_path / "file"
     _in_place(path, what)
     for read in (read_bytes, read_if_exists):
-        with pytest.raises(
-            DataError, match=r"^/.*/file: it (cannot be read|leads nowhere).* So\.$"
-        ):
+        with pytest.raises(DataError, match=r"^/.*/file: (cannot read it|it is a broken).* So\.$"):
             read(path, max_bytes=10, what="it", otherwise="So.")
     if what in ("folder", "pipe"):
         for flags in (os.O_RDONLY, os.O_RDWR | os.O_CREAT, os.O_WRONLY | os.O_APPEND):
-            with pytest.raises(DataError, match="something else has its name"):
+            with pytest.raises(DataError, match="another kind of file"):
                 open_regular(path, flags, what="it")
-    assert is_there(path)
+    assert name_exists(path)
     remove(path)
-    assert not is_there(path)
+    assert not name_exists(path)
     assert read_if_exists(path, max_bytes=10, what="it") is None
 
 
@@ -243,5 +241,5 @@ def test_a_lock_that_is_no_file_is_refused(tmp_path: Path, what: str) -> None:
 def test_an_absence_is_told_from_what_cannot_be_looked_at(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     (tmp_path / "loop").symlink_to("loop")
-    assert not is_there(tmp_path / "file" / "inside")
-    assert is_there(tmp_path / "loop" / "inside")
+    assert not name_exists(tmp_path / "file" / "inside")
+    assert name_exists(tmp_path / "loop" / "inside")

@@ -134,8 +134,8 @@ def test_a_device_that_declines_says_so_by_a_code_and_keeps_its_figures(
         durable=DurableLedger(others, lambda: None),
     )
     said = refused(app(instruct(task, run), node), code)
-    assert said == f"client 'anna': {kind}; its log says more"
-    assert "would take it to" in caplog.text
+    assert said == f"client 'anna': {kind}; the client's log has the details"
+    assert "would raise that to" in caplog.text
 
 
 def test_an_owner_cannot_loosen_what_the_server_asks() -> None:
@@ -175,7 +175,7 @@ def test_a_loss_that_fails_under_privacy_sends_noise_as_planned(
     assert set(update.metrics) == {EPSILON}
     assert update.num_examples == COUNT
     assert [charge.round for charge in read_ledger(node).charges] == [1]
-    assert f"{COUNT} examples of its batches had no finite gradient" in caplog.text
+    assert f"{COUNT} examples in its batches had no finite gradient" in caplog.text
 
 
 @pytest.mark.parametrize("spoilt", ["nan", "label", "odd shape", "unreadable"])
@@ -217,7 +217,7 @@ def test_a_private_device_sends_the_kind_of_an_error_and_keeps_its_text(
         run = make_run(privacy=privacy) if privacy else make_run()
         app = device_app(task, run)
         texts[bool(privacy)] = refused(app(instruct(task, run), context()))
-    assert texts[True] == "client 'anna': DataError; its log says more"
+    assert texts[True] == "client 'anna': DataError; the client's log has the details"
     assert "patient 4711" in texts[False]
     assert "patient 4711" in caplog.text
 
@@ -255,7 +255,8 @@ def test_nothing_is_trained_when_the_charge_cannot_be_kept(
     task, run = make_task(), make_run(privacy=PRIVATE)
     app = device_app(task, run, keep=keep)
     assert (
-        refused(app(instruct(task, run), context())) == "client 'anna': DiskFull; its log says more"
+        refused(app(instruct(task, run), context()))
+        == "client 'anna': DiskFull; the client's log has the details"
     )
     assert trained == []
 
@@ -287,7 +288,7 @@ def test_batch_norm_under_privacy_is_refused_before_the_ledger_is_charged() -> N
     task = make_task(model=lambda: nn.Sequential(nn.BatchNorm1d(6), nn.Linear(6, 3)))
     node = context()
     said = refused(ask(task, make_run(privacy=PRIVATE), node=node))
-    assert "UnsupportedLayer: model: example-level privacy cannot take 0 (BatchNorm1d)" in said
+    assert "UnsupportedLayer: model: example-level privacy does not support 0 (BatchNorm1d)" in said
     assert read_ledger(node).charges == ()
 
 

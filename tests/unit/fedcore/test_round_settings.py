@@ -55,7 +55,10 @@ def test_settings_of_a_round_are_those_that_a_client_trains_with() -> None:
 @pytest.mark.parametrize(
     ("asked", "said"),
     [
-        ({"epochs": 0}, "the server asks for epochs = 0, expected greater than or equal to 1"),
+        (
+            {"epochs": 0},
+            "epochs = 0, expected greater than or equal to 1",
+        ),
         ({"epochs": 10**9}, "epochs = 1000000000, expected less than or equal to 10000"),
         ({"batch_size": "8"}, "batch_size = '8', expected a valid integer"),
         ({"learning_rate": float("nan")}, "learning_rate = nan, expected a finite number"),
@@ -66,8 +69,9 @@ def test_settings_out_of_bounds_are_refused(asked: dict[str, Any], said: str) ->
     task, run = make_task(), make_run()
     reply = app_of(task, run)(asking(task, run, **asked), context())
     assert reply.error.code == REFUSED + InvalidUpdate.exit_code
-    assert f"round 1: {'the server asks for ' * (not said.startswith('the'))}{said}" in str(
-        reply.error.reason
+    assert (
+        f"round 1: {'invalid settings from the server: ' * (not said.startswith('the'))}{said}"
+        in str(reply.error.reason)
     )
     assert "Nothing was trained or charged" in str(reply.error.reason)
 
@@ -85,7 +89,7 @@ def test_under_privacy_nothing_that_is_charged_for_changes(asked: dict[str, Any]
     task, run, where = make_task(), make_run(privacy=PRIVATE), context()
     reply = app_of(task, run)(asking(task, run, **asked), where)
     assert reply.error.code == REFUSED + InvalidUpdate.exit_code
-    assert "the noise and the charge of every round follow from it" in str(reply.error.reason)
+    assert "the noise and the privacy spent in every round depend on it" in str(reply.error.reason)
     assert read_ledger(where) == Ledger()
     plain, other = context(), context()
     message = asking(task, run, learning_rate=0.01, epochs=run.client.epochs)

@@ -73,7 +73,7 @@ def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "step", "said"),
     [
-        ("values['clients'] = lambda folder: []", "clients", "clients() names none"),
+        ("values['clients'] = lambda folder: []", "clients", "clients() returned none"),
         ("values['clients'] = lambda folder: 1 / 0", "clients", "ZeroDivisionError"),
         (
             "values['client_data'] = lambda c, f: open(c + '.csv')",
@@ -83,7 +83,7 @@ def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
         (
             "values['client_data'] = lambda c, f: Subset(data, [])",
             "client data",
-            "it holds no examples",
+            "got no examples",
         ),
         (
             "values['model'] = lambda: 1 / 0",
@@ -96,14 +96,14 @@ def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
             "schema",
             "example_input is torch.float32 (5,), the client's inputs are torch.float32 (4,)",
         ),
-        ("inputs[3, 1] = float('nan')", "schema", "inputs hold values that are not finite"),
+        ("inputs[3, 1] = float('nan')", "schema", "inputs contain values that are not finite"),
         ("targets[0] = 3", "schema", "must be whole numbers from 0 to 2"),
         ("targets[0] = -1", "schema", "must be whole numbers from 0 to 2"),
         ("values['labels'] = ('a', 'b')", "schema", "2 labels for 3 outputs"),
         ("values['model'] = lambda: nn.Linear(7, 3)", "schema", "mat1 and mat2"),
         ("values['kind'] = 'regression'", "schema", "a regression needs as many outputs"),
-        ("values['loss'] = lambda o, t: o.sum(1)", "loss", "it must be one finite number"),
-        ("values['loss'] = lambda o, t: o.sum() / 0", "loss", "it must be one finite number"),
+        ("values['loss'] = lambda o, t: o.sum(1)", "loss", "expected one finite number"),
+        ("values['loss'] = lambda o, t: o.sum() / 0", "loss", "expected one finite number"),
         (
             "values['loss'] = lambda o, t: o.detach().mean()",
             "training",
@@ -123,7 +123,7 @@ def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
             "export",
             "layer 'model.1' (Sorts) cannot be exported to ONNX",
         ),
-        ("values['test_data'] = lambda f: Subset(data, [])", "test data", "test data: it holds no"),
+        ("values['test_data'] = lambda f: Subset(data, [])", "test data", "test data: got no"),
         (
             "values['cloud_data'] = lambda f: TensorDataset(torch.zeros(5, 9), torch.zeros(5))",
             "cloud data",
@@ -164,7 +164,7 @@ def test_a_client_that_is_not_there_is_named(tmp_path: Path) -> None:
 def test_a_task_without_cloud_data_is_told_what_is_left_out(tmp_path: Path) -> None:
     found = check(tmp_path, "del values['cloud_data']")
     assert found["cloud data"].ok
-    assert "fine-tuning, its gate and every candidate but fp32 are left out" in (
+    assert "fine-tuning, its gate and every candidate except fp32 are skipped" in (
         found["cloud data"].detail
     )
 

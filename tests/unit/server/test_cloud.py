@@ -69,7 +69,7 @@ def test_data_that_is_empty_or_cannot_be_read_is_named(part: str) -> None:
     what = "held-out cloud data" if part == "cloud_heldout" else "cloud data"
     with pytest.raises(DataError, match=f"task 'tiny': {what}: reading it failed: OSError: no su"):
         read(make_task(**{part: fails}))
-    with pytest.raises(DataError, match=f"task 'tiny': {what}: it holds no examples"):
+    with pytest.raises(DataError, match=f"task 'tiny': {what}: got no examples"):
         read(make_task(**{part: lambda folder: Subset(ROWS, [])}))
 
 

@@ -109,14 +109,14 @@ def test_a_log_that_was_cut_shows_and_is_not_gone_on_with(tmp_path: Path, kept: 
     path = tmp_path / "audit.jsonl"
     write(path, 4)
     path.write_text("".join(path.read_text().splitlines(keepends=True)[:kept]))
-    with pytest.raises(DataError, match=r"was cut or changed.*put the whole log back"):
+    with pytest.raises(DataError, match=r"was truncated or changed.*restore the complete log"):
         verify_audit(path)
-    with pytest.raises(DataError, match="was cut or changed"):
+    with pytest.raises(DataError, match="was truncated or changed"):
         log(path)
     path.unlink()
-    with pytest.raises(DataError, match=r"is gone; audit\.mark beside it"):
+    with pytest.raises(DataError, match=r"is missing; audit\.mark beside it"):
         verify_audit(path)
-    with pytest.raises(DataError, match="is gone"):
+    with pytest.raises(DataError, match="is missing"):
         log(path)
     assert not path.exists()
     (tmp_path / "audit.mark").unlink()  # both were put away: a new log begins
@@ -143,7 +143,7 @@ def test_a_mark_that_says_nothing_is_told_of(tmp_path: Path) -> None:
     write(path, 1)
     (tmp_path / "audit.mark").write_text("{}")
     for look in (verify_audit, log):
-        with pytest.raises(DataError, match=r"audit\.mark: this does not tell how far"):
+        with pytest.raises(DataError, match=r"audit\.mark: this file does not state the length"):
             look(path)
 
 
@@ -167,7 +167,7 @@ def test_nothing_is_done_once_the_log_was_taken_away(tmp_path: Path, tamper: obj
     write(path, 2)
     audit = log(path)
     tamper(path)  # type: ignore[operator]
-    with pytest.raises(DataError, match="removed, replaced or cut while the server runs"):
+    with pytest.raises(DataError, match="removed, replaced or truncated while the server runs"):
         audit.record(by="x", action="stop", outcome="accepted")
     audit.close()
 
@@ -219,9 +219,9 @@ def test_a_log_without_end_is_not_read_to_it(tmp_path: Path) -> None:
         audit.record(by="anna", action="pause")
     os.truncate(path, 1 << 40)  # takes no room
     for read in (verify_audit, Audit):
-        with pytest.raises(DataError, match="was cut or changed"):
+        with pytest.raises(DataError, match="was truncated or changed"):
             read(path)
     (tmp_path / MARK).unlink()
     for read in (verify_audit, Audit):
-        with pytest.raises(DataError, match="look who may write"):
+        with pytest.raises(DataError, match="check who has write"):
             read(path)

@@ -205,7 +205,7 @@ def test_whoever_says_nothing_or_little_is_hung_up_on(
             assert hung_up(one, 4 - (time.monotonic() - began) + 1), one
     told = "\n".join(record.getMessage() for record in caplog.records)
     assert "refused 127.0.0.1: 408: connection: no handshake within 1 s" in told
-    assert "refused edge-1: 408: connection: no whole request within 1 s" in told
+    assert "refused edge-1: 408: connection: no complete request within 1 s" in told
 
 
 def test_calls_are_not_piled_up(serve: Any, dial: Dial, caplog: pytest.LogCaptureFixture) -> None:

@@ -137,7 +137,7 @@ def test_training_without_an_end_ends(
         "client.epochs=10000",
     )
     device = launch_device("edge-0", "--owner", str(owner))
-    device.wait_for("is over. The work was dropped between two steps", 60)
+    device.wait_for("has passed. Training was abandoned between two steps", 60)
     assert server.end(30) == 6
     before_s = cpu_s(device)
     time.sleep(2)

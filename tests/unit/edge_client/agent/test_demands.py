@@ -37,7 +37,7 @@ def test_work_goes_on_until_its_owner_or_its_server_is_gone() -> None:
     signals.lost = time.monotonic()
     assert reason_to_stop(signals) is None, "a server that restarts takes the update all the same"
     signals.lost = time.monotonic() - GONE_S - 1
-    assert "not been heard of" in (reason_to_stop(signals) or "")
+    assert "no sign of the server" in (reason_to_stop(signals) or "")
     signals.lost = None
     signals.stop.set()
     assert "owner" in (reason_to_stop(signals) or "")

@@ -11,7 +11,7 @@ from flwr.proto.message_pb2 import ObjectTree
 from edge_client.agent import loop
 from edge_client.agent.run import DeviceSetup
 from edge_client.agent.wake import Signals
-from edge_client.device_folder import own
+from edge_client.device_folder import lock_device_folder
 from edge_client.ledger.book import read_book
 from fedcore.config.owner import OPEN_POLICY, DataSet, OwnerPolicy
 from fedcore.errors import InvalidUpdate
@@ -39,7 +39,7 @@ def test_a_bad_number_for_a_mod_refuses_one_message_and_ends_nothing(
     run, kit = run_of(privacy=privacy, strategy=strategy), kit_in(tmp_path)
     link, runs = Link(run), dict[int, Any]()
     assume_identity(RUN_ID)
-    with own(tmp_path / "device") as folder:
+    with lock_device_folder(tmp_path / "device") as folder:
         device = DeviceSetup(kit, task, tmp_path / "task.py", OPEN_POLICY, folder)
         for number, norm in ((1, wrong), (2, 0.5)):
             message = instruction(task, run, number, clipping_norm=norm)
@@ -50,9 +50,11 @@ def test_a_bad_number_for_a_mod_refuses_one_message_and_ends_nothing(
     refused, done = link.answers
     assert refused.error.code == REFUSED + InvalidUpdate.exit_code
     if privacy:
-        assert refused.error.reason == "client 'anna': InvalidUpdate; its log says more"
+        assert (
+            refused.error.reason == "client 'anna': InvalidUpdate; the client's log has the details"
+        )
     else:
-        assert "what runs around training" in (refused.error.reason or "")
+        assert "client mods failed" in (refused.error.reason or "")
     assert not done.has_error()
 
 
@@ -68,7 +70,7 @@ def test_files_that_come_to_a_named_data_set_in_mid_run_count_at_once(tmp_path: 
     sets = tuple(DataSet(name=path.name, path=str(path), max_epsilon=1e5) for path in (ward, other))
     link, runs = Link(run), dict[int, Any]()
     assume_identity(RUN_ID)
-    with own(tmp_path / "device") as folder:
+    with lock_device_folder(tmp_path / "device") as folder:
         owner = OwnerPolicy(data=str(ward), datasets=sets)
         device = DeviceSetup(kit, task, tmp_path / "task.py", owner, folder)
         opened = []

@@ -22,7 +22,7 @@ from edge_client.agent import announce, loop
 from edge_client.agent.loop import run_device
 from edge_client.agent.run import DeviceSetup
 from edge_client.agent.wake import Signals
-from edge_client.device_folder import DeviceFolder, own
+from edge_client.device_folder import DeviceFolder, lock_device_folder
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.crypto.kit import Kit, load_identity, load_kit, restrict
 from fedcore.errors import DataError, DeviceError, FedcoreError, TrustError
@@ -80,7 +80,7 @@ def kitted(
         load_identity(project.server(folder / "server", "127.0.0.1")),
     )
     kit = load_kit(project.device(folder / "kit"))
-    with answering(answers, serving) as port, own(folder / "state") as state:
+    with answering(answers, serving) as port, lock_device_folder(folder / "state") as state:
         yield replace(kit, servers=(f"https://127.0.0.1:{port}",)), state
 
 
@@ -195,7 +195,7 @@ def test_telling_a_server_early_ends_nothing_and_counts(
     monkeypatch.setattr(announce, "_LONGEST_S", 1.0)
     answers, moved = Answers(answer(b"%d X" % status)), list[int]()
     with kitted(tmp_path, answers) as (kit, state):
-        state.note_let_in(kit.public)
+        state.record_admission(kit.public)
         began = time.monotonic()
         announce.announce(kit, TASK, state, "instance", moved.append)
         assert time.monotonic() - began < 10.0
@@ -230,7 +230,7 @@ def test_what_a_device_declines_does_not_come_as_fast_as_two_can_talk(
         time.sleep(2.0)
         assert device.thread.is_alive(), device.raised
         assert 5 < answers.asked.count("pull-messages") < 12
-    assert "takes no part" in caplog.text
+    assert "does not take part" in caplog.text
 
 
 def test_a_server_that_is_busy_on_and_on_is_asked_less_and_less(

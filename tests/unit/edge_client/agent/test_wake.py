@@ -125,7 +125,7 @@ def test_a_device_without_a_port_for_streams_asks_at_its_own_pace(
     monkeypatch.setattr(wake, "_SLOW_S", 0.4)
     asked: list[float] = []
     link = SimpleNamespace(wake_port=0, node_id=1, beat=asked.append)
-    wake.watch("a", link, stopped_after(2.0), None)  # type: ignore[arg-type]
+    wake.keep_stream_open("a", link, stopped_after(2.0), None)  # type: ignore[arg-type]
     assert 4 <= len(asked) <= 2.0 / 0.2 + 1
     assert all(0.2 <= again_s <= 0.4 for again_s in asked)
 
@@ -147,7 +147,7 @@ def test_the_first_stream_is_over_in_time_whatever_the_server_does(
         monkeypatch.setattr(wake, "_channel", lambda *_: channel_to(port))
         started = time.monotonic()
         link = SimpleNamespace(wake_port=port, kit=None, address=lambda tries: "")
-        wake.hold_stream(link, "a")  # type: ignore[arg-type]
+        wake.open_stream(link, "a")  # type: ignore[arg-type]
         assert opened.wait(10.0)
         assert not over.is_set()
         assert over.wait(10.0)
@@ -200,7 +200,7 @@ def test_a_server_that_ends_each_stream_gets_few_of_them(
             address=lambda tries: "",
             beat=lambda again_s: None,
         )
-        wake.watch("a", link, signals, counted.append)  # type: ignore[arg-type]
+        wake.keep_stream_open("a", link, signals, counted.append)  # type: ignore[arg-type]
     assert 3 <= len(tried) <= 3 + 4.0 / wake.STREAM_S + 1
     assert sum(counted) > 100 * len(tried)
 
@@ -240,7 +240,7 @@ def test_a_server_that_knows_nobody_and_lets_all_in_is_asked_at_a_rate(
         raise NotActivated("who?")
 
     link = SimpleNamespace(wake_port=0, node_id=1, beat=beat)
-    wake.watch("a", link, signals, None)  # type: ignore[arg-type]
+    wake.keep_stream_open("a", link, signals, None)  # type: ignore[arg-type]
     assert 5 <= len(asked) <= 5 + 2.0 / wake.ASK_S + 2
 
 

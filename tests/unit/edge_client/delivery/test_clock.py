@@ -10,9 +10,9 @@ from tuf.api.metadata import Root, Timestamp  # type: ignore[attr-defined]
 from edge_client.delivery.clock import (
     ClockReading,
     TimeFloor,
+    floor_after,
     forgotten,
     learned,
-    looked,
     read_floor,
     write_floor,
 )
@@ -33,11 +33,11 @@ def root(at: datetime = T0) -> Root:
 
 def updated(floor: TimeFloor, now: datetime, at: datetime, **more: Any) -> TimeFloor:
     """The floor after an update at which a repository was signed ``at`` some time."""
-    return learned(looked(floor, now), now, root=root(), timestamp=timestamp(at), created=None)
+    return learned(floor_after(floor, now), now, root=root(), timestamp=timestamp(at), created=None)
 
 
 def test_a_first_look_judges_nothing() -> None:
-    floor = looked(TimeFloor(), T0 + 1000 * DAY)
+    floor = floor_after(TimeFloor(), T0 + 1000 * DAY)
     assert floor.at is None
     assert ClockReading(T0, floor).at == T0
 
@@ -47,36 +47,36 @@ def test_what_was_signed_is_past() -> None:
     assert floor.at == T0
     judged = ClockReading(T0 - 20_000 * DAY, floor)
     assert judged.at == T0
-    assert judged.behind
-    assert "is behind: it is 2026-05-01 00:00 UTC at least" in (judged.complaint() or "")
+    assert judged.is_slow
+    assert "is slow: the time is 2026-05-01 00:00 UTC or later" in (judged.clock_warning() or "")
 
 
 def test_a_clock_set_back_is_judged_by_what_it_has_said() -> None:
     floor = updated(TimeFloor(), T0, T0)
-    floor = looked(floor, T0 + 20 * DAY)  # the repository has expired, and was refused
+    floor = floor_after(floor, T0 + 20 * DAY)  # the repository has expired, and was refused
     back = ClockReading(T0 + DAY, floor)
     assert back.at == T0 + 7 * DAY == timestamp(T0).expires  # expired, wherever the clock goes
     assert back.held
-    assert not back.behind  # for all that is known, it was ahead then
+    assert not back.is_slow  # for all that is known, it was ahead then
 
 
 def test_a_clock_that_was_ahead_locks_nobody_out() -> None:
     floor = updated(TimeFloor(), T0, T0)
-    floor = looked(floor, T0 + 4000 * DAY)
+    floor = floor_after(floor, T0 + 4000 * DAY)
     right = ClockReading(T0 + DAY, floor)
     assert not timestamp(T0 + DAY).is_expired(right.at)  # what is signed next is taken
     floor = updated(floor, T0 + DAY, T0 + DAY)
     assert floor.at is not None
     assert floor.at <= T0 + 8 * DAY
-    assert "has said 2037-04-13 00:00 UTC before" in (right.complaint() or "")
+    assert "it showed 2037-04-13 00:00 UTC before" in (right.clock_warning() or "")
     floor = updated(floor, T0 + 8 * DAY, T0 + 8 * DAY)
-    assert ClockReading(T0 + 8 * DAY, floor).complaint() is None  # said once
+    assert ClockReading(T0 + 8 * DAY, floor).clock_warning() is None  # said once
 
 
 def test_the_clock_is_spoken_of_only_where_it_is_off_by_minutes() -> None:
     floor = updated(TimeFloor(), T0, T0)
-    assert ClockReading(T0 - timedelta(minutes=9), floor).complaint() is None
-    assert ClockReading(T0 - timedelta(minutes=11), floor).complaint() is not None
+    assert ClockReading(T0 - timedelta(minutes=9), floor).clock_warning() is None
+    assert ClockReading(T0 - timedelta(minutes=11), floor).clock_warning() is not None
 
 
 @pytest.mark.parametrize("created", [None, T0 + 3 * DAY, T0 + 9999 * DAY])

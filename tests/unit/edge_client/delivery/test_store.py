@@ -93,11 +93,11 @@ def test_a_file_that_is_lost_or_garbage_is_noticed(
 def test_without_anything_whole_nothing_serves(tmp_path: Path, install: Install) -> None:
     install(1)
     (tmp_path / "store" / "models" / "digits" / "1" / "model.onnx").write_bytes(b"x")
-    with pytest.raises(DigestMismatch, match="no whole version before it"):
+    with pytest.raises(DigestMismatch, match="no intact earlier version"):
         store.serving(tmp_path / "store", "digits")
     install(2)
     (tmp_path / "store" / "models" / "digits" / "2" / "model.onnx").write_bytes(b"x")
-    with pytest.raises(DigestMismatch, match="no whole version before it"):
+    with pytest.raises(DigestMismatch, match="no intact earlier version"):
         store.serving(tmp_path / "store", "digits")
 
 

@@ -77,7 +77,7 @@ def test_single_inferences_are_timed_where_the_model_runs(
 @pytest.mark.parametrize("added", ["x", "zero"])
 def test_a_loop_without_end_is_ended(run: Run, added: str) -> None:
     started = time.monotonic()
-    with pytest.raises(LimitExceeded, match="no answer within 1 s, the limit of time"):
+    with pytest.raises(LimitExceeded, match="no answer within 1 s, this device's time limit"):
         run(hostile.endless_loop(of=added), seconds=1.0)
     assert time.monotonic() - started < 3
 
@@ -86,13 +86,13 @@ def test_the_processor_is_limited_where_nobody_looks_at_the_clock(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(confined, "_PROCESSOR_MARGIN_S", -59)
-    with pytest.raises(LimitExceeded, match="more time of the processor"):
+    with pytest.raises(LimitExceeded, match="more CPU time"):
         run(hostile.endless_loop(), seconds=60.0)
 
 
 @pytest.mark.parametrize("count", [10**9, 10**12, 2**61])
 def test_a_model_that_takes_all_memory_is_refused_it(run: Run, count: int) -> None:
-    with pytest.raises(LimitExceeded, match="more than 1024 MiB, the limit of memory"):
+    with pytest.raises(LimitExceeded, match="more than 1024 MiB, this device's memory limit"):
         run(hostile.memory_bomb(count), memory_bytes=1 << 30)
 
 
@@ -121,7 +121,7 @@ def test_what_is_no_model_is_said_to_be_none(run: Run, raw: bytes) -> None:
 
 
 def test_answers_that_are_no_numbers_are_none(run: Run) -> None:
-    with pytest.raises(DeviceError, match="no numbers"):
+    with pytest.raises(DeviceError, match="not numeric"):
         run(hostile.text_for_numbers())
 
 
@@ -136,7 +136,7 @@ def test_inputs_are_looked_at_first(run: Run, matmul: Any, manifest: Manifest) -
         with pytest.raises(DataError, match="expected"):
             run(matmul.onnx(1.0), wrong)
     for dtype in ("object", "nonsense", "\x1b[31m", "U5", "float32,int8"):
-        with pytest.raises(DeviceError, match="none of numbers") as caught:
+        with pytest.raises(DeviceError, match="not a numeric type") as caught:
             predict(
                 manifest.model_copy(update={"input_dtype": dtype}),
                 Path("none"),
@@ -154,7 +154,7 @@ def test_a_file_that_went_away_or_changed_is_not_run(
     for raw in (None, b"other"):
         if raw is not None:
             path.write_bytes(raw)
-        with pytest.raises(DeviceError, match="not what it was a moment ago"):
+        with pytest.raises(DeviceError, match="its file has just changed"):
             predict(manifest, path, EYE, threads=1, limits=ModelLimits())
 
 
@@ -181,14 +181,14 @@ def test_a_file_that_went_away_or_changed_is_not_run(
     ],
 )
 def test_a_child_that_was_taken_over_is_not_believed(said: bytes) -> None:
-    with pytest.raises(DeviceError, match="did not answer as a model does") as caught:
+    with pytest.raises(DeviceError, match="its response is malformed") as caught:
         confined._outputs(said, 0, "model 'm'", 1 << 30, 3)
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("status", [-6, -9, -11, -35, 1, 99])
 def test_a_child_that_fell_over_is_told_of(status: int) -> None:
-    with pytest.raises(DeviceError, match="brought onnxruntime down"):
+    with pytest.raises(DeviceError, match="crashed onnxruntime"):
         confined._outputs(b"", status, "model 'm'", 1 << 30, 3)
 
 
@@ -292,7 +292,7 @@ def test_a_machine_without_room_for_a_process_is_an_error_of_ours(
         raise BlockingIOError(11, "Resource temporarily unavailable")
 
     monkeypatch.setattr(subprocess, "Popen", none)
-    with pytest.raises(ResourceError, match="no process could be started"):
+    with pytest.raises(ResourceError, match="cannot start a process"):
         run(matmul.onnx(1.0))
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 from flwr.app import RecordDict
 
-from edge_client.device_folder import own
+from edge_client.device_folder import lock_device_folder
 from edge_client.ledger.book import MARK, count_path
 from edge_client.ledger.ledger import DeviceLedger
 from fedcore.cli import Command
@@ -40,7 +40,7 @@ class Site:
     def charge(self, run: str, times: int, noise: float = 1.2) -> None:
         privacy = Privacy(unit="example", max_epsilon=1e6)
         config = RunConfig(name=run, task="task.py", privacy=privacy)
-        with own(self.state) as folder:
+        with lock_device_folder(self.state) as folder:
             ledger = DeviceLedger(
                 folder, self.kit / MARK, self.counted, config, OwnerPolicy(), None
             )
@@ -50,8 +50,8 @@ class Site:
                 before = ledger_in(state).charges
                 new = Charge(len(before) + 1, noise, 1 / 10, 10)
                 put_ledger(state, Ledger((*before, new)))
-                ledger.keep(state)
-                folder.keep(run, state, f"{run}{len(before)}", RecordDict())
+                ledger.commit(state)
+                folder.store_reply(run, state, f"{run}{len(before)}", RecordDict())
 
     def files(self) -> dict[Path, bytes]:
         every = [*self.root.rglob("*"), *self.counted.parent.rglob("*")]

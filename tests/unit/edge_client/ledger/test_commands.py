@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 
-from edge_client.device_folder import own
+from edge_client.device_folder import lock_device_folder
 from edge_client.ledger import commands as ledger_commands
 from edge_client.ledger.book import COUNT, LEDGER, MARK
 from fedcore.errors import ConfigError, DataError, DeviceError, PrivacyError, ResourceError
@@ -53,7 +53,7 @@ def test_show_without_an_owner_or_a_charge(
     site: Site, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert site.run(ledger_commands.show, "--state", site.state) == 0
-    assert "budgets are not known" in capsys.readouterr().out
+    assert "budgets are unknown" in capsys.readouterr().out
     (tmp_path / "new").mkdir()
     assert site.run(ledger_commands.show, "--state", tmp_path / "new") == 0
     assert "Nothing was charged" in capsys.readouterr().out
@@ -61,7 +61,7 @@ def test_show_without_an_owner_or_a_charge(
 
 
 def test_where_the_ledger_is_must_be_said_and_be_there(site: Site) -> None:
-    with pytest.raises(ConfigError, match="Neither --state nor --kit"):
+    with pytest.raises(ConfigError, match="expected --state or --kit"):
         site.run(ledger_commands.show)
     with pytest.raises(DataError, match="there is no such folder"):
         site.run(ledger_commands.verify, "--state", site.root / "nosuch")
@@ -157,14 +157,14 @@ def _restore(site: Site, backup: Path) -> None:
         (
             lambda site: (site.state / "state" / "wards.state").write_bytes(b"\xff\xff"),
             5,
-            "holds no record",
+            "does not contain the record",
         ),
         (
             lambda site: (site.state / LEDGER).write_text(
                 (site.state / LEDGER).read_text().replace("2.0", "9.0")
             ),
             5,
-            "is one thing in ledger.json and another in the run's state",
+            "differs between ledger.json and the run's state",
         ),
     ],
     ids=[
@@ -193,7 +193,7 @@ def test_verify_says_what_is_damaged_and_what_is_mended(
     said = capsys.readouterr()
     assert told in said.out + said.err
     assert ("all agrees" in said.out) == (not told)
-    mends = "next start mends that; nothing was changed here" in said.out
+    mends = "next start corrects that; nothing was changed here" in said.out
     assert mends == bool(told and code == 0)
     assert not any(word in said.out + said.err for word in ("is mended", "written again"))
     assert site.files() == before
@@ -213,13 +213,13 @@ def test_verify_says_each_thing_once(site: Site, capsys: pytest.CaptureFixture[s
     assert site.run(ledger_commands.verify, "--kit", site.kit) == 0
     lines = capsys.readouterr().out.splitlines()
     assert [line.partition(":")[0] for line in lines[:-1]] == ["behind"] * 4
-    assert sum(line.count("mends") for line in lines) == 1
+    assert sum(line.count("next start corrects") for line in lines) == 1
     site.charge("digits", 0)
     shutil.rmtree(site.state)
     site.state.mkdir()
     assert site.run(ledger_commands.verify, "--kit", site.kit) == 5
     said = capsys.readouterr().out
-    assert said.count("What was spent is unknown") == 1
+    assert said.count("The epsilon spent is unknown") == 1
     assert f"{site.kit / MARK} says that 23 were made and {site.counted} says that 23" in said
     assert "remove ledger.mark and ledger.count." in said
 
@@ -229,14 +229,14 @@ def test_show_without_an_owners_file_says_that_budgets_are_not_known(
 ) -> None:
     assert site.run(ledger_commands.show, "--kit", site.kit, "--accountant", "rdp") == 0
     said = capsys.readouterr().out
-    assert "No owner's file was named, so budgets are not known" in said
+    assert "No owner's file was given, so budgets are unknown" in said
     assert "sets no budget" not in said
     site.owner.write_text("")
     words = ("--kit", site.kit, "--owner", site.owner, "--accountant", "rdp")
     assert site.run(ledger_commands.show, *words) == 0
     said = capsys.readouterr().out
     assert "; the owner sets no budget" in said
-    assert "not known" not in said
+    assert "unknown" not in said
 
 
 def test_a_damaged_ledger_says_so_with_its_figures(
@@ -253,9 +253,9 @@ def test_a_damaged_ledger_says_so_with_its_figures(
     least = epsilon_text(epsilon(3, 1.2))
     assert f"run digits: epsilon at least {least} at delta 1e-05" in lines
     assert lines[-1].startswith("device, all runs: epsilon at least ")
-    assert lines[-1].endswith("; what is left of 8 is not known")
-    assert "room for" not in said.out
-    assert "named on standard output" in said.err
+    assert lines[-1].endswith("; how much is left of 8 is unknown")
+    assert "budget allows" not in said.out
+    assert "listed on standard output" in said.err
 
     assert site.run(ledger_commands.show, *words, "--json") == PrivacyError.exit_code
     told = json.loads(capsys.readouterr().out)
@@ -272,7 +272,7 @@ def test_a_ledger_of_which_nothing_can_be_read_is_not_called_empty(
     assert site_free_show(tmp_path) == PrivacyError.exit_code
     said = capsys.readouterr().out
     assert "Nothing was charged" not in said
-    assert "what was spent is not known" in said
+    assert "the epsilon spent is unknown" in said
     assert said.startswith("damaged: ")
 
 
@@ -286,8 +286,8 @@ def site_free_show(state: Path) -> int:
 def test_the_folder_of_another_kit_is_not_looked_at_as_this_ones(
     site: Site, tmp_path_factory: pytest.TempPathFactory, verb: str
 ) -> None:
-    with own(site.state) as folder:
-        folder.note_let_in(site.public)
+    with lock_device_folder(site.state) as folder:
+        folder.record_admission(site.public)
     other = Site(tmp_path_factory.mktemp("other"))
     other.charge("digits", 30)
     before = site.files() | other.files()
@@ -296,7 +296,7 @@ def test_the_folder_of_another_kit_is_not_looked_at_as_this_ones(
         site.run(getattr(ledger_commands, verb), *words)
     assert refused.value.exit_code == 11
     assert not any(name in str(refused.value) for name in (MARK, COUNT, LEDGER))
-    assert "name this device's own folder with --state" in str(refused.value)
+    assert "pass this device's own folder with --state" in str(refused.value)
     assert site.files() | other.files() == before
     assert site.run(getattr(ledger_commands, verb), "--kit", site.kit) == 0
 

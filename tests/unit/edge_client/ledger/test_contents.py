@@ -14,8 +14,8 @@ from edge_client.ledger.contents import (
     digests_of,
     label_of,
     name_in,
-    note_contents,
     read_contents,
+    record_contents,
 )
 from fedcore.errors import DataError, PrivacyError
 
@@ -36,12 +36,12 @@ def test_files_are_told_by_content_and_not_by_name_or_place(tmp_path: Path) -> N
 def test_a_label_names_what_was_there_when_it_was_written(tmp_path: Path) -> None:
     data = tmp_path / "data"
     data.mkdir()
-    assert note_contents(tmp_path, "ward", data) == ""
+    assert record_contents(tmp_path, "ward", data) == ""
     assert not (tmp_path / CONTENTS).exists()
     (data / "a").write_text("1")
-    first = note_contents(tmp_path, "ward", data)
+    first = record_contents(tmp_path, "ward", data)
     (data / "a").write_text("22")
-    second = note_contents(tmp_path, "ward", data)
+    second = record_contents(tmp_path, "ward", data)
     assert name_in(first) == name_in(second) == "ward"
     assert (first.split(":")[1], second.split(":")[1]) == ("1", "2")
     assert (tmp_path / CONTENTS).stat().st_mode & 0o777 == 0o600
@@ -98,10 +98,10 @@ def test_what_is_too_large_is_refused_by_its_name(
     for name in "abc":
         (tmp_path / name).write_text(name)
     monkeypatch.setattr(contents, limit, most)
-    with pytest.raises(PrivacyError, match=r"the data set 'ward' has more than .* take it out of"):
+    with pytest.raises(PrivacyError, match=r"the data set 'ward' has more than .* remove it from"):
         list(digests_of("ward", tmp_path))
 
 
 def test_a_folder_that_is_gone_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="this folder of a data set cannot be read"):
+    with pytest.raises(DataError, match="cannot read this folder of a data set"):
         list(digests_of("ward", tmp_path / "nosuch"))

@@ -16,7 +16,7 @@ from flwr.app import ConfigRecord, RecordDict
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_client.device_folder import DeviceFolder, own
+from edge_client.device_folder import DeviceFolder, lock_device_folder
 from edge_client.ledger.book import COUNT, LEDGER, MARK
 from edge_client.ledger.ledger import DeviceLedger
 from fedcore.config.owner import OwnerPolicy
@@ -46,7 +46,7 @@ class Machine:
         """How many charges this run has, and what others have spent."""
         state = self.folder.state(run)
         others = self.ledger(run, data).open(state)
-        return len(ledger_in(state).charges), replace(others, most_charges=None)
+        return len(ledger_in(state).charges), replace(others, max_charges=None)
 
     def train(
         self, run: str, *, data: Path | None = DATA, delta: float = 1e-5, copied: bool = True
@@ -60,12 +60,12 @@ class Machine:
         new = Charge(len(before) + 1, 1.1, 1 / 3, 3)
         put_ledger(state, Ledger((*before, new)))
         if not copied:
-            died = patch.object(DeviceLedger, "_mend", side_effect=KeyboardInterrupt)
+            died = patch.object(DeviceLedger, "_repair", side_effect=KeyboardInterrupt)
             with died, pytest.raises(KeyboardInterrupt):
-                ledger.keep(state)
+                ledger.commit(state)
             return new
-        ledger.keep(state)
-        self.folder.keep(run, state, f"key{next(self._keys)}", RecordDict())
+        ledger.commit(state)
+        self.folder.store_reply(run, state, f"key{next(self._keys)}", RecordDict())
         return new
 
     @property
@@ -76,7 +76,7 @@ class Machine:
 @pytest.fixture
 def machine(tmp_path: Path) -> Iterator[Machine]:
     (tmp_path / "kit").mkdir()
-    with own(tmp_path / "device") as folder:
+    with lock_device_folder(tmp_path / "device") as folder:
         yield Machine(tmp_path / "kit", folder)
 
 
@@ -107,7 +107,7 @@ def test_the_budget_of_an_owner_holds_over_runs_at_the_least_delta() -> None:
         if allowed:
             assert charge(Ledger(), new, privacy, client="anna", owner=owner, others=others)
             continue
-        with pytest.raises(BudgetExhausted, match="over all runs client 'anna' has spent epsilon"):
+        with pytest.raises(BudgetExhausted, match="over all runs, client 'anna' has spent epsilon"):
             charge(Ledger(), new, privacy, client="anna", owner=owner, others=others)
 
 
@@ -172,9 +172,11 @@ def test_a_ledger_that_was_removed_or_put_back_stops_training(machine: Machine) 
         lambda: shutil.copytree(backup, machine.folder.path, dirs_exist_ok=True),
     ):
         restore()
-        with pytest.raises(PrivacyError, match="says that 2 were made: it was removed, put"):
+        with pytest.raises(
+            PrivacyError, match="says that 2 were made: the ledger was removed, replaced"
+        ):
             machine.open("one")
-        with pytest.raises(PrivacyError, match="nothing was trained; put the latest"):
+        with pytest.raises(PrivacyError, match="nothing was trained; restore the latest"):
             machine.open("another")
     (machine.kit / MARK).unlink()
     with pytest.raises(PrivacyError, match=r"ledger\.count says that 2 were made"):
@@ -199,7 +201,7 @@ def test_a_torn_ledger_stops_training_until_it_is_removed(machine: Machine, raw:
     machine.train("one")
     whole = machine.open("two")[1]
     (machine.folder.path / LEDGER).write_bytes(raw)
-    with pytest.raises(PrivacyError, match=r"ledger\.json: .* nothing was trained; put it back"):
+    with pytest.raises(PrivacyError, match=r"ledger\.json: .* nothing was trained; restore it"):
         machine.open("two")
     (machine.folder.path / LEDGER).unlink()
     assert machine.open("two")[1] == whole
@@ -212,7 +214,7 @@ def test_a_torn_mark_and_a_torn_state_stop_training(machine: Machine) -> None:
         machine.open("two")
     (machine.kit / MARK).unlink()
     (machine.states / "one.state").write_bytes(b"\xff\xff garbage")
-    with pytest.raises(DataError, match="holds no record"):
+    with pytest.raises(DataError, match="does not contain the record"):
         machine.open("two")
 
 
@@ -228,7 +230,7 @@ def test_something_else_in_a_ledgers_place_stops_training(
     {"folder": path.mkdir, "pipe": lambda: os.mkfifo(path)}.get(
         what, lambda: path.symlink_to(path.name)
     )()
-    why = "Too many levels of symbolic links" if what == "loop" else "something else has its name"
+    why = "Too many levels of symbolic links" if what == "loop" else "another kind of file"
     with pytest.raises(PrivacyError, match=f"{why}.* or remove it"):
         machine.open("two")
     path.rmdir() if what == "folder" else path.unlink()
@@ -263,7 +265,7 @@ def test_a_flipped_bit_never_hides_what_was_spent(machine: Machine, where: str) 
     truth = machine.open("two")[1]
     state = machine.folder.state("one")
     machine.ledger("one").open(state)
-    own = ledger_in(state)
+    lock_device_folder = ledger_in(state)
     refused = 0
     for place in range(len(whole[path])):
         raw = bytearray(whole[path])
@@ -278,7 +280,7 @@ def test_a_flipped_bit_never_hides_what_was_spent(machine: Machine, where: str) 
         else:
             assert others.target_delta <= truth.target_delta
             assert set(truth.charges) <= set(others.charges)
-            assert ledger_in(state) == own
+            assert ledger_in(state) == lock_device_folder
         for file, held in whole.items():
             file.write_bytes(held)
         for new in (*machine.states.iterdir(), *machine.folder.path.glob("*.json")):
@@ -294,7 +296,7 @@ def test_dying_before_the_copy_costs_nothing_and_hides_nothing(machine: Machine)
     assert machine.open("one")[0] == 2
 
 
-@pytest.mark.parametrize("what", ["removed", "put back"])
+@pytest.mark.parametrize("what", ["removed", "earlier copy"])
 def test_a_ledger_that_is_touched_after_it_was_read_is_mended_before_a_round_begins(
     machine: Machine, what: str
 ) -> None:
@@ -309,7 +311,7 @@ def test_a_ledger_that_is_touched_after_it_was_read_is_mended_before_a_round_beg
         (machine.folder.path / LEDGER).unlink()
     else:
         (machine.folder.path / LEDGER).write_bytes(first)
-    ledger.keep(state)
+    ledger.commit(state)
     (machine.states / "two.state").unlink()
     assert len(machine.open("three")[1].charges) == 4
     assert json.loads((machine.kit / MARK).read_text())["charges"] == 4
@@ -337,7 +339,7 @@ def test_whatever_dies_and_when_what_may_have_begun_is_charged_once(
     (root / "kit").mkdir()
     begun = {"one": 0, "two": 0}
     for run, lives in deaths:
-        with own(root / "device") as folder, pytest.MonkeyPatch.context() as patch:
+        with lock_device_folder(root / "device") as folder, pytest.MonkeyPatch.context() as patch:
             machine = Machine(root / "kit", folder)
             state = folder.state(run)
             machine.ledger(run).open(state)
@@ -353,12 +355,12 @@ def test_whatever_dies_and_when_what_may_have_begun_is_charged_once(
             patch.setattr("edge_client.device_folder.write_atomic", dying)
             try:
                 ledger = machine.ledger(run)
-                ledger.keep(state)
-                folder.keep(run, state, "key", RecordDict())
+                ledger.commit(state)
+                folder.store_reply(run, state, "key", RecordDict())
             except KeyboardInterrupt:
                 pass
             begun[run] += lives >= 1  # the state is there; what is trained comes after
-    with own(root / "device") as folder:
+    with lock_device_folder(root / "device") as folder:
         machine = Machine(root / "kit", folder)
         found = {run: machine.open(run) for run in begun}
     assert {run: count for run, (count, _) in found.items()} == begun

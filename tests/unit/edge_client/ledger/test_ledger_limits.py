@@ -16,7 +16,7 @@ from edge_client import device_folder as state_module
 from edge_client.agent import loop
 from edge_client.agent.run import DeviceSetup
 from edge_client.agent.wake import Signals, TokenBucket
-from edge_client.device_folder import DeviceFolder, own
+from edge_client.device_folder import DeviceFolder, lock_device_folder
 from edge_client.ledger import book as ledger_book
 from edge_client.ledger.book import (
     MAX_CHARGES,
@@ -38,7 +38,7 @@ from fedcore.errors import PrivacyError
 from fedcore.flower.fleet_pull import AnnouncedMessage
 from fedcore.flower.identity import assume_identity
 from fedcore.flower.records import record_bytes
-from fedcore.privacy.accounting import MOST_KEPT, Charge
+from fedcore.privacy.accounting import MAX_KEPT, Charge
 from fedcore.privacy.ledger import Ledger, put_ledger
 from fedcore.task.definition import Task
 from fedcore.updates.messages import (
@@ -48,7 +48,7 @@ from fedcore.updates.messages import (
 from tests.unit.edge_client.agent.asked import PRIVATE, RUN_ID, Link, instruction, kit_in, run_of
 from tests.unit.fedcore.clients import make_task
 
-HIDDEN = "client 'anna': LedgerFull; its log says more"
+HIDDEN = "client 'anna': LedgerFull; the client's log has the details"
 
 
 @dataclass
@@ -79,7 +79,7 @@ class Site:
 @pytest.fixture
 def site(tmp_path: Path) -> Iterator[Site]:
     assume_identity(RUN_ID)
-    with own(tmp_path / "device") as folder:
+    with lock_device_folder(tmp_path / "device") as folder:
         task = make_task()
         device = DeviceSetup(kit_in(tmp_path), task, tmp_path / "task.py", OPEN_POLICY, folder)
         yield Site(folder, device, task)
@@ -97,8 +97,11 @@ def test_ever_new_runs_are_refused_before_anything_is_charged_or_written(
         assert reply.error.code == REFUSED + PrivacyError.exit_code
         assert reply.error.reason == HIDDEN
     assert site.files() == before
-    assert "run 'run-5' is new, and this device's ledger holds 3 runs, where 3" in caplog.text
-    assert "name an empty one with --state" in caplog.text
+    assert (
+        "run 'run-5' is new, but this device's ledger already contains 3 runs, the limit is 3"
+        in caplog.text
+    )
+    assert "pass an empty one with --state" in caplog.text
     assert not site.ask("run-1", private=True, number=2).has_error(), "a known run goes on"
     assert site.charges() == {"run-0": 1, "run-1": 2, "run-2": 1}
 
@@ -114,7 +117,7 @@ def test_a_server_cannot_fill_a_ledger_with_runs_as_fast_as_it_can_ask(
     reply = site.ask("three", private=True)
     assert reply.error.code == REFUSED + PrivacyError.exit_code
     assert site.files() == before
-    assert "run 'three' is new, and its server has had this device open 64" in caplog.text
+    assert "run 'three' is new, but this server has already started 64" in caplog.text
     assert not site.ask("one", private=True, number=2).has_error(), "a known run goes on"
     assert not site.ask("plain", private=False).has_error(), "nothing is charged in it"
     now[0] += 901.0
@@ -135,8 +138,8 @@ def test_a_run_without_an_end_is_refused_before_anything_is_charged_or_written(
         assert site.ask(run, private=True, number=3).error.reason == HIDDEN
         assert site.files() == before
         assert site.charges() == {"one": 2, "two": 1}
-    assert "has 2 charges of this run in its ledger, where 2 may be" in caplog.text
-    assert "has 0 charges of this run in its ledger, where 0 may be" in caplog.text
+    assert "has 2 charges of this run in its ledger, the limit is 2" in caplog.text
+    assert "has 0 charges of this run in its ledger, the limit is 0" in caplog.text
     assert "new" not in site.folder.runs()
 
 
@@ -164,7 +167,7 @@ def test_no_state_with_a_charge_is_dropped_though_the_ledger_does_not_tell_of_it
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ledger: str
 ) -> None:
     monkeypatch.setattr(ledger_module, "IDLE_RUNS", 2)
-    with own(tmp_path) as folder:
+    with lock_device_folder(tmp_path) as folder:
         if ledger == "torn":
             (folder.path / "ledger.json").write_text("{")
         charged, odd = RecordDict(), folder.path / "state" / "odd.state"
@@ -236,4 +239,4 @@ def test_the_longest_ledger_that_may_be_can_be_read(tmp_path: Path) -> None:
 
 def test_what_each_charge_costs_is_kept_for_as_many_as_there_may_be() -> None:
     """Or a server that changes its settings each round would have all of it counted anew."""
-    assert MOST_KEPT >= MAX_CHARGES
+    assert MAX_KEPT >= MAX_CHARGES

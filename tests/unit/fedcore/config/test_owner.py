@@ -36,8 +36,8 @@ def test_a_looser_owner_does_not_loosen_what_the_server_asked() -> None:
 @pytest.mark.parametrize(
     ("line", "told"),
     [
-        ('data = ""', "data = '' names no folder"),
-        ('data = "a\\u0000b"', "names no folder"),
+        ('data = ""', "data = '' is not a folder name"),
+        ('data = "a\\u0000b"', "is not a folder name"),
         ("hours = []", "this device would never take part"),
         ("max_threads = 99999999999999999999999999", "less than or equal to 65536"),
         ("max_memory_bytes = 99999999999999999999999999", "less than or equal to 1000000000000000"),
@@ -60,7 +60,9 @@ def test_a_folder_of_data_must_be_there(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
     for missing in (data, tmp_path / "file", tmp_path / ("x" * 300)):
         path.write_text(f'data = "{missing}"\n')
-        with pytest.raises(ConfigError, match=r"there is no folder .* Nothing was run; make it"):
+        with pytest.raises(
+            ConfigError, match=r"there is no accessible folder .* Nothing was run; create it"
+        ):
             load_owner(path)
     data.mkdir()
     path.write_text(f'data = "{data}"\n')
@@ -123,7 +125,7 @@ def test_a_data_set_has_one_name_and_a_name_one_data_set(tmp_path: Path) -> None
     path = tmp_path / "owner.toml"
     text = DATASETS.format(one=tmp_path / "a", other=tmp_path / "b")
     path.write_text(text.replace("2027", "2026"))
-    with pytest.raises(ConfigError, match="datasets names '2026' twice"):
+    with pytest.raises(ConfigError, match="datasets lists '2026' twice"):
         load_owner(path)
     for was, is_now in (('"2026"', '"a b"'), ("2.0", "0.0"), ("name = ", "nmae = ")):
         path.write_text(text.replace(was, is_now, 1))
@@ -137,7 +139,7 @@ def test_errors_name_the_owners_file_as_it_is_called(tmp_path: Path) -> None:
     owner = load_owner(path)
     with pytest.raises(PrivacyError, match=r"^anna\.toml: max_epsilon = 1"):
         tighten(RunConfig(name="r", task="task.py"), owner)
-    with pytest.raises(OwnerLimit, match=r"and anna\.toml has max_round_steps = 3\."):
+    with pytest.raises(OwnerLimit, match=r"but anna\.toml has max_round_steps = 3\."):
         bounds_of(owner).admit(4)
     assert "file" not in owner.model_dump()
     path.write_text('file = "x"\n')

@@ -9,7 +9,7 @@ import pytest
 
 from fedcore.config import patterns
 from fedcore.config.owner import load_owner
-from fedcore.config.patterns import in_words
+from fedcore.config.patterns import describe_pattern
 from fedcore.errors import ConfigError
 
 PATTERNS = {name: value for name, value in vars(patterns).items() if name.isupper()}
@@ -17,9 +17,9 @@ PATTERNS = {name: value for name, value in vars(patterns).items() if name.isuppe
 
 @pytest.mark.parametrize("name", sorted(name for name in PATTERNS if not name.startswith("_")))
 def test_each_is_put_in_words_whose_example_it_takes(name: str) -> None:
-    words = in_words(PATTERNS[name])
+    words = describe_pattern(PATTERNS[name])
     assert PATTERNS[name] not in words
-    example = re.search(r'as "(.*)"$', words)
+    example = re.search(r'e\.g\. "(.*)"$', words)
     assert name == "SHA256" or (example and re.fullmatch(PATTERNS[name], example[1]))
 
 
@@ -28,9 +28,9 @@ def test_each_is_put_in_words_whose_example_it_takes(name: str) -> None:
     [
         (
             'hours = ["22-6"]',
-            'it should be hours of a day from and to, each of four digits, as "22',
+            'it should be a range of hours of the day, each HH:MM, e.g. "22',
         ),
-        ('tasks = ["abc"]', "it should be a SHA-256, which is 64 of 0-9 and a-f"),
+        ('tasks = ["abc"]', "it should be a SHA-256 digest: 64 characters of 0-9 and a-f"),
         ('[[datasets]]\nname = "a b"\npath = "x"', "1 to 64 of letters, digits, '.', '-' and '_'"),
     ],
 )

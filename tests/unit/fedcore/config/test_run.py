@@ -79,7 +79,7 @@ def test_private_is_what_the_unit_says() -> None:
 def test_a_model_made_in_code_is_checked_as_a_file_is() -> None:
     with pytest.raises(ValidationError, match="greater than or equal to 0"):
         ClientConfig(learning_rate=0.0)
-    with pytest.raises(ValidationError, match="belong together"):
+    with pytest.raises(ValidationError, match="must be set together"):
         RunConfig(name="x", task="t.py", release=ReleaseConfig(keys="k"))
 
 

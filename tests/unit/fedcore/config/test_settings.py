@@ -135,7 +135,7 @@ def test_a_value_is_refused_with_what_is_allowed(tmp_path: Path, text: str, said
     ("value", "said"),
     [
         ("9" * 5000, "not valid TOML: Exceeds the limit"),
-        ("0x" + "f" * 5000, "rounds = a number of thousands of digits: it should be"),
+        ("0x" + "f" * 5000, "rounds = a number with thousands of digits: it should be"),
         ("[" * 3000, "not valid TOML: maximum recursion depth exceeded"),
         ("[" * 150 + "]" * 150, "rounds = [[["),
     ],
@@ -200,7 +200,7 @@ def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
             "privacy.client.separation = 3 contradicts privacy.client.mechanism = 'gaussian'",
         ),
         ("[federation]\nevaluate_cohort = 2", "evaluate_cohort needs federation.holdout above 0"),
-        ("[federation]\nholdout = 0.1", "federation.holdout = 0.1 keeps data from training"),
+        ("[federation]\nholdout = 0.1", "federation.holdout = 0.1 withholds data from training"),
         (
             "[federation]\nover_selection = 1.3",
             "federation.over_selection = 1.3 needs federation.cohort",
@@ -209,10 +209,10 @@ def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
             "[federation]\nrounds = 3\n[privacy]\nparticipations = 4",
             "privacy.participations = 4 is more than federation.rounds = 3",
         ),
-        ("[compression]\ncandidates = ['pruned']", "compression.candidates must hold 'fp32'"),
-        ("[compression]\ncandidates = ['fp32', 'fp32']", "names one candidate twice"),
-        ("[release]\nkeys = 'keys'", "release.repository and release.keys belong together"),
-        ("[release]\nrepository = 'r'", "release.repository and release.keys belong together"),
+        ("[compression]\ncandidates = ['pruned']", "compression.candidates must contain 'fp32'"),
+        ("[compression]\ncandidates = ['fp32', 'fp32']", "lists a candidate twice"),
+        ("[release]\nkeys = 'keys'", "release.repository and release.keys must be set together"),
+        ("[release]\nrepository = 'r'", "release.repository and release.keys must be set together"),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(
@@ -300,7 +300,7 @@ def test_what_is_no_toml_is_refused_with_the_place(tmp_path: Path, raw: bytes, s
 def test_a_file_that_cannot_be_read_is_refused(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"none\.toml: this file does not exist.*`fedcore new"):
         load_run(tmp_path / "none.toml")
-    with pytest.raises(ConfigError, match="a folder or something else has its name"):
+    with pytest.raises(ConfigError, match="it is a folder or another kind of file"):
         load_run(tmp_path)
     with pytest.raises(ConfigError, match="File name too long"):
         load_run(tmp_path / ("x" * 300))

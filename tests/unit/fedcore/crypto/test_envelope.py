@@ -77,7 +77,7 @@ def test_sealing_draws_a_nonce_and_counts_from_now() -> None:
         ({"purpose": "evaluate"}, UpdateForeign, "purpose 'evaluate', expected 'train'"),
         ({"round": 41}, UpdateStale, "signed for round 41, expected 42"),
         ({"round": 43}, UpdateStale, "signed for round 43, expected 42"),
-        ({"base_sha256": "0c" * 32}, UpdateStale, "starts from the model sha256:0c0c"),
+        ({"base_sha256": "0c" * 32}, UpdateStale, "was trained from the model sha256:0c0c"),
         ({"payload_sha256": "0c" * 32}, DigestMismatch, "payload digest sha256:0b0b"),
         ({"expires_at_s": NOW_S - SKEW_S - 1}, UpdateExpired, "expired 601 s ago"),
         ({"expires_at_s": NOW_S + MAX_VALIDITY_S + SKEW_S + 1}, UpdateExpired, "claims to be val"),
@@ -101,7 +101,7 @@ def test_a_node_whose_clock_is_ten_minutes_off_is_not_locked_out() -> None:
 
 
 def test_another_key_opens_nothing() -> None:
-    with pytest.raises(SignatureInvalid, match="not signed by the node's own key"):
+    with pytest.raises(SignatureInvalid, match="not signed with the node's own key"):
         open_envelope(sign(ENVELOPE, new_key()), **EXPECTED)
 
 

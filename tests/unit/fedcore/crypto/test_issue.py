@@ -143,8 +143,8 @@ def test_what_is_no_host_is_refused(project: Any, host: str) -> None:
     ("host", "said"),
     [
         ("fe80::1%eth0", r"without a zone \(%eth0\)"),
-        ("0.0.0.0", "nobody can connect to this one"),
-        ("::", "nobody can connect to this one"),
+        ("0.0.0.0", "a wildcard that nobody can connect to"),
+        ("::", "a wildcard that nobody can connect to"),
     ],
 )
 def test_addresses_that_reach_no_server_are_refused(host: str, said: str) -> None:

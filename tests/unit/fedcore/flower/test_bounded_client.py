@@ -81,14 +81,14 @@ def test_what_comes_around_a_body_counts_against_the_owners_limit(tmp_path: Path
         endless(connection, b"", b"HTTP/1.1 103 Early Hints\r\n\r\n" * 1000)
 
     with calling(behave, tmp_path) as (client, moved):
-        with pytest.raises(OwnerLimit, match="with what is around the answer"):
+        with pytest.raises(OwnerLimit, match="including protocol overhead"):
             client.pull_object(PullObjectRequest(), 100_000)
         with pytest.raises(TooLarge):
             client.PullMessages(PullMessagesRequest())
     assert moved[0] < 400_000
 
 
-MOST_PIECES = 2 * ANSWER_BYTES // metered_module.LEAST_PIECE_BYTES
+MOST_PIECES = 2 * ANSWER_BYTES // metered_module.MIN_PIECE_BYTES
 
 
 def by_records(connection: Any, request: bytes) -> None:

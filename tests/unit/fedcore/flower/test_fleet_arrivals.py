@@ -54,7 +54,7 @@ class Sender:
 
     def __init__(self, fleet: Fleet, key: bytes, values: NDArray[np.float32] | None = None) -> None:
         self.fleet, self.caller = fleet, Caller(node_id_of(key), key, "edge")
-        fleet.enlist(key)
+        fleet.register_node(key)
         fleet.state.activate_node(self.caller.node_id, 60)
         content = RecordDict(
             {
@@ -123,7 +123,7 @@ class Sender:
             assert self.push(self.request(object_id))
 
     def taken(self) -> FileArray:
-        reply = self.fleet.take(self.message_id)
+        reply = self.fleet.pop_reply(self.message_id)
         assert reply is not None
         assert not reply.has_error(), reply.error
         array = reply.content["arrays"]["model"]  # type: ignore[index]
@@ -250,7 +250,7 @@ def test_a_chunk_of_another_reply_is_not_taken(fleet: Fleet) -> None:
     for session in (one.session, other.session):
         one.session = session
         for object_id, content in other.objects.items():
-            with pytest.raises(InvalidUpdate, match="no reply of it lacks"):
+            with pytest.raises(InvalidUpdate, match="no reply of its own is missing"):
                 one.push(one.request(object_id, content))
 
 
@@ -278,10 +278,10 @@ def test_of_two_pushes_of_a_chunk_the_later_stands_and_the_earlier_writes_no_mor
     earlier, rest = one.arrival(raw)
     earlier.write(rest[: 2**16])
     assert one.push(raw)
-    with pytest.raises(InvalidUpdate, match="pushes again meanwhile"):
+    with pytest.raises(InvalidUpdate, match="already pushing again"):
         earlier.write(b"\0" * 2**16)
     earlier.close()
-    with pytest.raises(InvalidUpdate, match="no reply of it lacks"):
+    with pytest.raises(InvalidUpdate, match="no reply of its own is missing"):
         one.arrival(raw)
     one.push_all(object_id for object_id in one.objects if object_id != chunk)
     assert b"".join(pieces(one.taken(), 128)) == one.values.tobytes()
@@ -295,7 +295,7 @@ def test_what_is_forgotten_meanwhile_is_written_no_further_and_leaves_nothing(
     earlier, rest = one.arrival(one.request(one.chunks[0]))
     earlier.write(rest[: 2**16])
     fleet.forget([one.message_id])
-    with pytest.raises(InvalidUpdate, match="nobody waits for any more"):
+    with pytest.raises(InvalidUpdate, match="no longer expected"):
         earlier.write(rest[2**16 :])
     earlier.close()
     del earlier
@@ -333,7 +333,7 @@ def test_a_chunk_far_behind_the_others_is_refused_before_it_is_written(fleet: Fl
     asked, chunk = fleet.asked[one.message_id], one.chunks[1]
     above, _ = asked.places[chunk]
     asked.places[chunk] = above, asked.reply_limit_bytes // CUT_BYTES + 1
-    with pytest.raises(InvalidUpdate, match="its arrays take more than"):
+    with pytest.raises(InvalidUpdate, match="its arrays have more than"):
         one.push(one.request(chunk))
     assert fleet.asked[one.message_id].reply is None
     assert not any("joined" in path.name for path in spooled(fleet))
@@ -375,7 +375,7 @@ def test_a_chunk_where_the_tree_has_none_is_refused(fleet: Fleet) -> None:
     raw = one.request(one.chunks[0])
     asked = fleet.asked[one.message_id]
     asked.places.clear()
-    with pytest.raises(InvalidUpdate, match="a chunk of no array"):
+    with pytest.raises(InvalidUpdate, match="a chunk that belongs to no array"):
         one.arrival(raw)
     assert not asked.arriving
 

@@ -33,10 +33,10 @@ def test_a_real_reply_is_taken_whole() -> None:
 @pytest.mark.parametrize(
     ("announced", "told"),
     [
-        (tree(1, ObjectTree(object_id="nonsense")), "no digests"),
-        (tree(1, tree(2, tree(3)), tree(2, tree(4))), "stands in it twice"),
-        (tree(1, tree(2), tree(2, tree(4))), "stands in it twice"),
-        (tree(1, tree(1)), "stands in it twice"),
+        (tree(1, ObjectTree(object_id="nonsense")), "are not digests"),
+        (tree(1, tree(2, tree(3)), tree(2, tree(4))), "contains an object twice"),
+        (tree(1, tree(2), tree(2, tree(4))), "contains an object twice"),
+        (tree(1, tree(1)), "contains an object twice"),
         (tree(0, *(tree(n) for n in range(1, MAX_OBJECTS + 2))), "more than 4096"),
         (tree(0, *(tree(1) for _ in range(5 * MAX_OBJECTS))), "more than 4096"),
     ],
@@ -50,5 +50,5 @@ def test_a_tree_that_is_very_deep_is_refused() -> None:
     found = tree(0)
     for number in range(1, 90):
         found = tree(number, found)
-    with pytest.raises(ValueError, match="too deep"):
+    with pytest.raises(ValueError, match="too deeply"):
         objects_of(found)

@@ -36,8 +36,8 @@ def kept(cache: Path) -> dict[str, bytes]:
 def test_each_shape_is_kept_apart(tmp_path: Path) -> None:
     run(SHAPES, tmp_path)
     indices = [name for name in kept(tmp_path) if name.endswith(".nbi")]
-    assert sum(name.startswith("direct._ahead") for name in indices) == 2
-    assert sum(name.startswith("direct._back") for name in indices) == 2
+    assert sum(name.startswith("direct._forward") for name in indices) == 2
+    assert sum(name.startswith("direct._backward") for name in indices) == 2
 
 
 @pytest.mark.parametrize("kind", ["nbi", "nbc"])

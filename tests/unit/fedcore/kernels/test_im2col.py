@@ -81,10 +81,10 @@ def test_rows_forth_and_back(
     columns = torch.full(expected.transpose(1, 2).shape, NAN)
     im2col_columns(flat, columns.view(-1).numpy(), look)
     assert torch.equal(columns, expected.transpose(1, 2))
-    slopes = numbers(seed + 1, *expected.shape)
-    (back,) = torch.autograd.grad([expected], [images], [slopes])
+    grads = numbers(seed + 1, *expected.shape)
+    (back,) = torch.autograd.grad([expected], [images], [grads])
     found = torch.full(images.shape, NAN)
-    col2im(slopes.view(-1).numpy(), found.view(-1).numpy(), look)
+    col2im(grads.view(-1).numpy(), found.view(-1).numpy(), look)
     assert torch.equal(found, back)
 
 
@@ -100,15 +100,15 @@ def pooled(
     flat = products.detach().clone().view(-1, outs)
     found = torch.full((count, *blocks[:2], outs), NAN)
     places = torch.empty(found.shape, dtype=torch.uint8)
-    slopes = torch.arange(1.0, found.numel() + 1).view(found.shape)
+    grads = torch.arange(1.0, found.numel() + 1).view(found.shape)
     of_bias = torch.full((count, outs), NAN)
 
     def rows(tensor: Tensor) -> Floats:
         return tensor.view(-1, outs).numpy()
 
     pool(rows(flat), bias.detach().numpy(), rows(found), rows(places), blocks, relu)  # type: ignore[arg-type]
-    unpool(rows(slopes), rows(places), rows(flat), of_bias.numpy(), blocks)  # type: ignore[arg-type]
-    return found, slopes, flat.view(products.shape), of_bias
+    unpool(rows(grads), rows(places), rows(flat), of_bias.numpy(), blocks)  # type: ignore[arg-type]
+    return found, grads, flat.view(products.shape), of_bias
 
 
 @settings(max_examples=100, deadline=None)
@@ -130,9 +130,9 @@ def test_pooling_forth_and_back(
     if relu:
         expected = torch.relu(expected)
     window = ConvolutionWindow((1, 1), (1, 1), (0, 0), block)
-    found, slopes, of_products, of_bias = pooled(products, bias, window, relu=relu)
+    found, grads, of_products, of_bias = pooled(products, bias, window, relu=relu)
     assert torch.equal(found, expected)
-    back = torch.autograd.grad([expected], [products, bias], [slopes])
+    back = torch.autograd.grad([expected], [products, bias], [grads])
     assert torch.equal(of_products, back[0])
     assert torch.equal(of_bias, back[1])
 

@@ -91,7 +91,7 @@ def test_many_notes_leave_out_the_first(cell: Cell) -> None:
     with console.in_cell(cell.display) as sink:
         for number in range(100):
             sink(Noted(f"note {number}"))
-    assert cell.shown[0] == "... 70 lines before"
+    assert cell.shown[0] == "... 70 lines earlier"
     assert len(cell.shown) == 31
     assert cell.shown[-1] == "note: note 99"
 

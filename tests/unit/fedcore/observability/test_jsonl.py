@@ -89,7 +89,7 @@ def test_a_file_that_is_replaced_while_it_is_written_is_told_of_once(
         append(b"two\n")
         append(b"three\n")
     (line,) = caplog.messages
-    assert "was removed or replaced while it is written" in line
+    assert "was removed or replaced while it was being written" in line
 
 
 @pytest.mark.timeout(20)

@@ -53,7 +53,7 @@ def test_a_log_goes_on_in_the_file_of_the_process_before(tmp_path: Path) -> None
 
 def test_a_place_where_no_file_can_be_is_said_so(tmp_path: Path) -> None:
     (tmp_path / "file").touch()
-    with pytest.raises(ResourceError, match="cannot be written"):
+    with pytest.raises(ResourceError, match="cannot write this file"):
         log_lines(tmp_path / "file" / "server.log")
 
 
@@ -115,7 +115,7 @@ def test_what_cannot_be_written_is_said_so() -> None:
     log_lines(stream)
     logging.getLogger("fedcore").warning("a %d", "word")
     logging.getLogger("fedcore").warning("a %s", Broken())
-    assert all("its arguments cannot be written" in line for line in lines_of(stream))
+    assert all("its arguments cannot be formatted" in line for line in lines_of(stream))
     assert len(lines_of(stream)) == 2
 
 
@@ -152,17 +152,17 @@ def test_a_device_writes_few_lines_of_a_kind_and_says_how_many_were_left_out() -
     handler.filters = [Throttled(lambda: now[0])]
     log = logging.getLogger("fedcore.device")
     for number in range(1000):
-        log.warning("run %d: takes no part: %s", number, "x" * 3000)
+        log.warning("run %d: does not take part: %s", number, "x" * 3000)
         log.warning("not taken: %s", "once" if not number else "again")
         log.info("%s %s: done in %.2f s", "run", "train", 0.1)
     lines = lines_of(stream)
-    assert sum("takes no part" in line for line in lines) == 20
+    assert sum("does not take part" in line for line in lines) == 20
     assert sum("not taken" in line for line in lines) == 20
     assert sum("done in" in line for line in lines) == 300
     now[0] = 10.0
-    log.warning("run %d: takes no part: %s", 7, "x" * 3000)
+    log.warning("run %d: does not take part: %s", 7, "x" * 3000)
     last = lines_of(stream)[-1]
-    assert last.endswith("(980 more since the last such line)")
+    assert last.endswith("(980 more of these since the last one was logged)")
     assert len(last) < 2000
 
 

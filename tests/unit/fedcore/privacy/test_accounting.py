@@ -202,7 +202,7 @@ def test_there_is_a_bound_whatever_is_asked_for(
 
 def test_a_budget_is_exhausted_at_once_by_next_to_no_noise() -> None:
     privacy = Privacy(unit="example", max_epsilon=1e6)
-    with pytest.raises(BudgetExhausted, match="would take it to ∞"):
+    with pytest.raises(BudgetExhausted, match="would raise that to ∞"):
         charge(Ledger(), Charge(1, 1e-160, 0.5, 1), privacy, client="anna")
 
 

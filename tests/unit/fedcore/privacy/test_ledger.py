@@ -18,8 +18,8 @@ from fedcore.privacy.ledger import (
     charge,
     owners_budget,
     read_ledger,
-    room,
-    room_for,
+    remaining_charges,
+    remaining_rounds,
     write_ledger,
 )
 
@@ -104,26 +104,28 @@ def test_the_room_that_is_told_is_what_is_let_through(
 ) -> None:
     privacy = PRIVACY.model_copy(update={"accountant": accountant})
     ledger, more = made(1, privacy, owner, others, Charge(1, 1.0, 1 / 16, 16))
-    assert room(ledger, privacy, owner=owner, others=others) == RemainingRounds(more, exact=True)
+    assert remaining_rounds(ledger, privacy, owner=owner, others=others) == RemainingRounds(
+        more, exact=True
+    )
     said = f"{more} more round{'' if more == 1 else 's'}"
-    assert str(room(ledger, privacy, owner=owner, others=others)) == said
+    assert str(remaining_rounds(ledger, privacy, owner=owner, others=others)) == said
 
 
 def test_room_for_many_rounds_is_an_estimate_and_takes_no_time() -> None:
     like = Charge(1, 4.0, 0.01, 100)
     privacy = PRIVACY.model_copy(update={"accountant": "prv", "max_epsilon": 8.0})
-    found = room_for((like,) * 3, like, privacy)
+    found = remaining_charges((like,) * 3, like, privacy)
     assert not found.exact
     assert str(found) == f"about {found.rounds} more rounds"
-    exact = room_for((like,) * 3, like, privacy.model_copy(update={"accountant": "rdp"}))
+    exact = remaining_charges((like,) * 3, like, privacy.model_copy(update={"accountant": "rdp"}))
     assert (exact.rounds, exact.exact) == (found.rounds, True)
     last = Ledger((like,) * (3 + exact.rounds))
     assert last.epsilon(PRIVACY) <= 8.0 < Ledger((*last.charges, like)).epsilon(PRIVACY)
 
 
 def test_before_the_first_round_nothing_is_told_of_room() -> None:
-    assert room(Ledger(), PRIVACY) is None
-    assert room_for((), Charge(1, 1.0, 1.0, 0), PRIVACY).exact is False
+    assert remaining_rounds(Ledger(), PRIVACY) is None
+    assert remaining_charges((), Charge(1, 1.0, 1.0, 0), PRIVACY).exact is False
 
 
 def test_the_budget_of_the_data_and_the_devices_both_hold() -> None:
@@ -152,5 +154,5 @@ def test_the_budget_of_the_data_and_the_devices_both_hold() -> None:
 def test_a_ledger_that_cannot_be_read_stops_training(record: dict[str, str]) -> None:
     node = context()
     node.state["fedcore.ledger"] = ConfigRecord(dict(record))
-    with pytest.raises(PrivacyError, match="What was spent is unknown, so nothing was trained"):
+    with pytest.raises(PrivacyError, match="The epsilon spent is unknown, so nothing was trained"):
         read_ledger(node)

@@ -16,7 +16,7 @@ import fedcore.privacy
 from fedcore.config.run import Privacy
 from fedcore.privacy import accounting
 from fedcore.privacy.accounting import Charge, epsilon_of, noise_for
-from fedcore.privacy.ledger import Ledger, charge, room
+from fedcore.privacy.ledger import Ledger, charge, remaining_rounds
 from fedcore.privacy.matrix import factor_for
 
 MOST_BYTES = 30_000_000
@@ -75,7 +75,7 @@ def test_settings_that_change_each_round_leave_next_to_nothing_behind(rate: floa
             ledger = Ledger(tuple(Charge(**vars(one)) for one in ledger.charges))
             new = Charge(each, 1 + each / 1000, rate, 10 + each)
             ledger = charge(ledger, new, privacy, client="anna")
-            room(ledger, privacy)
+            remaining_rounds(ledger, privacy)
 
     assert grown_bytes(lambda: rounds(120)) < 1_000_000, "a longer history is not kept as such"
 
@@ -84,7 +84,7 @@ def test_all_that_is_kept_together_has_a_bound() -> None:
     factors, alone = 64, 4096
 
     def ask_for_everything() -> None:
-        for each in range(accounting.MOST_KEPT + 100):
+        for each in range(accounting.MAX_KEPT + 100):
             changed = [Charge(0, 1.0, 0.5, 1), Charge(1, 2 + each / 1000, 0.5, 1)]
             epsilon_of(changed, target_delta=1e-5, accountant="rdp")
         for each in range(alone + 100):

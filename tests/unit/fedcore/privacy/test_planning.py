@@ -55,7 +55,7 @@ def test_delta_is_at_most_a_tenth_of_one_over_the_examples() -> None:
     with pytest.raises(
         PrivacyError,
         match=r"target_delta = 0\.001 on a client of 101 examples is above 0\.1/101 = 0\.00099.*"
-        "max_delta_share in the owner's file higher",
+        "or raise max_delta_share in the owner's file",
     ):
         plan_for(101, ClientConfig(), PRIVACY, **asked)  # type: ignore[arg-type]
     plan_for(101, ClientConfig(), PRIVACY, max_delta_share=0.2, **asked)  # type: ignore[arg-type]

@@ -10,12 +10,12 @@ from fedcore.errors import DataError, DeviceError
 from fedcore.rpc.hello import (
     PROTOCOL,
     Hello,
-    again_in,
-    again_s_of,
     check_hello,
     declared_name,
     hello_of,
     instance_of,
+    next_request_header,
+    next_request_s,
 )
 
 HELLO = Hello(task="digits", task_digest="a" * 64, app="1.4.2")
@@ -36,8 +36,8 @@ def test_a_later_patch_is_let_in() -> None:
     [
         (Hello("digits", "a" * 64, protocol=PROTOCOL + 1, app="1.4.2"), "install fedcore==1.4.2"),
         (Hello("digits", "a" * 64, app="1.5.0"), "install fedcore==1.4.2"),
-        (Hello("digits", "b" * 64, app="1.4.2"), "put the server's task file"),
-        (Hello("letters", "a" * 64, app="1.4.2"), "put the server's task file"),
+        (Hello("digits", "b" * 64, app="1.4.2"), "copy the server's task file"),
+        (Hello("letters", "a" * 64, app="1.4.2"), "copy the server's task file"),
     ],
 )
 def test_what_does_not_fit_is_told_what_to_install(theirs: Hello, told: str) -> None:
@@ -62,9 +62,9 @@ def test_what_a_peer_says_is_not_repeated_at_length() -> None:
 
 @pytest.mark.parametrize("text", ["", "x", "-1", "nan", "inf"])
 def test_a_device_says_when_it_calls_again_or_says_nothing(text: str) -> None:
-    assert again_s_of(again_in(1.25)) == 1.25
-    assert again_s_of({"fedcore-again-s": text}) is None
-    assert again_s_of({}) is None
+    assert next_request_s(next_request_header(1.25)) == 1.25
+    assert next_request_s({"fedcore-again-s": text}) is None
+    assert next_request_s({}) is None
 
 
 def test_the_digest_is_that_of_the_file(tmp_path: Path) -> None:
@@ -105,5 +105,5 @@ def test_a_name_is_read_without_running_the_file(
 
 
 def test_a_task_that_is_not_there_is_said_so(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"the task does not exist\. Nothing was run; name"):
+    with pytest.raises(DataError, match=r"the task does not exist\. Nothing was run; give"):
         declared_name(tmp_path / "task.py")

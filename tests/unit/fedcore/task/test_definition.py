@@ -120,7 +120,7 @@ def test_a_task_file_that_is_not_there_is_named(tmp_path: Path) -> None:
     with pytest.raises(TaskError, match=r"none\.py: this task file does not exist"):
         load_task(tmp_path / "none.py")
     (tmp_path / "folder.py").mkdir()
-    with pytest.raises(TaskError, match=r"is a folder or something else\. Nothing was run; name"):
+    with pytest.raises(TaskError, match=r"is not a regular file\. Nothing was run; give"):
         load_task(tmp_path / "folder.py")
     (tmp_path / "task.txt").write_text(MINIMAL)
     with pytest.raises(TaskError, match=r"a task file ends in \.py"):
@@ -156,7 +156,7 @@ def test_a_loader_that_fails_says_what_was_being_read() -> None:
 
 def test_a_client_without_data_is_named() -> None:
     empty = TensorDataset(torch.zeros(0, 2), torch.zeros(0))
-    with pytest.raises(DataError, match="client 'anna': it holds no examples"):
+    with pytest.raises(DataError, match="client 'anna': got no examples"):
         read_examples(lambda: empty, what="client 'anna'")  # type: ignore[arg-type,return-value]
 
 

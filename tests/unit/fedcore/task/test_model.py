@@ -87,16 +87,16 @@ def test_normalisation_comes_behind_the_tasks_own_preprocessing() -> None:
     ("task", "run", "said"),
     [
         (make_task(model=lambda: 1 / 0), make_run(), "building the model failed: ZeroDivisionErr"),
-        (make_task(model=nn.ReLU), make_run(), "the model has nothing to train"),
+        (make_task(model=nn.ReLU), make_run(), "the model has no trainable parameters"),
         (
             make_task(model=lambda: nn.Linear(4, 3).requires_grad_(False)),
             make_run(),
-            "the model has nothing to train",
+            "the model has no trainable parameters",
         ),
         (
             make_task(preprocess=lambda: nn.Linear(4, 4)),
             make_run(),
-            "preprocess has parameters; use buffers",
+            "preprocess has parameters, which would be trained",
         ),
         (
             make_task(example_input=torch.zeros(4, dtype=torch.long)),
@@ -132,7 +132,9 @@ def test_preprocessing_of_another_task_is_refused() -> None:
         (b"no safetensors", stateful),
         (preprocess_bytes(wider), stateful),
     ):
-        with pytest.raises(InvalidUpdate, match="what the server sent does not fit this task"):
+        with pytest.raises(
+            InvalidUpdate, match="the values that the server sent do not fit this task"
+        ):
             load_preprocess(raw, model)
 
 

@@ -145,7 +145,7 @@ def test_a_folder_with_other_files_is_written_into(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["My work", "-x", "x" * 65, "Größe", "a.b", ".."])
 def test_a_name_that_no_run_may_have_is_refused(tmp_path: Path, name: str) -> None:
-    with pytest.raises(ConfigError, match="cannot name a run; expected 1 to 64 of a-z"):
+    with pytest.raises(ConfigError, match="is not a valid run name; expected 1 to 64 of a-z"):
         new_task(tmp_path / name, kind="classification")
     assert list(tmp_path.iterdir()) == []
 
@@ -164,7 +164,7 @@ def test_the_call_gives_what_the_next_calls_take(tmp_path: Path) -> None:
 
 def test_a_file_in_the_way_is_named(tmp_path: Path) -> None:
     (tmp_path / "x").touch()
-    with pytest.raises(ConfigError, match="a file of that name is in the way"):
+    with pytest.raises(ConfigError, match="expected a new folder, but a file has that name"):
         new_task(tmp_path / "x", kind="classification")
 
 
@@ -219,7 +219,9 @@ def test_a_place_elsewhere_is_named_in_full(
     monkeypatch.chdir(tmp_path / "here")
     assert cli.main(["new", "../there/turbines"]) == 0
     outside = tmp_path / "there" / "turbines"
-    assert capsys.readouterr().out.startswith(f"note: {outside.resolve()} is outside of the folder")
+    assert capsys.readouterr().out.startswith(
+        f"note: {outside.resolve()} is outside the current folder"
+    )
     assert (outside / "run.toml").is_file()
     assert cli.main(["new", "turbines"]) == 0
     assert "outside" not in capsys.readouterr().out

@@ -43,7 +43,7 @@ def test_dropout_is_off_meanwhile_and_the_mode_is_left_as_it_was(training: bool)
 
 def test_no_examples_are_said_to_be_none() -> None:
     empty: Any = TensorDataset(torch.zeros(0, 3), torch.zeros(0))
-    with pytest.raises(DataError, match="no examples to judge the model on"):
+    with pytest.raises(DataError, match="no examples to evaluate the model on"):
         evaluate(nn.Identity(), empty, (ACCURACY,))
 
 

@@ -128,7 +128,7 @@ def test_a_loss_that_is_not_finite_stops_training_with_the_next_step(poison: flo
     data.tensors[0][5, 1] = poison
     with pytest.raises(TrainingDiverged) as caught:
         train(model(), data, LOSS, ClientConfig(), epochs=2, batch_size=8, rng=torch_rng(0))
-    assert "in local epoch 1 at learning_rate 0.1. No update was made" in str(caught.value)
+    assert "in local epoch 1 at learning_rate 0.1. No update was produced" in str(caught.value)
 
 
 def test_a_learning_rate_that_is_too_large_is_found_out() -> None:

@@ -67,7 +67,7 @@ def steps(width):
     train_private(
         nn.Identity(), model, Rows(torch.ones(2, width), torch.ones(2, width)), loss,
         ClientConfig(optimizer="OPTIMIZER"), PrivatePlan(Charge(1, 1.0, 1.0, 2), 1.0),
-        way=vmap_method(width * width, loss, why=""), draws=SystemDraws(), memory_bytes=1,
+        method=vmap_method(width * width, loss, why=""), draws=SystemDraws(), memory_bytes=1,
     )
 
 steps(8)  # whatever is loaded or made once
@@ -105,7 +105,7 @@ def test_more_than_the_owner_allows_is_refused_with_both_figures(
         check_memory(
             nn.Linear(999_999, 1), ClientConfig(), privacy, CPU, owner_limit_bytes=3_999_999
         )
-    assert f"needs at least {figures} bytes and the owner's limit is 3,999,999 bytes" in str(
+    assert f"needs at least {figures} bytes, but the owner's limit is 3,999,999 bytes" in str(
         caught.value
     )
     assert "make the model smaller" in str(caught.value)

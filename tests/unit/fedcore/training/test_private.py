@@ -54,7 +54,7 @@ def private(
     streams = {"sampling": torch_rng(1, "s"), "noise": torch_rng(1, "n")}
     streams |= {name: more.pop(name) for name in streams if name in more}
     preprocess = more.pop("preprocess", nn.Identity())
-    way = more.pop("way", None) or way_of(model, LOSS, torch.zeros(6), preprocess=preprocess)
+    method = more.pop("method", None) or way_of(model, LOSS, torch.zeros(6), preprocess=preprocess)
     found = more.pop("found", [])
     skipped = train_private(
         preprocess,
@@ -63,7 +63,7 @@ def private(
         LOSS,
         settings or ClientConfig(),
         planned,
-        way=way,
+        method=method,
         draws=SimulatedDraws(**streams),
         **more,
     )
@@ -198,7 +198,7 @@ def test_a_model_that_fails_on_every_example_releases_noise_alone() -> None:
 
     model = nn.Sequential(nn.Linear(6, 3), Broken())
     before = weights(model)
-    private(model, blobs(), multiplier=1.0, clip=1.0, way=one_by_one(LOSS, why=""))
+    private(model, blobs(), multiplier=1.0, clip=1.0, method=one_by_one(LOSS, why=""))
     assert torch.isfinite(weights(model)).all()
     assert not torch.equal(weights(model), before)
 
@@ -213,9 +213,9 @@ def test_weights_that_run_away_are_the_starts_again(value: float) -> None:
     model = network()
     draws = Wild(torch_rng(1, "s"), torch_rng(1, "n"))
     planned = PrivatePlan(Charge(1, 1.0, 0.25, 3), clip_norm=1.0)
-    way = way_of(model, LOSS, torch.zeros(6))
+    method = way_of(model, LOSS, torch.zeros(6))
     train_private(
-        nn.Identity(), model, blobs(), LOSS, ClientConfig(), planned, way=way, draws=draws
+        nn.Identity(), model, blobs(), LOSS, ClientConfig(), planned, method=method, draws=draws
     )
     got, start = model[0].weight.flatten(), network()[0].weight.flatten()
     assert torch.equal(got[:2], start[:2])

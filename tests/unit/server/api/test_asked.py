@@ -78,7 +78,7 @@ def test_several_processes_of_fine_tuning_need_a_file() -> None:
     made = dataclasses.replace(task("digits"), cloud_data=lambda folder: none())
     run = asked.configured(made, None, {"finetune": {"processes": 2}})
     for rounds in (True, False):
-        with pytest.raises(ConfigError, match=r"finetune\.processes = 2.*was made in memory"):
+        with pytest.raises(ConfigError, match=r"finetune\.processes = 2.*was created in memory"):
             asked.refuse_elsewhere(run, made, rounds=rounds)
     asked.refuse_elsewhere(asked.configured(made, None, {}), made, rounds=True)
     asked.refuse_elsewhere(run, task("digits"), rounds=True)  # it has nothing to fine-tune on
@@ -90,7 +90,7 @@ def test_the_run_of_a_task_made_in_memory_is_the_same_in_every_process() -> None
     assert asked.configured(made, run, {}) == run
     assert identity_of(run, OPEN_POLICY)["run"]["task"] == IN_MEMORY
     assert asked.loaded(made, run) is made
-    with pytest.raises(ConfigError, match="give that task along with the run"):
+    with pytest.raises(ConfigError, match="pass that task along with the run"):
         asked.loaded(None, run)
 
 
@@ -98,7 +98,7 @@ def test_a_run_names_its_task_where_none_is_given(tmp_path: Path) -> None:
     (tmp_path / "run.toml").write_text('name = "x"\ntask = "mine.py"\n')
     run = asked.configured(None, tmp_path / "run.toml", {"seed": 3})
     assert (run.task, run.seed, run.base) == ("mine.py", 3, tmp_path)
-    with pytest.raises(ConfigError, match="neither a task nor a run"):
+    with pytest.raises(ConfigError, match="expected a task or a run, got neither"):
         asked.configured(None, None, {})
 
 

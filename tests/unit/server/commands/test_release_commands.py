@@ -37,7 +37,7 @@ def test_list_rollback_and_refresh(
 ) -> None:
     places = ["--repository", str(publisher.repository), "--keys", str(publisher.keys)]
     run("list", *places)
-    assert capsys.readouterr().out == "nothing is published yet\n"
+    assert capsys.readouterr().out == "nothing has been published yet\n"
     publisher.publish(b"one")
     publisher.publish(b"two")
     assert run("rollback", *places, "--model", "digits", "--to", "1", "--json") == 0
@@ -72,7 +72,7 @@ def test_rotate_says_what_is_new_and_what_to_destroy(
         publisher.publish(raw)
     assert run("rotate", *places, "--last-good", "digits=1") == 0
     shown = capsys.readouterr().out
-    assert "New keys:   releases, snapshot, timestamp; devices follow" in shown
+    assert "New keys:   releases, snapshot, timestamp; devices switch" in shown
     assert f"New root:   version 2, {publisher.keys}/root.json" in shown
     assert "Epoch 1: digits" in shown
     assert f"Removed:    {publisher.keys}/online/releases.pem; destroy every copy" in shown

@@ -106,7 +106,7 @@ def test_each_verdict_says_why() -> None:
     assert [each.reason for each in judged] == [
         "admitted: 2 times the bytes of pruned",
         "refused: drops 0.031, 0.021 more than max_accuracy_drop = 0.01",
-        "chosen: the smallest that keeps the limits",
+        "chosen: the smallest that meets the limits",
         "refused: drops 0.012, 0.002 more than max_accuracy_drop = 0.01 and takes 40.0 us, "
         "10.0 more than max_p50_us = 30",
     ]
@@ -142,7 +142,7 @@ def test_what_clients_lose_counts_beside_what_the_cloud_does(drop: float) -> Non
     fp32, small = record(), record("pruned", drop=-0.3, size=10)
     judged, chosen = choose([fp32, replace(small, clients_drop=drop)], Compression())
     assert chosen == "fp32"
-    assert "on what clients hold back" in judged[1].reason
+    assert "on the clients' held-out data" in judged[1].reason
     assert choose([fp32, replace(small, clients_drop=0.01)], Compression())[1] == "pruned"
     assert choose([fp32, small], Compression())[1] == "pruned"
 

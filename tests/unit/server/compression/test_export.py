@@ -208,9 +208,9 @@ def test_a_model_that_does_not_run_says_so() -> None:
     ("module", "reason"),
     [
         (WritesBatchSizeOut(), r"layer '1' \(WritesBatchSizeOut\).*ranges"),
-        (AlwaysTwoRows(), "always gives 2 rows"),
-        (OverTheBatch(), r"for 2 inputs it gives \(5,\)"),
-        (TwoOutputs(), "for 2 inputs it gives tuple"),
+        (AlwaysTwoRows(), "always returns 2 rows"),
+        (OverTheBatch(), r"for 2 inputs it returns \(5,\)"),
+        (TwoOutputs(), "for 2 inputs it returns tuple"),
     ],
 )
 def test_what_is_not_one_row_an_input_is_refused(module: nn.Module, reason: str) -> None:

@@ -139,7 +139,7 @@ def test_a_process_that_dies_takes_the_others_with_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
     case = Case(tmp_path, processes=2, loss="if RANK == '1': os._exit(7)")
-    with pytest.raises(TrainingError, match=r"fine-tuning: process \d .*federated model stands"):
+    with pytest.raises(TrainingError, match=r"fine-tuning: process \d .*federated model is kept"):
         case.fine_tune()
     assert "Traceback" not in capfd.readouterr().err
 

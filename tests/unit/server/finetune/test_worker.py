@@ -130,13 +130,13 @@ def test_an_error_of_the_tasks_code_is_told_with_the_way_out(tmp_path: Path) -> 
     assert told(job) == {
         "type": "TrainingError",
         "message": "fine-tuning: process 0 failed: OSError: no such disk. The federated model "
-        "stands; mend the task, or set finetune.epochs to 0.",
+        "is kept; correct the task, or set finetune.epochs to 0.",
     }
 
 
 def test_more_time_than_allowed_ends_it_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
     job = make_job(tmp_path, loss="time.sleep(0.05)", timeout_s=0.08, epochs=1000)
-    with pytest.raises(TrainingError, match=r"0 of 1000 epochs were done within .* = 0\.08"):
+    with pytest.raises(TrainingError, match=r"0 of 1000 epochs were completed within .* = 0\.08"):
         work(job)
     assert told(job)["type"] == "TrainingError"
     assert not torch.distributed.is_initialized()

@@ -52,7 +52,7 @@ def test_what_is_no_address_is_said_so(text: str) -> None:
 @pytest.mark.parametrize(
     ("last", "said"),
     [
-        (0, "Stopped before its first round was over. Kept in runs/trial: what was begun."),
+        (0, "Stopped before the end of its first round. Kept in runs/trial: the started round."),
         (3, "Stopped after round 3 of 9. Kept in runs/trial: the model of that round and what dev"),
         (9, "Stopped after round 9 of 9. Kept in runs/trial: the model of its last round, and ea"),
     ],
@@ -65,7 +65,7 @@ def test_who_stops_a_server_is_told_what_is_kept_and_how_to_go_on(last: int, sai
     told = _kept(parser.parse_args([*words, "--fresh"]), last, run)
     assert told.startswith(said)
     again = "`fedcore server start 'my run.toml' --set seed=1 --identity server --runs runs "
-    assert f"{again}--listen '[::]:1' --resume` goes on" in told
+    assert f"{again}--listen '[::]:1' --resume` continues" in told
 
 
 @pytest.mark.parametrize("port", ["-1", "65536", "99999"])
@@ -75,7 +75,7 @@ def test_a_wake_port_is_a_port(tmp_path: Path, port: str) -> None:
     parser = argparse.ArgumentParser()
     start.arguments(parser)
     options = parser.parse_args([str(config), f"--wake-port={port}"])
-    with pytest.raises(ConfigError, match=f"--wake-port {port}: a port is a number"):
+    with pytest.raises(ConfigError, match=f"--wake-port {port}: expected a port"):
         start.run(options)
 
 
@@ -85,7 +85,7 @@ def test_a_folder_without_an_identity_is_said_so(tmp_path: Path, there: bool) ->
     config.write_text('name = "trial"\ntask = "task.py"\nseed = 1\n')
     if there:
         folder.mkdir()
-    what = "no kit.json is in this folder" if there else "there is no such folder"
+    what = "this folder contains no kit.json" if there else "there is no such folder"
     for verb, arguments in ((start, [str(config)]), (OPERATOR_VERBS["status"], [])):
         parser = argparse.ArgumentParser()
         verb.arguments(parser)
@@ -108,6 +108,6 @@ def test_devices_are_woken_on_the_port_after_where_there_is_one() -> None:
     assert deployment(port=0, wake_port=None).address(identity).wake_port == 0
     for port, provisioned in ((65535, 1), (None, 65535)):
         identity = SimpleNamespace(port=provisioned)
-        with pytest.raises(ConfigError, match="name another with --wake-port"):
+        with pytest.raises(ConfigError, match="choose a port with --wake-port"):
             deployment(port=port, wake_port=None).address(identity)
         assert deployment(port=port, wake_port=7).address(identity).wake_port == 7

@@ -256,7 +256,7 @@ def test_devices_are_asked_once_however_often_it_dies(site: Site, margin: float)
             site.finish(judge)
     site.finish(judge)
     assert len(asked) == 1
-    told = "accuracy on what 3 clients hold back 0.5 before, 0.6 after"
+    told = "accuracy on held-out data of 3 clients 0.5 before, 0.6 after"
     assert told in (site.folder / "report.html").read_text()
 
 

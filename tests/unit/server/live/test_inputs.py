@@ -25,5 +25,5 @@ def test_a_task_goes_by_the_name_that_its_file_says(tmp_path: Path) -> None:
     path.write_text(_TASK.format(made="tiny", task="made"))
     assert load_named_task(path).name == "tiny"
     path.write_text(_TASK.format(made="tiny", task="(lambda name: made)(name='other')"))
-    with pytest.raises(TaskError, match=r"name='other'.* is called 'tiny'"):
+    with pytest.raises(TaskError, match=r"name='other'.* name is 'tiny'"):
         load_named_task(path)

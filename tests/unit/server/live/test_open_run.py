@@ -56,7 +56,7 @@ def test_a_run_whose_rounds_are_over_goes_on_to_its_release(tmp_path: Path) -> N
     run = run_of(tmp_path, **RELEASE)
     over(tmp_path, run)
     begin_step(tmp_path)
-    with pytest.raises(ConfigError, match="go on with --resume, or begin again with --fresh"):
+    with pytest.raises(ConfigError, match="continue with --resume, or start over with --fresh"):
         opened(tmp_path, run, resume=False)
     assert opened(tmp_path, run, resume=True)
 
@@ -118,7 +118,7 @@ def begun(folder: Path) -> RunConfig:
 
 
 LOSSES: dict[str, tuple[str, ...]] = {
-    "put aside": (JOURNAL,),
+    "moved aside": (JOURNAL,),
     "removed": (JOURNAL, f"{JOURNAL}-wal", f"{JOURNAL}-shm", f"{JOURNAL}.damaged"),
 }
 
@@ -140,7 +140,7 @@ def test_a_run_whose_journal_is_gone_is_not_begun_again(
                 opened(tmp_path, run, resume=resume)
         assert (folder / RECORDS).exists()
         return
-    with pytest.raises(ConfigError, match=r"interrupted after round 2.* go on with --resume"):
+    with pytest.raises(ConfigError, match=r"interrupted after round 2.* continue with --resume"):
         opened(tmp_path, run, resume=False)
     with open_run(run, tmp_path / "runs", resume=True, fresh=False) as (_, journal):
         assert journal.round == 2

@@ -66,7 +66,7 @@ def test_a_run_goes_on_after_the_round_before(tmp_path: Path) -> None:
 
 def test_an_earlier_round_is_not_kept_and_what_would_be_needed_is_said(tmp_path: Path) -> None:
     begun(tmp_path)
-    with pytest.raises(ConfigError, match=r"of rounds 4 and 5 it is.*restore .* from a backup"):
+    with pytest.raises(ConfigError, match=r"of rounds 4 and 5 are.*restore .* from a backup"):
         back(tmp_path, 2)
 
 
@@ -81,7 +81,7 @@ def test_no_rollback_where_there_is_nothing_or_a_server_runs(tmp_path: Path) -> 
     begun(tmp_path)
     with (
         held(tmp_path / "runs" / "trial"),
-        pytest.raises(ConfigError, match="a run of this name is going on"),
+        pytest.raises(ConfigError, match="a run of this name is in progress"),
     ):
         back(tmp_path, 4)
 
@@ -92,13 +92,13 @@ def test_a_run_that_is_over_is_left_alone(tmp_path: Path) -> None:
     assert again is not None
     with closing(again):
         again.end()
-    with pytest.raises(ConfigError, match="this run is over"):
+    with pytest.raises(ConfigError, match="this run is complete"):
         back(tmp_path, 4)
 
 
 def test_what_clients_privacy_has_cost_is_not_forgotten(tmp_path: Path) -> None:
     begun(tmp_path, protected=True)
-    with pytest.raises(PrivacyError, match="would forget that"):
+    with pytest.raises(PrivacyError, match="a rollback would forget"):
         back(tmp_path, 4)
 
 
@@ -118,7 +118,7 @@ def test_a_run_that_is_named_by_set_is_found(
     words = ["4", str(config), "--set", "name=trial", "--runs", str(tmp_path / "runs")]
     options = parser.parse_args([*words, "--identity", str(tmp_path / "identity")])
     assert rollback.run(options) == 0
-    assert capsys.readouterr().out.startswith("trial: goes on after round 4")
+    assert capsys.readouterr().out.startswith("trial: continues after round 4")
 
 
 def test_what_was_damaged_and_mended_first_is_said(tmp_path: Path) -> None:
@@ -131,7 +131,7 @@ def test_what_was_damaged_and_mended_first_is_said(tmp_path: Path) -> None:
     (folder / "values" / newest).write_bytes(b"")
     done = back(tmp_path, 4)
     assert done.dropped == ()
-    assert "goes on after round 4" in done.mended
+    assert "continues after round 4" in done.mended
 
 
 def is_of(path: Path, value: float) -> bool:

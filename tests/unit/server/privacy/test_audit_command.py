@@ -175,10 +175,10 @@ def test_where_the_report_goes_is_looked_at_before_any_work(
     (tmp_path / "file").write_text("mine")
     (tmp_path / "audit" / "report.html").mkdir(parents=True)
     for folder, said in (
-        (tmp_path / "file", "is a file, and a folder is needed"),
-        (tmp_path / "file" / "below", "is a file, and a folder is needed"),
-        (tmp_path / "audit", "a folder has this name"),
-        (Path("/proc/audit"), "nothing can be written into /proc"),
+        (tmp_path / "file", "is a file, expected a folder"),
+        (tmp_path / "file" / "below", "is a file, expected a folder"),
+        (tmp_path / "audit", "expected a file to write"),
+        (Path("/proc/audit"), "cannot write into /proc"),
     ):
         with pytest.raises(ResourceError, match=said):
             run("--report", str(folder))
@@ -189,7 +189,9 @@ def test_where_the_report_goes_is_looked_at_before_any_work(
 
 
 def test_a_run_without_privacy_states_nothing(config: Path) -> None:
-    with pytest.raises(ConfigError, match="unit is 'none', so no epsilon of examples is stated"):
+    with pytest.raises(
+        ConfigError, match="unit is 'none', so the run states no epsilon of examples"
+    ):
         run(str(config), "--set", "privacy.unit='none'")
     with pytest.raises(ConfigError, match=r"privacy\.unit is 'client'"):
         run(str(config), "--set", "privacy.unit='client'", "--set", "privacy.noise_multiplier=1.0")
@@ -197,7 +199,7 @@ def test_a_run_without_privacy_states_nothing(config: Path) -> None:
 
 @pytest.mark.parametrize("words", [["--examples", "600"], ["--set", "privacy.max_epsilon=4"]])
 def test_what_is_said_of_no_run_is_refused(words: list[str]) -> None:
-    with pytest.raises(ConfigError, match="no run's file was named"):
+    with pytest.raises(ConfigError, match="no run's file was given"):
         run(*words)
 
 

@@ -73,7 +73,7 @@ def test_the_command_takes_a_run_or_options(
     shown = capsys.readouterr().out
     assert shown.startswith("Client-level privacy of 500 clients, 50 a round")
     assert f"noise_multiplier {told['noise_multiplier']:.4g}" in shown
-    with pytest.raises(ConfigError, match="--clients N plans it"):
+    with pytest.raises(ConfigError, match="use --clients N"):
         ask(str(path), "--examples", "100")
 
 
@@ -81,10 +81,13 @@ def test_the_command_takes_a_run_or_options(
     ("words", "said"),
     [
         (("--clients", "0"), "--clients = 0: expected 1 to"),
-        (("--clients", "9", "--batch", "8"), "--batch: it has no part in a plan of privacy of cl"),
-        (("--clients", "9", "--plot", "a.png"), "--plot: it has no part"),
+        (("--clients", "9", "--batch", "8"), "--batch: it does not apply to privacy of cl"),
+        (("--clients", "9", "--plot", "a.png"), "--plot: it does not apply"),
         (("--clients", "9", "--epsilon", "-1"), "--epsilon = -1.0"),
-        (("--examples", "9", "--cohort", "3"), "--cohort: it says nothing of examples"),
+        (
+            ("--examples", "9", "--cohort", "3"),
+            "--cohort: it does not apply to privacy of examples",
+        ),
     ],
 )
 def test_what_plans_nothing_is_said_so(words: tuple[str, ...], said: str) -> None:

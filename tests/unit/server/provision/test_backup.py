@@ -71,7 +71,7 @@ def test_a_backup_shows_nothing_without_its_passphrase(
     for secret in ("PRIVATE KEY", "orchard", "edge-1"):
         assert secret.encode() not in raw
     wrong = replace(elsewhere(act, tmp_path), passphrase="five random words are bad")
-    with pytest.raises(TrustError, match="cannot be opened"):
+    with pytest.raises(TrustError, match="decryption failed"):
         restore(wrong, file, replace=False)
     with pytest.raises(ConfigError, match="none was given"):
         restore(replace(wrong, passphrase=None), file, replace=False)
@@ -214,7 +214,7 @@ def test_what_is_no_file_in_the_servers_place_is_not_left_out(act: Act, file: Pa
 
 def test_a_damaged_authority_is_not_backed_up(act: Act, tmp_path: Path) -> None:
     (act.folder / "roster.json").write_text("garbage")
-    with pytest.raises(TrustError, match="no whole roster"):
+    with pytest.raises(TrustError, match="not a valid roster"):
         backup(act, tmp_path / "b")
     (act.folder / "roster.json").unlink()
     with pytest.raises(DataError, match=r"roster\.json"):
@@ -267,9 +267,9 @@ def test_keys_of_two_authorities_are_not_mixed(
     backup(replace(other.act, passphrase=PASSPHRASE), other_file)
     content = json.loads(decrypt(other_file.read_bytes(), PASSPHRASE, where="file"))["files"]
     for name, refused in (
-        ("authority.key", "not the key of the authority's certificate"),
+        ("authority.key", "does not match the authority's certificate"),
         ("server/kit.json", "not issued by the authority"),
-        ("server/key.pem", "not one server's"),
+        ("server/key.pem", "belong to different servers"),
     ):
         mixed = tmp_path / "mixed.sealed"
         mixed.write_bytes(file.read_bytes())
@@ -329,17 +329,17 @@ def test_an_older_list_that_comes_back_where_nothing_tells_of_a_newer_one_is_sai
     done = restore(new, file, replace=False)
     assert done.caution is not None
     assert "2026-03-01 12:00 UTC" in done.caution
-    assert "revoked since is in force again" in done.caution
+    assert "revoked since then are in force again" in done.caution
     seen = read_seen(new.folder / "server" / SEEN)
     assert seen.restored == act.now
     identity = load_server_identity(new.folder / "server", now=act.now)
     assert identity.roster().version == seen.version
     assert read_seen(new.folder / "server" / SEEN).restored, "starting a server settles nothing"
     told = _roster(identity)
-    assert (told.verdict, "came back from a backup" in told.detail) == ("warn", True)
+    assert (told.verdict, "was restored from a backup" in told.detail) == ("warn", True)
     revoke(new, "edge-1")
     assert identity.roster().version == seen.version + 1
-    assert "came back" not in _roster(identity).detail
+    assert "was restored" not in _roster(identity).detail
 
 
 def test_the_key_that_signs_rosters_comes_back_with_them(

@@ -53,7 +53,7 @@ def request(name: str) -> Path:
 def test_init_says_what_comes_next(capsys: pytest.CaptureFixture[str]) -> None:
     assert run("init", "--project", "orchard") == 0
     shown = capsys.readouterr().out
-    assert "not sealed" in shown
+    assert "not encrypted" in shown
     assert "Next:      fedcore provision server HOST" in shown
 
 
@@ -66,12 +66,12 @@ def test_init_seals_when_there_is_a_passphrase(
     value = said(capsys)
     assert value["sealed"] is True
     assert len(value["authority_sha256"]) == 64
-    with pytest.raises(ConfigError, match="no terminal to ask on"):
+    with pytest.raises(ConfigError, match="no terminal to ask for it"):
         run("server", "localhost")
     monkeypatch.setenv("FEDCORE_PASSPHRASE", "five random words are good")
     assert run("server", "localhost") == 0
     monkeypatch.setenv("FEDCORE_PASSPHRASE", "short")
-    with pytest.raises(ConfigError, match="it has 5 characters, expected 12"):
+    with pytest.raises(ConfigError, match="got 5 characters, expected 12"):
         run("init", "--project", "orchard", "--authority", "other")
     assert not (here / "other").exists()
 
@@ -89,7 +89,7 @@ def test_the_server_is_described(begun: None, capsys: pytest.CaptureFixture[str]
 
 @pytest.mark.parametrize("port", [0, -1, 65536, 99999])
 def test_a_port_that_is_none_is_refused(begun: None, port: int) -> None:
-    with pytest.raises(ConfigError, match=f"--port {port}: a port is a number from 1 to 65535"):
+    with pytest.raises(ConfigError, match=f"--port {port}: expected a port from 1 to 65535"):
         run("server", "fl.example", "--port", port, "--replace")
 
 
@@ -182,7 +182,7 @@ def test_backup_and_restore(
     monkeypatch: pytest.MonkeyPatch,
     here: Path,
 ) -> None:
-    with pytest.raises(ConfigError, match="a backup is sealed with a passphrase"):
+    with pytest.raises(ConfigError, match="a backup is encrypted with a passphrase"):
         run("backup", "b")
     monkeypatch.setenv("FEDCORE_PASSPHRASE", "five random words are good")
     run("backup", "b", "--json")
@@ -225,7 +225,7 @@ def test_nobody_is_certified_whose_kit_can_be_put_nowhere(
     before = (here / "authority" / "audit.jsonl").read_bytes()
     file = request("edge-0")
     for role in ("device", "operator", "viewer"):
-        with pytest.raises(ResourceError, match=r"No certificate was issued, and nothing recor"):
+        with pytest.raises(ResourceError, match=r"No certificate was issued or recor"):
             run(role, "edge-0", "--request", file, "--out", place)
     if "/" in place:
         with pytest.raises(ResourceError, match="No certificate was issued"):
@@ -249,7 +249,7 @@ def test_no_server_is_certified_and_nothing_backed_up_where_it_cannot_be_put(
         run("server", "localhost")
     (here / "p").write_text("five random words are good\n")
     (here / "p").chmod(0o600)
-    with pytest.raises(ResourceError, match="this file cannot be made"):
+    with pytest.raises(ResourceError, match="cannot create this file"):
         run("backup", "authority/server/b", "--passphrase-file", "p")
     nobody_certified(here, before)
 
@@ -262,4 +262,4 @@ def test_a_server_whose_kit_is_gone_is_told_of(
     assert run("list", "--json") == 0
     shown = capsys.readouterr()
     assert json.loads(shown.out)["server"] is None
-    assert "kit.json is not: put it back" in shown.err
+    assert "kit.json is missing: restore it" in shown.err

@@ -102,9 +102,9 @@ def test_the_authoritys_log_is_chained_and_a_cut_one_is_noticed(revoked: Any) ->
         verify_audit(log)
     for cut in (b"".join(lines[:-1]), b""):
         log.write_bytes(cut)
-        with pytest.raises(DataError, match="cut or changed"):
+        with pytest.raises(DataError, match="truncated or changed"):
             verify_audit(log)
-        with pytest.raises(DataError, match="cut or changed"):
+        with pytest.raises(DataError, match="truncated or changed"):
             revoke(revoked.act, "edge-2")
     log.write_bytes(whole)
     revoke(revoked.act, "edge-2")

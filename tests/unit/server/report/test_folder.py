@@ -82,7 +82,7 @@ def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="was not written by a run"):
         open_folder(RUN, tmp_path)
     (tmp_path / "runs").write_text("mine, too")
-    with pytest.raises(ResourceError, match="cannot be written"):
+    with pytest.raises(ResourceError, match="cannot write this file"):
         open_folder(RUN, tmp_path / "runs")
     assert (tmp_path / "demo").read_text() == "mine"
 
@@ -113,7 +113,7 @@ def test_a_run_that_did_not_end_is_reopened_as_it_was_left(tmp_path: Path) -> No
     with reopen_folder(RUN, tmp_path) as again:
         assert again == folder
         assert (folder / "metrics.jsonl").read_text() == "{}"
-        with pytest.raises(ConfigError, match="a run of this name is going on"):
+        with pytest.raises(ConfigError, match="a run of this name is in progress"):
             open_folder(RUN, tmp_path)
 
 
@@ -122,7 +122,7 @@ def test_there_must_be_a_run_to_reopen_and_it_must_not_have_ended(tmp_path: Path
         pass
     folder = open_folder(RUN, tmp_path)
     (folder / "run.json").rename(folder / "kept")
-    with pytest.raises(ConfigError, match="put that file back"), reopen_folder(RUN, tmp_path):
+    with pytest.raises(ConfigError, match="restore that file"), reopen_folder(RUN, tmp_path):
         pass
     (folder / "kept").rename(folder / "run.json")
     (folder / "summary.json").write_text("{}")
@@ -141,7 +141,7 @@ def test_what_is_kept_is_named(tmp_path: Path) -> None:
 def test_a_run_of_the_same_name_that_is_going_on_is_left_alone(tmp_path: Path) -> None:
     with opening(RUN, tmp_path) as folder:
         (folder / "metrics.jsonl").write_text("{}")
-        with pytest.raises(ConfigError, match="a run of this name is going on"):
+        with pytest.raises(ConfigError, match="a run of this name is in progress"):
             open_folder(RUN, tmp_path)
         assert (folder / "metrics.jsonl").exists()
     assert not (open_folder(RUN, tmp_path) / "metrics.jsonl").exists()
@@ -171,7 +171,7 @@ def test_what_an_interrupted_simulation_has_learnt_is_not_dropped(tmp_path: Path
     with open_run(run, tmp_path, resume=False, fresh=True):
         assert not (folder / CHECKPOINT).exists()
     with (
-        pytest.raises(ConfigError, match=r"`fedcore server start` began this run over devices"),
+        pytest.raises(ConfigError, match=r"`fedcore server start` started this run over devices"),
         opening(RUN, tmp_path, before=require_no_progress),
     ):
         pass

@@ -56,7 +56,7 @@ def test_who_is_no_member_any_more_is_not_waited_for() -> None:
 def test_at_the_deadline_those_who_are_there_go_on() -> None:
     notes: list[str] = []
     assert _gather(Coming(2), lambda: 3, 0.2, told_to(notes.append)) == 2
-    assert notes[-1].startswith("2 of 3 devices came within federation.deadline_s = 0.2")
+    assert notes[-1].startswith("2 of 3 devices connected within federation.deadline_s = 0.2")
 
 
 def test_without_anybody_nothing_begins() -> None:
@@ -72,7 +72,7 @@ def test_whoever_waits_for_devices_hears_how_many_there_are(
     with pytest.raises(RoundFailed, match="1 client connected"):
         _wait_for_nodes(Coming(1), 3, 0.5, told_to(print, on_wait=waits.append))
     assert re.fullmatch(
-        r"waiting for devices, of which 1 of 3 is there: 0\.\d+ s so far, 0\.\d+ s left "
+        r"waiting for devices, 1 of 3 connected: 0\.\d+ s so far, 0\.\d+ s left "
         r"\(federation\.deadline_s\)",
         waits[0],
     )

@@ -45,7 +45,7 @@ def test_every_node_is_drawn_as_often_as_any_other() -> None:
 
 
 def test_too_few_nodes_are_an_error_with_both_numbers() -> None:
-    with pytest.raises(RoundFailed, match=r"round 3: 6 clients are there, and .* asks for 7"):
+    with pytest.raises(RoundFailed, match=r"round 3: 6 clients are connected, but .* needs 7"):
         draw(7, number=3)
 
 

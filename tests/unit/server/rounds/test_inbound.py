@@ -173,7 +173,7 @@ def test_an_update_that_is_lost_after_it_was_kept_is_this_machines_fault(tmp_pat
         )
         for path in (tmp_path / "values").iterdir():
             path.unlink()
-        with pytest.raises(ResourceError, match=r"cannot be read .*go on with --resume"):
+        with pytest.raises(ResourceError, match=r"cannot read .*continue with --resume"):
             fold(taken, LAYOUT, tally, uniform=True)
         assert tally.updates == 0
 

@@ -112,7 +112,7 @@ def test_patience_ends_the_run_and_says_so() -> None:
     assert [record.round for record in done.rounds] == [1, 2, 3, 4]
     assert done.best_round == 2
     assert story.notes == [
-        "Stopped after round 4: none was better than round 2 for federation.patience = 2 rounds."
+        "Stopped after round 4: no round improved on round 2 for federation.patience = 2 rounds."
     ]
 
 
@@ -271,24 +271,28 @@ def test_a_budget_that_allows_no_round_at_all_is_an_error() -> None:
 
 def test_an_owners_budget_is_not_answered_with_advice_on_the_runs() -> None:
     def declined(*asked: object) -> Error:
-        return Error(DECLINED_BY_OWNER, "client 'x': OwnersBudgetExhausted; its log says more")
+        return Error(
+            DECLINED_BY_OWNER, "client 'x': OwnersBudgetExhausted; the client's log has the details"
+        )
 
     with pytest.raises(BudgetExhausted) as caught:
         Story(declined, unit="example").run()
-    assert "have the owners raise theirs" in str(caught.value)
+    assert "have the owners raise their budgets" in str(caught.value)
     assert "raise privacy.max_epsilon" not in str(caught.value)
     done = mixed(adds(), n10=lambda *a: adds()(*a) if a[1] == 1 else declined())
     story = Story(done, quorum=1.0, unit="example")
     story.run()
     assert story.notes == [
-        "Ended before round 2: the privacy budget of 1 of 5 clients asked is spent, for 1 of them "
-        "the one that the owner allows."
+        "Ended before round 2: the privacy budget of 1 of 5 clients asked is spent (1 of them: "
+        "the owner's budget)."
     ]
 
 
 def test_a_round_that_fails_names_whole_clients_and_the_next_step() -> None:
     broken = {f"n{node}": lambda *asked: Error(REFUSED, "no") for node in (10, 11)}
-    with pytest.raises(RoundFailed, match=r"quorum = 0\.7 needs 4 \(.*go on with --resume") as said:
+    with pytest.raises(
+        RoundFailed, match=r"quorum = 0\.7 needs 4 \(.*continue with --resume"
+    ) as said:
         Story(mixed(adds(), **broken), quorum=0.7).run()
     assert "3 of 5 clients" in str(said.value)
 

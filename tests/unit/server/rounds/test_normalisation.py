@@ -191,7 +191,7 @@ def test_sums_that_cannot_be_used_are_left_out(bad: Handler) -> None:
 def test_too_few_answers_end_the_run_with_a_reason() -> None:
     run = make_run("federated", quorum=0.8)
     with pytest.raises(
-        RoundFailed, match=r"2 of 3 clients sent sums that can be used.*First: client 'ben': no"
+        RoundFailed, match=r"2 of 3 clients sent usable sums.*First: client 'ben': no"
     ):
         fitted(run, handle=one_bad(failing, answer(GOOD, GOOD)))
 
@@ -244,7 +244,7 @@ def test_one_whose_inputs_are_far_from_all_others_is_left_out_and_named(value: f
     assert part.mean.abs().max() < 2
     assert part.deviation.max() < 2
     assert len(notes) == 1
-    assert "without the inputs of node 19" in notes[0]
+    assert "excludes the inputs of node 19" in notes[0]
 
 
 def test_clients_of_different_kinds_are_all_counted() -> None:
@@ -260,7 +260,7 @@ def test_one_who_claims_most_of_the_examples_does_not_decide_alone() -> None:
     run = make_run("federated", quorum=0.7)
     model = fitted(run, handle=with_liar(liar, 10), nodes=range(10, 20), notes=notes)
     assert standardise_of(model).mean.abs().max() < 2
-    assert "without the inputs of node 19" in notes[0]
+    assert "excludes the inputs of node 19" in notes[0]
 
 
 def test_one_who_has_most_of_the_examples_and_is_like_the_others_counts_in_full() -> None:

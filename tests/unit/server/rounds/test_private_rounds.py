@@ -166,10 +166,10 @@ def test_an_update_over_the_bound_is_refused_and_named() -> None:
     assert story.records[0].failed == 1
     assert story.records[0].updates == 19
     assert story.notes == [
-        "round 1: 1 of 20 clients failed. First: update from node 17: it is 5.19615 away from the "
-        "weights that were sent, expected at most privacy.client.clip_norm = 0.5. It was not used: "
-        "noise that hides one client hides no more than that. Install the server's version of "
-        "fedcore on this client."
+        "round 1: 1 of 20 clients failed. First: update from node 17: its distance is 5.19615 from "
+        "the weights that were sent, expected at most privacy.client.clip_norm = 0.5. It was not "
+        "used, because the noise only hides updates within that bound; install the server's "
+        "version of fedcore on this client."
     ]
 
 
@@ -225,7 +225,7 @@ def test_a_run_ends_before_the_round_that_would_pass_its_budget() -> None:
     assert last.client_epsilon <= 4.0
     assert done.best_round == last.round
     assert story.notes == [
-        f"Ended before round {last.round + 1}: it would take the client-level epsilon past "
+        f"Ended before round {last.round + 1}: it would raise the client-level epsilon above "
         "privacy.client.max_epsilon = 4."
     ]
 

@@ -92,11 +92,11 @@ def test_a_damaged_checkpoint_is_refused_whatever_byte_it_is(tmp_path: Path) -> 
     whole = path.read_bytes()
     for place in range(0, len(whole), 7):
         path.write_bytes(whole[:place] + bytes([whole[place] ^ 1]) + whole[place + 1 :])
-        with pytest.raises(DataError, match=r"begin the run again"):
+        with pytest.raises(DataError, match=r"start the run over"):
             read_checkpoint(path)
     for length in (0, 7, 8, 100, len(whole) - 1):
         path.write_bytes(whole[:length])
-        with pytest.raises(DataError, match=r"begin the run again"):
+        with pytest.raises(DataError, match=r"start the run over"):
             read_checkpoint(path)
 
 
@@ -196,7 +196,7 @@ def test_failures_name_the_command_that_shows_them(reason: str, named: str, tmp_
     keeping.commit(PROGRESS, None)
     keeping.begin(NODES)
     assert keeping.advice(PROGRESS, [reason]) == [
-        f"`fedcore simulate run.toml --replay {named}` shows how."
+        f"`fedcore simulate run.toml --replay {named}` shows the full error."
     ]
     kept = read_checkpoint(tmp_path / FAILED / "round-2.safetensors")
     assert kept.progress.round == 1

@@ -108,5 +108,5 @@ def test_who_was_not_asked_is_refused_and_who_was_is_named(folder: Path) -> None
     asked = NAMES[node - FIRST_NODE_ID]
     assert "trained on 8 examples" in replayed(f"1:{asked}", folder, cohort=1)
     for name in set(NAMES) - {asked}:
-        with pytest.raises(ConfigError, match=f"was not asked in round 1.* that were: {asked}"):
+        with pytest.raises(ConfigError, match=f"was not selected in round 1.* selected: {asked}"):
             replayed(f"1:{name}", folder, cohort=1)

@@ -128,5 +128,5 @@ def test_a_number_drawn_outside_torch_is_each_examples_own(draw: Callable[[], fl
     way = choose_method(task, FullModel(nn.Identity(), Coin(draw)))
     assert (way.name, way.why) == (
         "alone",
-        "it draws random numbers by Python's or NumPy's random",
+        "it draws random numbers with Python's or NumPy's random",
     )

@@ -18,7 +18,7 @@ from fedcore.training.per_example.clipped_sum import Batch, ClippedSum, clipped_
 from fedcore.training.per_example.gradient_methods import (
     GradientMethod,
     one_by_one,
-    trained,
+    trainable_parameters,
     vmap_method,
 )
 from tests.unit.fedcore.training.per_example.networks import NETWORKS, Network
@@ -118,7 +118,7 @@ def test_each_example_is_scaled_to_the_clip_norm_over_all_parameters(name: str) 
     gradients: list[Tensor] = []
     for place in range(COUNT):
         one = slice(place, place + 1)
-        parameters = list(trained(model).values())
+        parameters = list(trainable_parameters(model).values())
         found = torch.autograd.grad(
             network.loss(model(inputs[one]), targets[one]), parameters, allow_unused=True
         )

@@ -10,7 +10,7 @@ from fedcore.seeds import torch_rng
 from fedcore.training.per_example.clipping import (
     ExampleGradients,
     _by_rows,
-    _made,
+    _materialise,
     batch_gradient,
     clip_factors,
     example_gradients,
@@ -30,12 +30,12 @@ def layer(kind: str) -> tuple[Tensor, Tensor]:
     return drawn(K, B, *rows, IN), drawn(K, B, *rows, OUT, seed=1)
 
 
-def by_hand(inputs: Tensor, slopes: Tensor) -> tuple[Tensor, Tensor]:
+def by_hand(inputs: Tensor, grads: Tensor) -> tuple[Tensor, Tensor]:
     """Gradients of weight ``(K, B, out, in)`` and bias ``(K, B, out)``, in float64."""
     if inputs.dim() == 3:
-        inputs, slopes = inputs.unsqueeze(2), slopes.unsqueeze(2)
-    weight = torch.einsum("kbro,kbri->kboi", slopes.double(), inputs.double())
-    return weight, slopes.double().sum(2)
+        inputs, grads = inputs.unsqueeze(2), grads.unsqueeze(2)
+    weight = torch.einsum("kbro,kbri->kboi", grads.double(), inputs.double())
+    return weight, grads.double().sum(2)
 
 
 def check(found: ExampleGradients, weight: Tensor, bias: Tensor, *, has_bias: bool) -> None:
@@ -56,22 +56,22 @@ def check(found: ExampleGradients, weight: Tensor, bias: Tensor, *, has_bias: bo
 @pytest.mark.parametrize("has_bias", [True, False])
 @pytest.mark.parametrize("kind", SHAPES)
 def test_norms_and_sums_are_those_of_gradients_that_are_made(kind: str, has_bias: bool) -> None:
-    inputs, slopes = layer(kind)
-    found = example_gradients((inputs, slopes, slopes), bias=has_bias)
-    check(found, *by_hand(inputs, slopes), has_bias=has_bias)
+    inputs, grads = layer(kind)
+    found = example_gradients((inputs, grads, grads), bias=has_bias)
+    check(found, *by_hand(inputs, grads), has_bias=has_bias)
 
 
 def test_few_rows_and_many_are_taken_differently_and_alike() -> None:
-    inputs, slopes = layer("few rows")
-    (one, _, _), (other, _, _) = _by_rows(inputs, slopes), _made(inputs, slopes)
+    inputs, grads = layer("few rows")
+    (one, _, _), (other, _, _) = _by_rows(inputs, grads), _materialise(inputs, grads)
     assert torch.allclose(one, other, rtol=1e-5)
 
 
 def test_a_whole_batchs_gradient_is_the_sum_of_its_examples() -> None:
     for kind in SHAPES:
-        inputs, slopes = layer(kind)
-        found = batch_gradient(inputs, slopes, slopes)
-        weight, bias = (one.sum(1) for one in by_hand(inputs, slopes))
+        inputs, grads = layer(kind)
+        found = batch_gradient(inputs, grads, grads)
+        weight, bias = (one.sum(1) for one in by_hand(inputs, grads))
         product = torch.bmm(found.left.transpose(1, 2), found.right).double()
         assert torch.allclose(product, weight, atol=1e-4)
         assert torch.allclose(found.bias.double(), bias, atol=1e-4)
@@ -83,10 +83,10 @@ def test_a_whole_batchs_gradient_is_the_sum_of_its_examples() -> None:
 def test_an_example_whose_norm_overflows_is_not_believed_and_spoils_no_other(
     kind: str, where: str, value: float
 ) -> None:
-    inputs, slopes = layer(kind)
-    spoilt = inputs if where == "inputs" else slopes
+    inputs, grads = layer(kind)
+    spoilt = inputs if where == "inputs" else grads
     spoilt[1, 3] = value
-    found = example_gradients((inputs, slopes, slopes), bias=True)
+    found = example_gradients((inputs, grads, grads), bias=True)
     believed = torch.ones(K, B, dtype=torch.bool)
     believed[1, 3] = False
     assert torch.equal(found.usable, believed)
@@ -96,35 +96,35 @@ def test_an_example_whose_norm_overflows_is_not_believed_and_spoils_no_other(
 
 def test_a_slope_that_would_vanish_beside_a_huge_input_is_not_believed() -> None:
     """1e20 times 1e-40 is 1e-20; but below float32's smallest number 1e-46 is none at all."""
-    inputs, slopes = torch.full((1, 1, IN), 1e25), torch.full((1, 1, OUT), 1e-30)
-    assert not example_gradients((inputs, slopes, slopes), bias=False).usable.any()
+    inputs, grads = torch.full((1, 1, IN), 1e25), torch.full((1, 1, OUT), 1e-30)
+    assert not example_gradients((inputs, grads, grads), bias=False).usable.any()
 
 
 @pytest.mark.parametrize("left", [0.0, 1e-7, 1e-4])
 def test_rows_that_cancel_almost_wholly_are_not_believed(left: float) -> None:
-    inputs, slopes = layer("few rows")
+    inputs, grads = layer("few rows")
     inputs[0, 2, 1] = inputs[0, 2, 0] * (1 + left)
-    slopes[0, 2, 1] = -slopes[0, 2, 0]
-    _, usable, _ = _by_rows(inputs, slopes)
+    grads[0, 2, 1] = -grads[0, 2, 0]
+    _, usable, _ = _by_rows(inputs, grads)
     assert not usable[0, 2]
     assert int(usable.sum()) == K * B - 1
 
 
 def test_rows_that_cancel_in_part_are_believed_and_their_norm_is_right() -> None:
-    inputs, slopes = layer("few rows")
+    inputs, grads = layer("few rows")
     inputs[0, 2, 1] = inputs[0, 2, 0] * 1.1
-    slopes[0, 2, 1] = -slopes[0, 2, 0]
-    squares, usable, _ = _by_rows(inputs, slopes)
+    grads[0, 2, 1] = -grads[0, 2, 0]
+    squares, usable, _ = _by_rows(inputs, grads)
     assert usable.all()
-    weight, _ = by_hand(inputs, slopes)
+    weight, _ = by_hand(inputs, grads)
     assert torch.allclose(squares, weight.square().sum((2, 3)), rtol=1e-6)
 
 
 def test_an_example_without_a_gradient_is_believed() -> None:
     for kind in SHAPES:
-        inputs, slopes = layer(kind)
-        slopes[0, 0] = 0
-        found = example_gradients((inputs, slopes, slopes), bias=True)
+        inputs, grads = layer(kind)
+        grads[0, 0] = 0
+        found = example_gradients((inputs, grads, grads), bias=True)
         assert found.usable.all()
         assert found.squares[0, 0] == 0
 
@@ -136,12 +136,12 @@ def test_what_is_believed_adds_no_more_than_its_norm_whatever_the_scale() -> Non
     for _ in range(300):
         scales = 10.0 ** (40 * torch.rand(2, 1, 1, FEW, 1, generator=rng) - 20)
         inputs = torch.randn(1, 1, FEW, IN, generator=rng) * scales[0]
-        slopes = torch.randn(1, 1, FEW, OUT, generator=rng) * scales[1]
+        grads = torch.randn(1, 1, FEW, OUT, generator=rng) * scales[1]
         if torch.rand((), generator=rng) < 0.5:
             inputs[:, :, 1] = inputs[:, :, 0] * (1 + 1e-3 * torch.randn((), generator=rng))
-            slopes[:, :, 1] = -slopes[:, :, 0]
-        for take in (_by_rows, _made):
-            squares, usable, factors = take(inputs, slopes)
+            grads[:, :, 1] = -grads[:, :, 0]
+        for take in (_by_rows, _materialise):
+            squares, usable, factors = take(inputs, grads)
             if not usable.all():
                 continue
             believed += 1

@@ -47,7 +47,11 @@ each_model = pytest.mark.parametrize("model", MODELS.values(), ids=list(MODELS))
 def way(request: pytest.FixtureRequest, model: nn.Module) -> GradientMethod:
     chain = find_chain(model, torch.zeros(1, 1, 13, 13))
     assert chain is not None
-    run = torch_run(chain) if request.param == "torch" else compiled_run(chain, model, apart=True)
+    run = (
+        torch_run(chain)
+        if request.param == "torch"
+        else compiled_run(chain, model, per_example=True)
+    )
     assert run is not None
     return chain_method(chain, run, LOSS)
 
@@ -60,7 +64,7 @@ def taken(
     inputs = torch.randn(places, 1, 13, 13, generator=rng)
     if value is not None:
         inputs[0] = value
-    return way.take(nn.Identity(), model, inputs, torch.arange(places) % 3)
+    return way.compute(nn.Identity(), model, inputs, torch.arange(places) % 3)
 
 
 @each_model

@@ -60,7 +60,7 @@ def whole(rng: torch.Generator, *shape: int) -> Tensor:
     outs=st.sampled_from([1, 8, 19, 32]),
     relu=st.booleans(),
     biased=st.booleans(),
-    apart=st.booleans(),
+    per_example=st.booleans(),
     first=st.booleans(),
     seed=st.integers(0, 10**6),
 )
@@ -71,7 +71,7 @@ def test_forth_and_back(
     outs: int,
     relu: bool,
     biased: bool,
-    apart: bool,
+    per_example: bool,
     first: bool,
     seed: int,
 ) -> None:
@@ -94,15 +94,17 @@ def test_forth_and_back(
     weights = {"w": memory}
     if biased:
         weights["b"] = torch.stack([start["b"], -start["b"]])
-    found, undo = convolution(layer, relu=relu, first=first, apart=apart)(weights, x)
-    slopes = whole(rng, *found.shape)
-    of_x, part = undo(slopes)
+    found, backward = convolution(layer, relu=relu, first=first, per_example=per_example)(
+        weights, x
+    )
+    grads = whole(rng, *found.shape)
+    of_x, part = backward(grads)
     for client in range(clients):
         leaves = [weights[name][client].double().requires_grad_() for name in weights]
         image = x[client].double().requires_grad_()
         expected = by_torch(window, leaves[0], leaves[1] if biased else None, image, relu=relu)
         assert torch.equal(found[client], expected.detach().float())
-        of_leaves = torch.autograd.grad([expected], [image, *leaves], [slopes[client].double()])
+        of_leaves = torch.autograd.grad([expected], [image, *leaves], [grads[client].double()])
         back = [one.float() for one in of_leaves]
         assert first or torch.equal(of_x[client], back[0])
         if isinstance(part, BatchGradients):
@@ -112,7 +114,7 @@ def test_forth_and_back(
             of_last = torch.autograd.grad(
                 [by_torch(window, leaves[0], leaves[1] if biased else None, image[-1:], relu=relu)],
                 leaves,
-                [slopes[client, -1:].double()],
+                [grads[client, -1:].double()],
             )
             last = of_last[0].float().permute(0, 2, 3, 1).flatten(1)
             assert torch.equal(part.weight[client, -1], last)
@@ -124,7 +126,7 @@ def test_forth_and_back(
         assert torch.equal(weight, matrix)
         if biased:
             assert torch.equal(bias, back[2])
-    assert isinstance(part, BatchGradients) == (not apart)
+    assert isinstance(part, BatchGradients) == (not per_example)
 
 
 def weights_of(layer: Conv, rng: torch.Generator, clients: int) -> dict[str, Tensor]:
@@ -179,15 +181,15 @@ def test_images_that_go_in_parts(
     assert compile_sparse_backward(replace(window, padding=(0, 0)), channels) is not None
     weights = weights_of(layer, rng, 2)
     x = whole(rng, 2, 9, channels, *size)
-    found, undo = convolution(layer, relu=relu, first=False, apart=False)(weights, x)
-    slopes = whole(rng, *found.shape)
-    of_x, part = undo(slopes)
+    found, backward = convolution(layer, relu=relu, first=False, per_example=False)(weights, x)
+    grads = whole(rng, *found.shape)
+    of_x, part = backward(grads)
     assert isinstance(part, BatchGradients)
     for client in range(2):
         leaves = [one[client].double().requires_grad_() for one in (x, *weights.values())]
         expected = by_torch(window, leaves[1], leaves[2], leaves[0], relu=relu)
         assert torch.equal(found[client], expected.detach().float())
-        back = torch.autograd.grad([expected], leaves, [slopes[client].double()])
+        back = torch.autograd.grad([expected], leaves, [grads[client].double()])
         assert torch.equal(of_x[client], back[0].float())
         assert torch.equal(part.weight[client], back[1].permute(0, 2, 3, 1).flatten(1).float())
         assert torch.equal(part.bias[client], back[2].float())
@@ -208,7 +210,7 @@ def test_what_is_no_number_goes_where_torch_has_it(channels: int, first: bool, r
     x = whole(rng, 1, 3, channels, 8, 8)
     x[0, 1, 0, 3, 5] = float("nan")
     x[0, 2, 0, 0, 0] = float("inf")
-    found, _ = convolution(layer, relu=relu, first=first, apart=False)(weights, x)
+    found, _ = convolution(layer, relu=relu, first=first, per_example=False)(weights, x)
     expected = by_torch(layer.window, weights["w"][0], weights["b"][0], x[0], relu=relu)
     finite = expected.isfinite()
     assert not finite.all()
@@ -245,7 +247,7 @@ def test_images_that_the_layer_does_not_take_are_refused_and_nothing_is_overrun(
     net = nn.Sequential(nn.Conv2d(channels, 8, 3), nn.ReLU(), nn.MaxPool2d(2))
     chain = find_chain(net, torch.randn(2, channels, 6, 6))
     assert chain is not None
-    run = kernel_run(chain, apart=private)
+    run = kernel_run(chain, per_example=private)
     assert run is not None
     weights = stacked(chain, {name: p.detach() for name, p in net.named_parameters()}, 1)
     assert run(weights, torch.randn(1, 2, channels, 6, 6))[0].shape == (1, 2, 8, 2, 2)

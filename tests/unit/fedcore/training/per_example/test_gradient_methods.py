@@ -13,10 +13,10 @@ from fedcore.training.per_example.chain import torch_run
 from fedcore.training.per_example.gradient_methods import (
     GradientMethod,
     chain_method,
-    each_alone,
     is_mappable,
     one_by_one,
-    trained,
+    preprocess_each,
+    trainable_parameters,
     vmap_method,
 )
 from fedcore.training.per_example.graph import find_chain
@@ -33,7 +33,7 @@ def by_hand(network: Network, model: nn.Module, count: int = COUNT) -> list[Tens
     each = []
     for place in range(count):
         one = slice(place, place + 1)
-        parameters = list(trained(model).values())
+        parameters = list(trainable_parameters(model).values())
         loss = network.loss(model(inputs[one]), targets[one])
         found = torch.autograd.grad(loss, parameters, allow_unused=True)
         each.append(
@@ -50,7 +50,7 @@ def check_same(
 ) -> None:
     """Norms, each gradient and sums of them, relative to the longest gradient."""
     inputs, targets = network.examples(COUNT)
-    part = way.take(nn.Identity(), model, inputs, targets)
+    part = way.compute(nn.Identity(), model, inputs, targets)
     lengths = torch.stack([one.flatten(1).norm(dim=1) for one in expected]).norm(dim=0)
     assert part.usable.all()
     assert torch.allclose(part.squares.sqrt().float(), lengths, rtol=1e-5)
@@ -81,7 +81,7 @@ def test_all_ways_agree(name: str) -> None:
     if network.way == "chain":
         chain = find_chain(model, network.examples(2)[0])
         assert chain is not None
-        runs = [torch_run(chain), compiled_run(chain, model, apart=True)]
+        runs = [torch_run(chain), compiled_run(chain, model, per_example=True)]
         ways += [chain_method(chain, run, network.loss) for run in runs if run is not None]
     for way in ways:
         check_same(way, network, model, expected)
@@ -104,15 +104,17 @@ def test_a_gradient_of_a_parameter_that_is_not_used_is_zero() -> None:
     network = NETWORKS["unused"]
     model = network.build()
     for way in (one_by_one(network.loss, why=""), vmap_method(1, network.loss, why="")):
-        part = way.take(nn.Identity(), model, *network.examples(COUNT))
-        found = dict(zip(trained(model), weighted(part, model, torch.ones(COUNT)), strict=True))
+        part = way.compute(nn.Identity(), model, *network.examples(COUNT))
+        found = dict(
+            zip(trainable_parameters(model), weighted(part, model, torch.ones(COUNT)), strict=True)
+        )
         assert not found["other.weight"].any()
         assert found["head.weight"].any()
 
 
 def test_a_tied_parameter_has_one_gradient_with_both_its_uses() -> None:
     model = NETWORKS["tied"].build()
-    assert list(trained(model)) == ["words.weight", "mix.weight", "mix.bias"]
+    assert list(trainable_parameters(model)) == ["words.weight", "mix.weight", "mix.bias"]
 
 
 def test_nothing_of_the_model_changes_and_no_hook_stays() -> None:
@@ -121,7 +123,7 @@ def test_nothing_of_the_model_changes_and_no_hook_stays() -> None:
         model = network.build()
         before = copy.deepcopy(model.state_dict())
         way = way_of(model, network.loss, network.examples(1)[0][0])
-        way.take(nn.Identity(), model, *network.examples(COUNT))
+        way.compute(nn.Identity(), model, *network.examples(COUNT))
         assert all(torch.equal(now, before[key]) for key, now in model.state_dict().items())
         assert all(p.grad is None for p in model.parameters())
         assert not any(m._forward_hooks or m._forward_pre_hooks for m in model.modules())
@@ -137,7 +139,7 @@ def test_dropout_draws_for_each_example_by_itself() -> None:
     way = vmap_method(1, of_outputs, why="")
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        part = way.take(nn.Identity(), model.train(), inputs, torch.zeros(2))
+        part = way.compute(nn.Identity(), model.train(), inputs, torch.zeros(2))
     dropped = [weighted(part, model, share)[1].flatten() == 0 for share in torch.eye(2)]
     assert all(60 < int(one.sum()) < 140 for one in dropped)
     assert 60 < int((dropped[0] != dropped[1]).sum()) < 140
@@ -164,11 +166,11 @@ def test_preprocessing_runs_on_each_example_alone(preprocess: nn.Module) -> None
     mapped = is_mappable(preprocess, inputs)
     assert mapped == isinstance(preprocess, Normalise)
     expected = inputs / inputs.abs().amax(1, keepdim=True)
-    assert torch.allclose(each_alone(preprocess, inputs, mapped=mapped), expected)
+    assert torch.allclose(preprocess_each(preprocess, inputs, mapped=mapped), expected)
     way = way_of(model, network.loss, inputs[0], preprocess=preprocess)
     shares = torch.ones(COUNT)
-    found = weighted(way.take(preprocess, model, inputs, targets), model, shares)
-    right = weighted(way.take(nn.Identity(), model, expected, targets), model, shares)
+    found = weighted(way.compute(preprocess, model, inputs, targets), model, shares)
+    right = weighted(way.compute(nn.Identity(), model, expected, targets), model, shares)
     for one, other in zip(found, right, strict=True):
         assert torch.allclose(one, other, atol=1e-6)
 

@@ -140,10 +140,10 @@ MEANS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
-@pytest.mark.parametrize("way", [torch_run, partial(kernel_run, apart=True)])
+@pytest.mark.parametrize("method", [torch_run, partial(kernel_run, per_example=True)])
 @pytest.mark.parametrize("name", [*FLAT, *MEANS])
 def test_what_is_found_learns_what_the_model_does(
-    name: str, way: Callable[[Chain], Run | None]
+    name: str, method: Callable[[Chain], Run | None]
 ) -> None:
     torch.manual_seed(0)
     between = FLAT.get(name) or MEANS[name]
@@ -151,7 +151,7 @@ def test_what_is_found_learns_what_the_model_does(
     model = FullModel(nn.Identity(), net)
     chain = find_chain(net, IMAGE)
     assert chain is not None
-    run = way(chain)
+    run = method(chain)
     assert run is not None
     settings = ClientConfig(batch_size=4, learning_rate=0.1)
     plan = PrivatePlan(Charge(1, 1e-9, 0.5, 3), clip_norm=0.5)
@@ -177,7 +177,7 @@ def test_what_is_found_learns_what_the_model_does(
             loss,
             settings,
             plan,
-            way=found,
+            method=found,
             draws=SimulatedDraws(torch_rng(0, "order"), torch_rng(0, "noise")),
             proximal_mu=0.0,
         )

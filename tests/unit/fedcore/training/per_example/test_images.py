@@ -62,9 +62,9 @@ def test_any_rectangle(
     found = convolved(x.unsqueeze(0), weight, window)[0]
     as_image = found.transpose(1, 2).reshape(2, 5, *window.cells(*size))
     assert torch.allclose(as_image, expected, atol=1e-10)
-    slopes = torch.randn(expected.shape, **double)  # type: ignore[call-overload]
-    (way_back,) = torch.autograd.grad([expected], [x], [slopes])
-    (ours,) = torch.autograd.grad([as_image], [x], [slopes])
+    grads = torch.randn(expected.shape, **double)  # type: ignore[call-overload]
+    (way_back,) = torch.autograd.grad([expected], [x], [grads])
+    (ours,) = torch.autograd.grad([as_image], [x], [grads])
     assert torch.allclose(ours, way_back, atol=1e-10)
 
 
@@ -89,11 +89,11 @@ def test_clients_at_once_or_one_by_one_are_the_same() -> None:
     window, shape = ConvolutionWindow((3, 2), (2, 1), (1, 0), (1, 2)), (3, 2, 4, 7, 6)
     rng = torch.Generator().manual_seed(0)
     down, across = window.cells(7, 6)
-    slopes = torch.randn(3, 2, 2 * down * across, 5, generator=rng)
+    grads = torch.randn(3, 2, 2 * down * across, 5, generator=rng)
     weight = torch.randn(3, 5, 6 * 4, generator=rng)
-    one_by_one = input_gradient(slopes, weight, window, shape, 1)
+    one_by_one = input_gradient(grads, weight, window, shape, 1)
     assert one_by_one.shape == shape
-    assert torch.allclose(input_gradient(slopes, weight, window, shape, 3), one_by_one, atol=1e-5)
+    assert torch.allclose(input_gradient(grads, weight, window, shape, 3), one_by_one, atol=1e-5)
 
 
 def test_images_too_small_for_a_kernel_and_its_pooling_are_refused() -> None:

@@ -63,7 +63,7 @@ def both_ways(model: nn.Module) -> Iterator[tuple[Tensor, list[Tensor]]]:
     assert way is not None
     share = torch.linspace(0, 1, len(inputs))
     for one in (way, one_by_one(LOSS, why="")):
-        part = one.take(nn.Identity(), model, inputs, targets)
+        part = one.compute(nn.Identity(), model, inputs, targets)
         yield part.squares, weighted(part, model, share)
 
 
@@ -82,7 +82,7 @@ def test_what_is_added_for_an_example_is_as_long_as_is_said() -> None:
     model, (inputs, targets) = Words(), batch()
     way = lookup_method(model, inputs, LOSS, why="")
     assert way is not None
-    part = way.take(nn.Identity(), model, inputs, targets)
+    part = way.compute(nn.Identity(), model, inputs, targets)
     for place in range(len(inputs)):
         alone = torch.zeros(len(inputs))
         alone[place] = 1
@@ -100,8 +100,8 @@ def test_other_examples_are_the_same_bits_when_one_is_replaced() -> None:
     share = torch.ones(len(inputs))
     share[0] = 0
     for one, two in zip(
-        weighted(way.take(nn.Identity(), model, inputs, targets), model, share),
-        weighted(way.take(nn.Identity(), model, other, targets), model, share),
+        weighted(way.compute(nn.Identity(), model, inputs, targets), model, share),
+        weighted(way.compute(nn.Identity(), model, other, targets), model, share),
         strict=True,
     ):
         assert torch.equal(one, two)
@@ -116,7 +116,7 @@ def test_an_example_that_is_not_finite_is_not_usable() -> None:
     inputs[2, 0] = 10
     way = lookup_method(model, inputs, LOSS, why="")
     assert way is not None
-    usable = way.take(nn.Identity(), model, inputs, targets).usable
+    usable = way.compute(nn.Identity(), model, inputs, targets).usable
     assert usable.tolist() == [True, True, False, True, True, True]
 
 

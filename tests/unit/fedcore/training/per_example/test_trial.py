@@ -21,7 +21,7 @@ from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, Kind, Loss
 from fedcore.task.model import FullModel
-from fedcore.training.per_example.trial import made_up
+from fedcore.training.per_example.trial import synthetic_examples
 from fedcore.training.private import train_private
 from tests import ways
 from tests.unit.fedcore.training.per_example.networks import NETWORKS
@@ -67,8 +67,8 @@ def test_torch_says_nothing_of_its_own_batching_and_of_made_up_examples() -> Non
     settings = ClientConfig(device="cpu")
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        way = way_of(model, CROSS_ENTROPY, inputs[0])
-        assert way.name == "vmap"
+        method = way_of(model, CROSS_ENTROPY, inputs[0])
+        assert method.name == "vmap"
         train_private(
             nn.Identity(),
             model,
@@ -76,7 +76,7 @@ def test_torch_says_nothing_of_its_own_batching_and_of_made_up_examples() -> Non
             CROSS_ENTROPY,
             settings,
             PrivatePlan(Charge(1, 1.0, 0.5, 2), clip_norm=1.0),
-            way=way,
+            method=method,
             draws=SimulatedDraws(sampling=rng, noise=rng),
         )
         # The targets that are tried first do not fit: torch would say so, of nobody's numbers.
@@ -118,8 +118,8 @@ APART: dict[str, Callable[[Tensor], Tensor]] = {
 
 @pytest.mark.parametrize("name", APART)
 def test_a_model_that_treats_examples_apart_is_taken(name: str) -> None:
-    way = way_of(dense(Applies(APART[name])), CROSS_ENTROPY, torch.zeros(6))
-    assert way.name == ("chain" if name == "rows as a batch" else "vmap")
+    method = way_of(dense(Applies(APART[name])), CROSS_ENTROPY, torch.zeros(6))
+    assert method.name == ("chain" if name == "rows as a batch" else "vmap")
 
 
 def weighted(outputs: Tensor, targets: Tensor) -> Tensor:
@@ -272,27 +272,27 @@ def test_what_vmap_cannot_take_is_taken_one_by_one_and_says_why() -> None:
     def looks(h: Tensor) -> Tensor:
         return h * (2 if float(h.detach().sum()) > 1e9 else 1)
 
-    way = way_of(dense(Applies(looks)), CROSS_ENTROPY, torch.zeros(6))
-    assert way.name == "alone"
-    assert "torch cannot take all gradients at once" in way.why
+    method = way_of(dense(Applies(looks)), CROSS_ENTROPY, torch.zeros(6))
+    assert method.name == "alone"
+    assert "torch cannot compute all gradients at once" in method.why
 
 
 def test_a_loss_for_targets_of_its_own_is_taken_one_by_one() -> None:
     def odd(outputs: Tensor, targets: Tensor) -> Tensor:
         return functional.cross_entropy(outputs, targets[:, 0, 0])
 
-    way = way_of(dense(), odd, torch.zeros(6))
-    assert way.name == "alone"
-    assert "takes none of the targets" in way.why
+    method = way_of(dense(), odd, torch.zeros(6))
+    assert method.name == "alone"
+    assert "accepts none of the targets" in method.why
 
 
 def test_hooks_keep_a_model_from_being_read_as_a_chain() -> None:
     model = dense()
     model[0].register_forward_hook(lambda module, args, output: 2 * output)
-    way = way_of(model, CROSS_ENTROPY, torch.zeros(6))
-    assert way.name == "vmap"
+    method = way_of(model, CROSS_ENTROPY, torch.zeros(6))
+    assert method.name == "vmap"
     inputs, targets = torch.randn(4, 6, generator=torch_rng(0)), torch.arange(4) % 3
-    part = way.take(nn.Identity(), model, inputs, targets)
+    part = method.compute(nn.Identity(), model, inputs, targets)
     found = ways.weighted(part, model, torch.full((4,), 0.25))
     torch.autograd.backward(CROSS_ENTROPY(model(inputs), targets))
     for one, parameter in zip(found, model.parameters(), strict=True):
@@ -303,18 +303,20 @@ def test_hooks_keep_a_model_from_being_read_as_a_chain() -> None:
 @pytest.mark.parametrize("example", [torch.zeros(5).long(), torch.zeros(5).int()])
 def test_made_up_words_are_those_of_the_table(example: Tensor) -> None:
     model = FullModel(nn.Identity(), nn.Sequential(nn.Embedding(11, 3), nn.Flatten()))
-    tried = made_up(task_of(model, CROSS_ENTROPY, example), model, 200)
+    tried = synthetic_examples(task_of(model, CROSS_ENTROPY, example), model, 200)
     assert tried.inputs.dtype == example.dtype
     assert sorted(tried.inputs.unique().tolist()) == list(range(11))
-    again = made_up(task_of(model, CROSS_ENTROPY, example), model, 200)
+    again = synthetic_examples(task_of(model, CROSS_ENTROPY, example), model, 200)
     assert torch.equal(tried.inputs, again.inputs)
 
 
 def test_made_up_targets_fit_the_kind() -> None:
     model = FullModel(nn.Identity(), dense())
     task = task_of(model, CROSS_ENTROPY, torch.zeros(6))
-    assert made_up(task, model, 9).targets is not None
-    assert made_up(task, model, 9).targets.tolist() == [0, 1, 2] * 3  # type: ignore[union-attr]
-    numbers = made_up(task_of(model, functional.mse_loss, torch.zeros(6), "regression"), model)
+    assert synthetic_examples(task, model, 9).targets is not None
+    assert synthetic_examples(task, model, 9).targets.tolist() == [0, 1, 2] * 3  # type: ignore[union-attr]
+    numbers = synthetic_examples(
+        task_of(model, functional.mse_loss, torch.zeros(6), "regression"), model
+    )
     assert numbers.targets is not None
     assert numbers.targets.shape == (8, 3)

@@ -62,7 +62,7 @@ def test_a_byte_that_was_changed_shows(blobs: Blobs, tmp_path: Path) -> None:
     with pytest.raises(DataError, match="do not match the digest"):
         blobs.checked(name)
     blobs.path(name).unlink()
-    with pytest.raises(DataError, match="cannot be read"):
+    with pytest.raises(DataError, match="cannot read"):
         blobs.checked(name)
 
 

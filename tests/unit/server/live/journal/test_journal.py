@@ -271,7 +271,7 @@ def test_a_full_database_leaves_what_was_there(tmp_path: Path) -> None:
             for node in range(10, 200):
                 journal.accept(answer(asked(node), 1.0, 4000))
 
-        with pytest.raises(DiskFull, match="go on with --resume"):
+        with pytest.raises(DiskFull, match="continue with --resume"):
             fill()
     with opened(tmp_path) as journal:
         assert journal.mended == ""

@@ -61,7 +61,7 @@ def test_commits_outlive_the_journals_file(
     two_rounds(tmp_path, size)
     damage(tmp_path / JOURNAL)
     with opened(tmp_path) as journal:
-        assert "taken from its copy" in journal.mended
+        assert "restored from its copy" in journal.mended
         assert journal.start is not None
         assert journal.start.progress.weights.tobytes() == vector(2, size).tobytes()
         assert journal.start.records == (record(1), record(2))
@@ -87,7 +87,7 @@ def a_loop(path: Path) -> None:
 
 @pytest.mark.parametrize(
     ("become", "what"),
-    [(a_folder, "this is a folder"), (a_pipe, "this is a pipe"), (a_loop, "leads to no file")],
+    [(a_folder, "found a folder"), (a_pipe, "found a pipe"), (a_loop, "a broken link")],
 )
 @pytest.mark.parametrize("suffix", ["", "-wal", "-shm"])
 def test_what_is_no_file_is_named_and_put_aside(
@@ -138,7 +138,7 @@ def test_an_emptied_journal_without_its_copy_is_refused(tmp_path: Path) -> None:
     two_rounds(tmp_path)
     (tmp_path / JOURNAL).write_bytes(b"")
     (tmp_path / HEAD).write_bytes(b"")
-    with pytest.raises(DataError, match=r"is empty, and a run was begun.* --fresh"):
+    with pytest.raises(DataError, match=r"is empty, although a run was started.* --fresh"):
         reopen(tmp_path)
 
 
@@ -248,7 +248,7 @@ def test_damaged_weights_are_found_and_the_round_before_stands(tmp_path: Path) -
         if path.read_bytes()[: 4 * LARGE] == vector(2, LARGE).tobytes():
             flip(path, 1000)
     with opened(tmp_path) as journal:
-        assert "goes on after round 1" in journal.mended
+        assert "continues after round 1" in journal.mended
         assert journal.start is not None
         assert journal.start.progress.weights.tobytes() == vector(1, LARGE).tobytes()
         assert journal.start.records == (record(1),)
@@ -264,7 +264,7 @@ def test_where_no_weights_are_whole_it_is_refused(tmp_path: Path) -> None:
     two_rounds(tmp_path, LARGE)
     for path in (tmp_path / "values").iterdir():
         path.write_bytes(b"")
-    with pytest.raises(DataError, match="No round's weights are whole"):
+    with pytest.raises(DataError, match="No round's weights are intact"):
         reopen(tmp_path)
 
 
@@ -311,7 +311,7 @@ def rewritten(folder: Path, kind: str, values: object) -> None:
 def test_what_its_digest_fits_is_still_looked_at(tmp_path: Path, kind: str, values: object) -> None:
     two_rounds(tmp_path)
     rewritten(tmp_path, kind, values)
-    wrong = pytest.raises(DataError, match=r"not as this version writes it|format None")
+    wrong = pytest.raises(DataError, match=r"does not have the format of this version|format None")
     with wrong, opened(tmp_path) as journal:
         journal.asked("train")
 
@@ -323,8 +323,8 @@ def test_a_commit_that_no_version_wrote_gives_way_to_the_one_before(
     two_rounds(tmp_path)
     rewritten(tmp_path, "commit", values)
     with opened(tmp_path) as journal:
-        assert "not as this version writes it" in journal.mended
-        assert "goes on after round 1" in journal.mended
+        assert "does not have the format of this version" in journal.mended
+        assert "continues after round 1" in journal.mended
         assert journal.start is not None
         assert journal.start.progress.round == 1
 
@@ -359,7 +359,7 @@ def test_a_name_in_a_damaged_journal_that_is_no_text_is_damage_like_any_other(
     assert b"tableentry" in raw
     (tmp_path / JOURNAL).write_bytes(raw.replace(b"tableentry", b"tableent\xc5y"))
     with opened(tmp_path) as journal:
-        assert "names in it are no text" in journal.mended
+        assert "names in it are not text" in journal.mended
         assert journal.round == 2
 
 
@@ -374,5 +374,5 @@ def test_a_value_that_is_of_another_type_is_damage_like_any_other(
         database.execute(f"update entry set {change} where kind = 'reply/train'")
         database.commit()
     with opened(tmp_path) as journal:
-        assert "an entry is of other types" in journal.mended
+        assert "an entry has wrong types" in journal.mended
         assert journal.round == 2

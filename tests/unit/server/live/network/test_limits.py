@@ -107,7 +107,7 @@ def test_a_peer_is_told_of_once_in_a_while(caplog: pytest.LogCaptureFixture) -> 
     assert told == [
         "refused edge-0: 400: garbage",
         "refused edge-0: 413: too large",
-        "refused edge-0: 400: garbage (999 more since the last such line)",
+        "refused edge-0: 400: garbage (999 more of these since the last one was logged)",
     ]
 
 
@@ -235,7 +235,7 @@ def test_what_a_peer_does_over_and_over_takes_few_lines(caplog: pytest.LogCaptur
         clock.now += TOLD_S
         lines.tell("edge-0", "stream open", "x\x1b")
     assert caplog.messages[-1] == (
-        "device edge-0: stream open (x\\x1b) (980 more since the last such line)"
+        "device edge-0: stream open (x\\x1b) (980 more of these since the last one was logged)"
     )
 
 

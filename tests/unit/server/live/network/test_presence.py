@@ -117,7 +117,7 @@ def test_a_new_process_takes_the_place_of_the_old_for_good() -> None:
         assert not presence.watched_by(7, stream)
         presence.unwatch(7, stream)  # the end of the old stream is no departure of the new process
         assert presence.nodes() == [7]
-        with pytest.raises(TrustError, match="enrol that device under a name of its own"):
+        with pytest.raises(TrustError, match="enrol that device under its own name"):
             presence.arrive(7, "a", "edge", b"key")
 
     run(scenario)

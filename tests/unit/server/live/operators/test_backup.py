@@ -270,7 +270,7 @@ def test_no_run_a_damaged_journal_and_a_full_disk_leave_nothing_behind(
         pass
     whole = (run / JOURNAL_FOLDER / JOURNAL).read_bytes()
     (run / JOURNAL_FOLDER / JOURNAL).write_bytes(b"SQLite format 3\x00" + b"\xff" * 5000)
-    with pytest.raises(DataError, match=r"journal\.sqlite: this database cannot be copied"):
+    with pytest.raises(DataError, match=r"journal\.sqlite: cannot copy this database"):
         back_up(run, tmp_path / "b.tar", now=NOW)
     (run / JOURNAL_FOLDER / JOURNAL).write_bytes(whole)
 

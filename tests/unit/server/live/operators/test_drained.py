@@ -62,4 +62,4 @@ def test_a_name_that_no_device_has_is_told(
         warn_of_unknown({"edge-1"}, roster)
         assert caplog.records == []
         warn_of_unknown({"edge-1", "edge-2", "edge-9"}, roster)
-    assert "edge-2, edge-9: drained, and no device in force has the name" in caplog.text
+    assert "edge-2, edge-9: drained, but no device in force has this name" in caplog.text

@@ -16,7 +16,7 @@ from fedcore.errors import ResourceError, RoundFailed
 from fedcore.flower.grid import OwnGrid
 from fedcore.flower.identity import assume_identity
 from fedcore.observability import patience
-from fedcore.updates.messages import DECLINED, REFUSED, refused_as
+from fedcore.updates.messages import DECLINED, REFUSED, error_kind
 from server.live.journal.journal import Journal, create, reopen
 from server.live.rounds import journaled as journal_keeper
 from server.live.rounds.journaled import JournalCheckpointer, JournalGrid
@@ -144,7 +144,7 @@ def test_what_devices_failed_with_is_not_of_this_machines_kinds(journal: Journal
     devices = Devices(failing={4: REFUSED + ResourceError.exit_code, 5: REFUSED + 4, 6: DECLINED})
     grid = Rounds(devices, journal, admit=set, quorum=0.5)
     errors = [reply.error for reply in grid.send_and_receive(messages(), timeout=5)]
-    assert [refused_as(error.code) for error in errors[:2]] == [RoundFailed, RoundFailed]
+    assert [error_kind(error.code) for error in errors[:2]] == [RoundFailed, RoundFailed]
     assert [error.reason for error in errors] == ["its disk is gone"] * 3
     assert errors[2].code == DECLINED
 

@@ -120,7 +120,9 @@ def test_what_an_earlier_version_kept_is_checked_again(
     assert sorted(site.asked) == [11, 13], "10 and 12 are not asked again"
     assert done.weights.tobytes() == expected
     assert any(
-        note.startswith("Dropped from the journal, which an earlier process had kept: update from")
+        note.startswith(
+            "Dropped from the journal, where an earlier process had stored it: update from"
+        )
         and "node 11" in note
         for note in site.notes
     )

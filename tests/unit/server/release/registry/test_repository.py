@@ -141,7 +141,7 @@ def test_a_published_file_that_changed_is_not_read(publisher: Any) -> None:
     state = state_of(publisher)
     assert registry.read_target(publisher.repository, state, manifest.onnx.path) == b"model"
     path.write_bytes(b"modem")
-    with pytest.raises(ReleaseError, match="not what was published"):
+    with pytest.raises(ReleaseError, match="differs from what was published"):
         registry.read_target(publisher.repository, state, manifest.onnx.path)
 
 

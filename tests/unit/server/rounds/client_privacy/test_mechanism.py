@@ -113,7 +113,9 @@ def test_system_draws_differ_and_simulated_ones_repeat() -> None:
 def test_nobody_is_drawn_while_too_few_are_there() -> None:
     run = run_of()
     protection = protect(run, clients=200, cohort=20)
-    with pytest.raises(RoundFailed, match="round 4: 19 clients are there, and the round takes 20"):
+    with pytest.raises(
+        RoundFailed, match="round 4: 19 clients are available, but the round needs 20"
+    ):
         draw(run, protection, range(19), draws_of(Simulated(0), "cohort", 4), number=4)
 
 

@@ -80,7 +80,7 @@ def test_a_metric_without_a_range_is_without_those_that_are_far_from_all_others(
     done = story.run()
     assert [record.metrics for record in done.rounds] == [{"rmse": 0.5}] * 3
     assert story.notes[0] == (
-        f"round 1: rmse is without node 11 ({lie:.4g}): far from what the other 4 clients measured."
+        f"round 1: rmse excludes node 11 ({lie:.4g}): far from the values of the other 4 clients."
     )
 
 

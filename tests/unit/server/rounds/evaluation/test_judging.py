@@ -87,7 +87,7 @@ def test_clients_judge_where_they_hold_data_back_unless_the_cloud_is_asked() -> 
     assert asked(3, judge="both")
     assert not asked(3, judge="cloud")
     assert not asked(0)
-    with pytest.raises(ValueError, match="no client holds data back to judge on"):
+    with pytest.raises(ValueError, match="no client evaluates models on held-out data"):
         asked(0, judge="clients")
 
 

@@ -53,7 +53,7 @@ def test_a_wrapper_wraps_the_strategy_that_it_is_given() -> None:
 
 def test_a_wrapper_says_that_its_noise_is_not_counted() -> None:
     notes = make(FIXED, **CLIPPING).notes
-    assert any("not counted in the epsilon that fedcore reports" in note for note in notes)
+    assert any("the epsilon reported by fedcore does not include" in note for note in notes)
 
 
 def test_buffering_says_what_memory_it_takes() -> None:
@@ -68,9 +68,13 @@ def test_buffering_says_what_memory_it_takes() -> None:
 @pytest.mark.parametrize(
     ("name", "options", "said"),
     [
-        ("FedAvgg", {}, r"Flower has no such strategy\. Did you mean 'FedAvg'\? It has: Bulyan, "),
+        (
+            "FedAvgg",
+            {},
+            r"Flower has no such strategy\. Did you mean 'FedAvg'\? Available: Bulyan, ",
+        ),
         ("Strategy", {}, "Flower has no such strategy"),
-        ("FedXgbBagging", {}, "it aggregates XGBoost trees, and a task's model is a torch module"),
+        ("FedXgbBagging", {}, "it aggregates XGBoost trees, but a task's model is a torch module"),
         ("FedXgbCyclic", {}, "it aggregates XGBoost trees"),
         (
             "FedAdam",
@@ -78,7 +82,7 @@ def test_buffering_says_what_memory_it_takes() -> None:
             r"options\.etta: FedAdam has no such option\. Did you mean 'eta",
         ),
         ("FedAvg", {"fraction_train": 0.5}, "fraction_train: FedAvg has no such option"),
-        ("FedAvg", {"eta": 0.5}, "It takes: none"),
+        ("FedAvg", {"eta": 0.5}, "It accepts: none"),
         ("QFedAvg", {}, "QFedAvg refused .*client_learning_rate"),
         (FIXED, {}, f"{FIXED} refused .*noise_multiplier"),
         (FIXED, CLIPPING | {"clipping_norm": -1.0}, "clipping norm should be a positive value"),

@@ -79,7 +79,7 @@ def test_wrapped_strategies_are_reminded_too() -> None:
 def test_what_cannot_be_stored_is_refused_rather_than_lost(value: object) -> None:
     strategy = FedAvg()
     strategy.weighted_by_key = value  # type: ignore[assignment]
-    with pytest.raises(ConfigError, match=r"FedAvg\.weighted_by_key.* cannot hold"):
+    with pytest.raises(ConfigError, match=r"FedAvg\.weighted_by_key.* cannot store"):
         strategy_state_of(strategy)
 
 

@@ -158,11 +158,11 @@ def torchs(chain: Chain, settings: ClientConfig, private: bool) -> Run | None:
 
 
 def kernels(chain: Chain, settings: ClientConfig, private: bool) -> Run | None:
-    return kernel_run(chain, apart=private)
+    return kernel_run(chain, per_example=private)
 
 
 WAYS = [(name, torchs) for name in CASES] + [(name, kernels) for name in STRAIGHT]
-NAMED = [f"{name}-{way.__name__}" for name, way in WAYS]
+NAMED = [f"{name}-{method.__name__}" for name, method in WAYS]
 Way = Callable[[Chain, ClientConfig, bool], Run | None]
 SIZES = (20, 20, 13, 1, 20, 7, 10)
 SETTINGS = [
@@ -188,11 +188,11 @@ def work_of(
 
 
 def chain_of(
-    model: FullModel, example: Tensor, way: Way, settings: ClientConfig, *, private: bool = False
+    model: FullModel, example: Tensor, method: Way, settings: ClientConfig, *, private: bool = False
 ) -> tuple[Chain, Run]:
     chain = find_chain(model.model, example.unsqueeze(0))
     assert chain is not None
-    run = way(chain, settings, private)
+    run = method(chain, settings, private)
     assert run is not None
     return chain, run
 
@@ -205,17 +205,17 @@ def distance(alone: nn.Module, weights: Tensor, before: Tensor) -> float:
     return (expected - weights).norm().item() / moved
 
 
-@pytest.mark.parametrize(("name", "way"), WAYS, ids=NAMED)
+@pytest.mark.parametrize(("name", "method"), WAYS, ids=NAMED)
 @pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 def test_each_learns_what_it_would_alone(
-    name: str, way: Way, settings: ClientConfig, mu: float
+    name: str, method: Way, settings: ClientConfig, mu: float
 ) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
     before = torch.from_numpy(pack(model.model))
     work = work_of(make, SIZES, lambda place: None)
-    chain, run = chain_of(model, work[0].examples[0][0], way, settings)
+    chain, run = chain_of(model, work[0].examples[0][0], method, settings)
     together = train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=run)
     assert torch.equal(torch.from_numpy(pack(model.model)), before)
     for place, one in enumerate(work):
@@ -235,14 +235,14 @@ def test_each_learns_what_it_would_alone(
 
 
 @pytest.mark.parametrize(
-    ("name", "way"),
+    ("name", "method"),
     WAYS,
 )
 @pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
 @pytest.mark.parametrize("noise", [0.7, 1e-9], ids=["noise", "no noise"])
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 def test_each_learns_with_privacy_what_it_would_alone(
-    name: str, way: Way, settings: ClientConfig, noise: float, mu: float
+    name: str, method: Way, settings: ClientConfig, noise: float, mu: float
 ) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
@@ -256,7 +256,7 @@ def test_each_learns_with_privacy_what_it_would_alone(
         )
 
     work = work_of(make, SIZES, private)
-    chain, run = chain_of(model, work[0].examples[0][0], way, settings, private=True)
+    chain, run = chain_of(model, work[0].examples[0][0], method, settings, private=True)
     together = train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=run)
     kind: Kind = "regression" if work[0].examples[0][1].is_floating_point() else "classification"
     found = way_of(model.model, loss, work[0].examples[0][0], kind)
@@ -270,7 +270,7 @@ def test_each_learns_with_privacy_what_it_would_alone(
             loss,
             settings,
             one.private.plan,
-            way=found,
+            method=found,
             draws=SimulatedDraws(one.order(), one.private.noise(torch.device("cpu"))),
             proximal_mu=mu,
         )
@@ -278,29 +278,31 @@ def test_each_learns_with_privacy_what_it_would_alone(
     assert together.losses == [None] * len(work)
 
 
-@pytest.mark.parametrize(("name", "way"), [("residual", torchs), ("cnn", torchs), ("cnn", kernels)])
-def test_one_client_alone_leaves_the_global_model_as_it_was(name: str, way: Way) -> None:
+@pytest.mark.parametrize(
+    ("name", "method"), [("residual", torchs), ("cnn", torchs), ("cnn", kernels)]
+)
+def test_one_client_alone_leaves_the_global_model_as_it_was(name: str, method: Way) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
     before = torch.from_numpy(pack(model.model))
     work = work_of(make, [9], lambda place: None)
-    chain, run = chain_of(model, work[0].examples[0][0], way, SETTINGS[0])
+    chain, run = chain_of(model, work[0].examples[0][0], method, SETTINGS[0])
     trained = train_chained(model, chain, work, loss, SETTINGS[0], proximal_mu=0.0, run=run)
     assert torch.equal(torch.from_numpy(pack(model.model)), before)
     assert not torch.equal(trained.weights[0], before)
 
 
 @pytest.mark.parametrize(
-    ("name", "way"),
+    ("name", "method"),
     [each for each in WAYS if each[0] in ("residual", "strided", "one layer", "one convolution")],
 )
-def test_a_step_of_an_empty_batch_is_one_of_noise(name: str, way: Way) -> None:
+def test_a_step_of_an_empty_batch_is_one_of_noise(name: str, method: Way) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
     before = torch.from_numpy(pack(model.model))
     plan = PrivatePlan(Charge(1, 0.7, 1e-6, 2), clip_norm=0.5)  # so rare that nobody is drawn
     work = work_of(make, [3], lambda place: PrivateWork(plan, lambda device: torch_rng(1)))
-    chain, run = chain_of(model, work[0].examples[0][0], way, SETTINGS[0], private=True)
+    chain, run = chain_of(model, work[0].examples[0][0], method, SETTINGS[0], private=True)
     trained = train_chained(model, chain, work, loss, SETTINGS[0], proximal_mu=0.0, run=run)
     rng, deviation = torch_rng(1), 0.7 * 0.5 * (1 + FLOAT_MARGIN)
     steps = [
@@ -314,14 +316,14 @@ def test_a_step_of_an_empty_batch_is_one_of_noise(name: str, way: Way) -> None:
 
 
 @pytest.mark.parametrize(
-    ("name", "way", "value"),
+    ("name", "method", "value"),
     [
         ("regression", torchs, float("nan")),
-        *(("strided", way, value) for way in (torchs, kernels) for value in SPOILT),
+        *(("strided", method, value) for method in (torchs, kernels) for value in SPOILT),
     ],
 )
 def test_a_client_that_diverges_does_not_take_others_with_it(
-    name: str, way: Way, value: float
+    name: str, method: Way, value: float
 ) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
@@ -331,7 +333,7 @@ def test_a_client_that_diverges_does_not_take_others_with_it(
     inputs[3, ..., 0] = value
     data: list[Examples] = [good, TensorDataset(inputs, targets)]  # type: ignore[list-item]
     work = [LocalWork(one, lambda: torch_rng(0)) for one in data]
-    chain, run = chain_of(model, inputs[0], way, SETTINGS[0])
+    chain, run = chain_of(model, inputs[0], method, SETTINGS[0])
     settings = ClientConfig(batch_size=4)
     trained = train_chained(model, chain, work, loss, settings, proximal_mu=0.0, run=run)
     told, lost = trained.losses
@@ -345,4 +347,4 @@ def test_kernels_leave_what_branches_or_has_no_convolution_to_torch(name: str) -
     net, make, _ = CASES[name]
     chain = find_chain(net, make(1, torch_rng(0))[0][0].unsqueeze(0))
     assert chain is not None
-    assert kernel_run(chain, apart=False) is None
+    assert kernel_run(chain, per_example=False) is None

@@ -119,7 +119,7 @@ def test_who_diverges_is_seen_to(value: float) -> None:
 def test_a_target_that_the_model_has_no_output_for_is_refused(target: int) -> None:
     work = work_of([8])
     work[0].examples[5][1].fill_(target)
-    with pytest.raises(DataError, match=f"example 5 has the target {target}, the model has 3"):
+    with pytest.raises(DataError, match=f"example 5 has the target {target}, but the model has 3"):
         linear(full(), work, ClientConfig(batch_size=4, learning_rate=0.1), 0.0)
 
 

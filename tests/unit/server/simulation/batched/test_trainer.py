@@ -79,7 +79,7 @@ def sizes_of_groups(client: Client, count: int) -> list[int]:
         sizes.append(len(work))
         return TrainedClients(torch.zeros(len(work), 1), [0.0] * len(work))
 
-    noting = Trainer(train, found.numbers, found.in_turn)
+    noting = Trainer(train, found.numbers, found.sequential)
     train_in_groups(noting, client.resident.model, [sample] * count, client, client.run.client, 0.0)
     return sizes
 
@@ -130,9 +130,9 @@ def test_convolutions_are_trained_the_same_without_their_kernels(
     work = [LocalWork(data(name, None), lambda: torch_rng(0)) for name in "01"]  # type: ignore[arg-type]
     asked: list[Chain] = []
 
-    def noting(chain: Chain, *, apart: bool) -> Run | None:
+    def noting(chain: Chain, *, per_example: bool) -> Run | None:
         asked.append(chain)
-        return kernel_run(chain, apart=apart)
+        return kernel_run(chain, per_example=per_example)
 
     monkeypatch.setattr(cpu, "kernel_run", noting)
     compiled = find_trainer(client, client.resident, work[0], client.run.client)

@@ -16,7 +16,7 @@ from fedcore.task.definition import Examples, Loss
 from fedcore.task.model import FullModel
 from fedcore.training.local import proximal, train
 from fedcore.updates.pack import pack
-from server.simulation.batched.vmap import train_cohort, what_forbids
+from server.simulation.batched.vmap import train_cohort, unsupported_parts
 from server.simulation.batched.work import LocalWork
 
 Make = Callable[[int, torch.Generator], Examples]
@@ -160,4 +160,4 @@ def test_a_client_that_diverges_does_not_take_others_with_it() -> None:
 )
 def test_what_would_come_out_otherwise_is_named(layer: nn.Module, named: str) -> None:
     model = FullModel(nn.Identity(), nn.Sequential(layer, nn.Linear(6, 2)))
-    assert named in what_forbids(model)
+    assert named in unsupported_parts(model)

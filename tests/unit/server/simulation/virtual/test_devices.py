@@ -24,7 +24,7 @@ from server.simulation.virtual.devices import (
     first_of,
     is_reached,
     read_fleet,
-    settle,
+    resolve_round,
 )
 
 DOCS = Path(__file__).parents[5] / "docs" / "simulation.md"
@@ -85,7 +85,7 @@ def away(client: str) -> Fate:
 def test_a_device_waits_downloads_trains_and_uploads_one_after_the_other() -> None:
     one = meets(fleet_of(PHONE))
     assert one.outcome == "done"
-    assert one.begins_s == pytest.approx(0.5 + 1.0)  # 8 Mbit at 8 Mbit/s
+    assert one.start_s == pytest.approx(0.5 + 1.0)  # 8 Mbit at 8 Mbit/s
     assert one.trained_s == pytest.approx(1.5 + 4.0)  # 400 passes at 100/s
     assert one.finish_s == pytest.approx(5.5 + 2.0)  # 4 Mbit at 2 Mbit/s
     assert (one.bytes_down, one.bytes_up) == (1_000_000, 500_000)
@@ -171,7 +171,7 @@ def test_who_is_lost_when_its_window_closes_is_lost_then(tmp_path: Path) -> None
 
 
 def test_a_client_without_a_row_is_refused_by_name(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"devices\.csv: client 'b' has no row .* names 1 client"):
+    with pytest.raises(DataError, match=r"devices\.csv: client 'b' has no row .* lists 1 client"):
         traced(tmp_path, "a,100,8,2,0,inf\n", clients=("a", "b"))
 
 
@@ -181,18 +181,18 @@ def test_a_trace_may_name_clients_that_the_run_has_not(tmp_path: Path) -> None:
 
 
 def test_a_round_ends_with_its_last_finisher_when_all_answer() -> None:
-    ended = settle([done("a", 5.0), done("b", 9.0), done("c", 7.0)], deadline_s=60.0)
+    ended = resolve_round([done("a", 5.0), done("b", 9.0), done("c", 7.0)], deadline_s=60.0)
     assert ended.finishers == ("a", "b", "c")
-    assert ended.begun_in_vain == ()
+    assert ended.wasted_clients == ()
     assert ended.record.simulated_s == 9.0
     assert (ended.record.bytes_down, ended.record.bytes_up) == (300, 30)
     assert ended.record.bytes_wasted == 0
 
 
 def test_a_straggler_keeps_the_round_waiting_until_the_deadline() -> None:
-    ended = settle([done("a", 5.0), done("b", 60.0), done("c", 60.5)], deadline_s=60.0)
+    ended = resolve_round([done("a", 5.0), done("b", 60.0), done("c", 60.5)], deadline_s=60.0)
     assert ended.finishers == ("a", "b")
-    assert ended.begun_in_vain == ("c",)
+    assert ended.wasted_clients == ("c",)
     assert ended.record.simulated_s == 60.0
     assert ended.record.stragglers == 1
     assert ended.record.bytes_up == 30  # the straggler's upload crossed the network for nothing
@@ -203,9 +203,9 @@ def test_the_first_updates_end_a_round_that_asked_more() -> None:
     fates = [done("a", 50.0), away("b"), done("c", 7.0), done("d", 70.0), done("e", 9.0)]
     enough = first_of(fates, 2, deadline_s=60.0)
     assert [one.client for one in enough] == ["c", "e"]
-    ended = settle(fates, deadline_s=60.0, enough=enough)
+    ended = resolve_round(fates, deadline_s=60.0, enough=enough)
     assert ended.finishers == ("c", "e")
-    assert ended.begun_in_vain == ("a", "d")
+    assert ended.wasted_clients == ("a", "d")
     assert ended.record.simulated_s == 9.0, "nobody else is waited for"
     assert (ended.record.stragglers, ended.record.unavailable) == (2, 1)
     assert ended.record.bytes_wasted == 220
@@ -214,46 +214,51 @@ def test_the_first_updates_end_a_round_that_asked_more() -> None:
 
 def test_of_updates_that_arrive_together_those_asked_first_are_taken() -> None:
     fates = [done(name, 5.0) for name in "abc"]
-    ended = settle(fates, deadline_s=60.0, enough=first_of(fates, 2, deadline_s=60.0))
+    ended = resolve_round(fates, deadline_s=60.0, enough=first_of(fates, 2, deadline_s=60.0))
     assert ended.finishers == ("a", "b")
     assert ended.record.stragglers == 1
 
 
 def test_a_lost_device_keeps_the_round_waiting_until_its_silence_is_noticed() -> None:
-    ended = settle([done("a", 5.0), lost("b", 25.0)], deadline_s=600.0)
+    ended = resolve_round([done("a", 5.0), lost("b", 25.0)], deadline_s=600.0)
     assert ended.record.simulated_s == 25.0 + SILENCE_S
-    assert settle([done("a", 90.0), lost("b", 25.0)], deadline_s=600.0).record.simulated_s == 90.0
-    assert settle([done("a", 5.0), lost("b", 1.0)], deadline_s=20.0).record.simulated_s == 20.0
+    assert (
+        resolve_round([done("a", 90.0), lost("b", 25.0)], deadline_s=600.0).record.simulated_s
+        == 90.0
+    )
+    assert (
+        resolve_round([done("a", 5.0), lost("b", 1.0)], deadline_s=20.0).record.simulated_s == 20.0
+    )
 
 
 def test_nobody_waits_for_a_device_that_was_never_reached() -> None:
-    ended = settle([done("a", 5.0), away("b")], deadline_s=600.0)
+    ended = resolve_round([done("a", 5.0), away("b")], deadline_s=600.0)
     assert (ended.record.simulated_s, ended.record.unavailable) == (5.0, 1)
-    assert settle([away("a"), away("b")], deadline_s=600.0).record.simulated_s == 0.0
+    assert resolve_round([away("a"), away("b")], deadline_s=600.0).record.simulated_s == 0.0
 
 
 def test_who_is_lost_is_counted_by_how() -> None:
     fates = [lost("a", 0.5), away("b"), lost("c", 10.0), lost("d", 25.0), done("e", 3.0)]
-    ended = settle(fates, deadline_s=60.0)
+    ended = resolve_round(fates, deadline_s=60.0)
     assert ended.finishers == ("e",)
-    assert ended.begun_in_vain == ("c", "d")  # a vanished while it was downloading
+    assert ended.wasted_clients == ("c", "d")  # a vanished while it was downloading
     record = ended.record
     assert (record.unavailable, record.dropped, record.stragglers) == (1, 3, 0)
     assert (record.bytes_down, record.bytes_up, record.bytes_wasted) == (400, 10, 300)
 
 
 def test_a_round_of_nobody_takes_no_time() -> None:
-    assert settle([], deadline_s=60.0).record.simulated_s == 0.0
+    assert resolve_round([], deadline_s=60.0).record.simulated_s == 0.0
 
 
 def test_without_a_deadline_nobody_is_late_and_the_round_still_ends() -> None:
-    ended = settle([done("a", 1e9), away("b")], deadline_s=math.inf)
+    ended = resolve_round([done("a", 1e9), away("b")], deadline_s=math.inf)
     assert ended.finishers == ("a",)
     assert ended.record.simulated_s == 1e9
 
 
 def test_the_record_can_be_written_as_json() -> None:
-    record = settle([done("a", 1.0), away("b"), lost("c", 2.0)], deadline_s=60.0).record
+    record = resolve_round([done("a", 1.0), away("b"), lost("c", 2.0)], deadline_s=60.0).record
     assert json.loads(json.dumps(asdict(record), allow_nan=False)) == asdict(record)
 
 
@@ -293,7 +298,7 @@ def test_a_class_needs_a_speed() -> None:
 
 
 def test_classes_share_no_name() -> None:
-    with pytest.raises(ValidationError, match="names one class twice"):
+    with pytest.raises(ValidationError, match="contains two classes of the same name"):
         run_with(Simulation(devices=(PHONE, PHONE)))
 
 
@@ -306,7 +311,7 @@ def test_devices_that_would_miss_the_quorum_in_most_rounds_are_refused() -> None
     poor = PHONE.model_copy(update={"name": "poor", "availability": 0.5, "dropout": 0.2})
     devices = Simulation(devices=(PHONE, poor))  # (1 + 0.4) / 2 answer
     assert run_with(devices, quorum=0.7).simulation is devices
-    with pytest.raises(ValidationError, match=r"0\.71 contradicts .* 0\.7 of a cohort answers"):
+    with pytest.raises(ValidationError, match=r"0\.71 contradicts .* 0\.7 of a cohort responds"):
         run_with(devices, quorum=0.71)
 
 

@@ -49,23 +49,23 @@ def test_what_a_spreadsheet_saves_is_read(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("row", "problem"),
     [
-        ("a,1,1,1,0", "5 values, and 6 expected"),
-        ("a,1,1,1,0,5,9", "7 values, and 6 expected"),
+        ("a,1,1,1,0", "5 values, expected 6"),
+        ("a,1,1,1,0,5,9", "7 values, expected 6"),
         (",1,1,1,0,5", "the client has no name"),
-        ("a,fast,1,1,0,5", "examples_per_s = 'fast', and it should be a number"),
-        ("a,,1,1,0,5", "examples_per_s = '', and it should be a number"),
-        ("a,nan,1,1,0,5", "examples_per_s = 'nan', and it should be a number"),
+        ("a,fast,1,1,0,5", "examples_per_s = 'fast', expected a number"),
+        ("a,,1,1,0,5", "examples_per_s = '', expected a number"),
+        ("a,nan,1,1,0,5", "examples_per_s = 'nan', expected a number"),
         ("a,1,1,1,0,NaN", "available_until_s = 'NaN'"),
-        ("a,0,1,1,0,5", "examples_per_s = 0, and it should be from 1e-06 to 1e[+]12"),
+        ("a,0,1,1,0,5", "examples_per_s = 0, expected from 1e-06 to 1e[+]12"),
         ("a,1,-1,1,0,5", "download_mbit_s = -1,"),
         ("a,1,1,inf,0,5", "upload_mbit_s = inf,"),
-        ("a,1,1,1,-1,5", "available_from_s = -1, and it should be 0 or later"),
+        ("a,1,1,1,-1,5", "available_from_s = -1, expected 0 or later"),
         ("a,1,1,1,inf,inf", "available_from_s = inf,"),
         ("a,1,1,1,5,5", "available_until_s = 5 is not after available_from_s = 5"),
         ("a,1,1,1,5,4", "available_until_s = 4 is not after"),
-        ("z,1,1,1,0,5", "client 'z' is there already, on line 2: its windows overlap"),
-        ("z,1,1,1,9,11", "client 'z' is there already, on line 2"),
-        ("z,1,1,1,11,12", "client 'z' is there already, on line 2"),
+        ("z,1,1,1,0,5", "client 'z' already has line 2, and its windows overlap"),
+        ("z,1,1,1,9,11", "client 'z' already has line 2"),
+        ("z,1,1,1,11,12", "client 'z' already has line 2"),
     ],
 )
 def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, row: str, problem: str) -> None:
@@ -76,25 +76,25 @@ def test_a_bad_row_is_refused_with_its_line(tmp_path: Path, row: str, problem: s
 
 @pytest.mark.parametrize("header", ["", "client,speed", ",".join(reversed(COLUMNS)), "x" * 9999])
 def test_another_header_is_refused_with_the_right_one(tmp_path: Path, header: str) -> None:
-    with pytest.raises(DataError, match=f"line 1: the header is .*should be '{HEADER}'") as caught:
+    with pytest.raises(DataError, match=f"line 1: the header is .*expected '{HEADER}'") as caught:
         read_trace(write(tmp_path, "a,1,1,1,0,5", header=header))
     assert len(str(caught.value)) < 600
 
 
 def test_a_trace_of_nobody_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match="names no client"):
+    with pytest.raises(DataError, match="lists no client"):
         read_trace(write(tmp_path))
 
 
 def test_what_is_no_text_is_refused(tmp_path: Path) -> None:
     path = tmp_path / "devices.csv"
     path.write_bytes(HEADER.encode() + b"\n\xff\xfe,1,1,1,0,5\n")
-    with pytest.raises(DataError, match="no UTF-8 text"):
+    with pytest.raises(DataError, match="not UTF-8 text"):
         read_trace(path)
 
 
 def test_a_quote_that_never_closes_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(DataError, match=r"line \d+: no row of a CSV file"):
+    with pytest.raises(DataError, match=r"line \d+: not a row of a CSV file"):
         read_trace(write(tmp_path, '"a,1,1,1,0,5', *["b,1,1,1,0,5"] * 20_000))
 
 

@@ -28,7 +28,7 @@ class Rigged:
         self.seen: list[tuple[Method, int]] = []
         self.order = ORDER
 
-    def begin(self, order: RoundTask) -> None:
+    def start_task(self, order: RoundTask) -> None:
         self.order = order
 
     def prepare(self, order: RoundTask, asked: Sequence[ClientRef]) -> None:
@@ -93,7 +93,7 @@ class Comparing:
     def __init__(self, gaps: Sequence[float]) -> None:
         self.gaps = gaps
 
-    def begin(self, order: RoundTask) -> None:
+    def start_task(self, order: RoundTask) -> None:
         assert (order.method, order.fold) == ("vectorised", False)
 
     def work(self, asked: Sequence[ClientRef]) -> list[ClientOutcome]:
