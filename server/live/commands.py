@@ -224,8 +224,6 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "results", type=Path, metavar="DIR", help="the run's folder, e.g. runs/churn"
     )
-        "results", type=Path, metavar="DIR", help="the run's folder, e.g. runs/churn"
-    )
     parser.add_argument(
         "--identity",
         type=Path,
