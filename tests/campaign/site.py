@@ -20,6 +20,7 @@ from typing import Any
 from fedcore.files import read_bytes
 from fedcore.flower.records import read_record
 from tests.e2e.live.conftest import TASK, Project
+from tests.prefork import Prefork, Process
 
 ROOT = Path(__file__).parents[2]
 HERE = Path(__file__).parent
@@ -74,7 +75,7 @@ def _port() -> int:
 class Started:
     """A process and what it has said."""
 
-    process: subprocess.Popen[bytes]
+    process: subprocess.Popen[bytes] | Process
     log: Path
     born: float
     patience_s: float
@@ -153,6 +154,8 @@ class Site:
     """Whether clients train with privacy and keep a ledger; else they evaluate, too."""
     releases: bool = False
     """Whether fine-tuning, compression and a release follow the rounds."""
+    prefork: Prefork | None = None
+    """Starts the processes; None where each imports what it needs itself, as a real one does."""
     started: list[Started] = field(default_factory=list)
 
     def __post_init__(self) -> None:
@@ -210,19 +213,23 @@ class Site:
 
     def _start(self, script: str, *arguments: object) -> Started:
         log = self.root / f"{len(self.started)}.log"
-        with log.open("wb") as stream:
-            process = subprocess.Popen(
-                [sys.executable, str(HERE / script), *map(str, arguments)],
-                cwd=self.root,
-                stdout=stream,
-                stderr=stream,
-                env=os.environ
-                | {
-                    "OMP_NUM_THREADS": "1",
-                    "PYTHONPATH": str(ROOT),
-                    "XDG_STATE_HOME": str(self.root / "counts"),
-                },
-            )
+        env = os.environ | {
+            "OMP_NUM_THREADS": "1",
+            "PYTHONPATH": str(ROOT),
+            "XDG_STATE_HOME": str(self.root / "counts"),
+        }
+        words = [*map(str, arguments)]
+        with log.open("w") as stream:
+            if self.prefork is None:
+                command = [sys.executable, str(HERE / script), *words]
+                process: subprocess.Popen[bytes] | Process = subprocess.Popen(
+                    command, cwd=self.root, stdout=stream, stderr=stream, env=env
+                )
+            else:
+                run = f"import runpy; runpy.run_path({str(HERE / script)!r}, run_name='__main__')"
+                process = self.prefork.start(
+                    words, cwd=self.root, stdout=stream, stderr=stream, env=env, code=run
+                )
         one = Started(process, log, time.time(), PATIENCE_S + 6.0 * self.rounds)
         self.started.append(one)
         return one

@@ -25,7 +25,7 @@ def test_whoever_is_killed_the_run_ends_as_if_nobody_was(
 ) -> None:
     kills = ["--server-kills", str(servers), "--device-kills", str(devices)]
     rest = ["--buried", "0", "--others", "0", "--hostile", "0", "--files", "0"]
-    rest += ["--fuzz", "0", "--out", str(tmp_path)]
+    rest += ["--fuzz", "0", "--prefork", "--out", str(tmp_path)]
     done = subprocess.run(
         [sys.executable, "-m", "tests.campaign.run", *kills, *rest],
         cwd=ROOT,
