@@ -164,10 +164,9 @@ class Prefork:
         cwd: Path,
         env: Mapping[str, str],
         timeout: float = 240.0,
-        code: str = _RUN,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command line to its end."""
-        with self.start(arguments, cwd=cwd, env=env, code=code) as process:
+        with self.start(arguments, cwd=cwd, env=env) as process:
             try:
                 out, err = process.communicate(timeout)
             finally:
