@@ -38,7 +38,13 @@ import edge_client.agent.commands, edge_client.agent.run, edge_client.client_com
 import edge_client.commands
 """
 _OF_IMPORTS = ("GRPC_VERBOSITY", "GRPC_SSL_CIPHER_SUITES")
-_RUN = "import sys; from fedcore.cli import main; sys.exit(main())"
+# The installed script does not find modules in the folder where it runs; `python -c` does.
+_RUN = """
+import sys
+sys.path[:] = filter(None, sys.path)
+from fedcore.cli import main
+sys.exit(main())
+"""
 
 
 class Process:
@@ -158,10 +164,9 @@ class Prefork:
         cwd: Path,
         env: Mapping[str, str],
         timeout: float = 240.0,
-        code: str = _RUN,
     ) -> subprocess.CompletedProcess[str]:
         """Runs a command line to its end."""
-        with self.start(arguments, cwd=cwd, env=env, code=code) as process:
+        with self.start(arguments, cwd=cwd, env=env) as process:
             try:
                 out, err = process.communicate(timeout)
             finally:

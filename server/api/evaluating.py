@@ -56,7 +56,8 @@ def evaluate(
         run: The run, or its file; ``federation.holdout``, ``[serving]`` and the seed are used. None
             for default settings.
         model: A torch model, the bytes of an ONNX file, or the path of a checkpoint
-            (``.safetensors``, also that of an interrupted run) or of an ONNX file (``.onnx``).
+            (``.safetensors``, also that of an interrupted run) or of an ONNX file (``.onnx``). An
+            ONNX file must be trusted: it runs in this process, without limits.
         clients: How many clients to draw by the run's seed, or their names; None for all, or for
             1000 if the task has more.
         data: Which of a client's examples to use. None: those that it holds back from training; if
@@ -146,7 +147,7 @@ def _part(task: Task, run: RunConfig, asked: Part | None) -> Part:
 def _names(
     task: Task, known: Sequence[str], asked: int | Sequence[str] | None, *, seed: int
 ) -> Sequence[str]:
-    """Returns the names of the clients to ask, in the task's order."""
+    """Returns the names of the clients to ask: as named, or drawn, in the task's order."""
     if asked is not None and not isinstance(asked, int):
         names = [asked] if isinstance(asked, str) else list(asked)
         strange = sorted(set(names) - set(known))

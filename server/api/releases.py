@@ -73,7 +73,7 @@ def create_repository(
     root = initialise(
         Path(repository),
         Path(keys),
-        models=tuple(models),
+        models=_names(models),
         quorums=_quorums(thresholds),
         now=_now(),
     )
@@ -169,7 +169,7 @@ def rotate_keys(
             not valid. Nothing changes.
         DiskFull: the disk is full. Nothing changes.
     """
-    named = [role for name in roles for role in ROLE_GROUPS.get(name, (name,))]
+    named = [role for name in _names(roles) for role in ROLE_GROUPS.get(name, (name,))]
     return rotate(
         Path(repository),
         Path(keys),
@@ -206,6 +206,11 @@ def roll_back(model: str, version: int, *, repository: Place, keys: Place) -> Ma
         DiskFull: the disk is full; earlier releases remain valid.
     """
     return rollback(model, version, repository=Path(repository), keys=Path(keys), created=_now())
+
+
+def _names(names: Iterable[str]) -> tuple[str, ...]:
+    """Returns names as a tuple; a single string is one name, not its letters."""
+    return (names,) if isinstance(names, str) else tuple(names)
 
 
 def _quorums(thresholds: Mapping[str, tuple[int, int]] | None) -> dict[str, Quorum]:

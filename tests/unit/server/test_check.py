@@ -156,6 +156,14 @@ def test_batch_norm_is_a_note_without_privacy_and_a_failure_with_it(tmp_path: Pa
     assert (last.step, last.ok, last.required) == ("privacy", False, True)
 
 
+def test_a_client_may_have_no_test_data_of_its_own(tmp_path: Path) -> None:
+    """Others may have some; a run leaves it out of the final test."""
+    own = "values['client_test'] = lambda c, f: Subset(data, [0, 1] if c == 'anna' else [])"
+    assert check(tmp_path, own)["test data"].detail == "30 examples; 2 examples of client 'anna'"
+    found = check(tmp_path, own, client="ben")["test data"]
+    assert (found.ok, found.detail) == (True, "30 examples; no examples of client 'ben'")
+
+
 def test_a_client_that_is_not_there_is_named(tmp_path: Path) -> None:
     found = check(tmp_path, client="carl")
     assert found["clients"].detail == "client 'carl': not among the 2 clients."

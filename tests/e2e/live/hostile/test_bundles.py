@@ -174,7 +174,7 @@ def test_a_device_believes_no_bundle(
             thread.join(10)
             assert len(answers) == 1
         else:
-            with pytest.raises(Unreachable, match="cannot be read"):
+            with pytest.raises(Unreachable, match="cannot read the server's response"):
                 link.announced()
             served.listening.stop()
             thread.join(10)

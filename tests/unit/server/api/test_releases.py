@@ -55,6 +55,16 @@ def test_keys_are_rotated_by_group_and_what_a_thief_published_is_withdrawn(
     assert fedcore.rotate_keys(*places, roles=["root"]).roles == ("root",)
 
 
+def test_a_single_name_is_one_name_and_not_its_letters(tmp_path: Path) -> None:
+    made = fedcore.create_repository(tmp_path / "r", tmp_path / "k", models="digits")
+    publisher = Publisher(made.repository, made.keys)
+    publisher.publish(b"one")
+    done = fedcore.rotate_keys(made.repository, made.keys, roles="online")
+    assert done.roles == ("releases", "snapshot", "timestamp")
+    publisher.publish(b"two")
+    assert [one.version for one in fedcore.list_releases(made.repository, made.keys)] == [1, 2]
+
+
 @pytest.mark.parametrize(
     ("thresholds", "said"),
     [
