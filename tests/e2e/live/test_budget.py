@@ -67,7 +67,7 @@ def test_another_name_and_a_copy_of_the_data_go_on_with_the_same_budget(
     device = launch_device("edge-0", "--owner", str(owner))
     wiped = launch_server(*PRIVATE, name="wiped")
     assert wiped.end(90) in (5, 6)
-    device.wait_for("it was removed, or replaced by an earlier copy", 5)
+    device.wait_for("removed, replaced by an earlier copy", 5)
     assert "ledger.count says that 3 were made" in device.log.read_text()
 
 

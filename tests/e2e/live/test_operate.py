@@ -157,6 +157,7 @@ def test_whatever_else_is_asked_is_refused_and_changes_nothing(
     project: Any, launch_server: Any
 ) -> None:
     server = launch_server()
+    wait_for(lambda: status(project)["state"] == "waiting")
     anna = project.device("anna", role="operator")
     lines = [
         b"\n",

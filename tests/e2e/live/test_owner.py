@@ -30,7 +30,7 @@ def test_outside_its_hours_a_device_does_not_come(
     project.device("edge-0")
     launch_server("federation.cohort=1")
     device = launch_device("edge-0", "--owner", str(owner))
-    device.wait_for("paused by owner policy: it is", 60)
+    device.wait_for("paused by owner policy: the time is", 60)
     time.sleep(0.5)
     assert there(project) == 0
     assert "authenticated" not in device.log.read_text()

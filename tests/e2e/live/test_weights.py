@@ -5,7 +5,7 @@ from __future__ import annotations
 import signal
 import threading
 import time
-from collections.abc import Iterable
+from collections.abc import Iterator, Sequence
 from contextlib import closing, suppress
 from typing import Any
 
@@ -36,15 +36,18 @@ class Noting(JournalGrid):
 
     noted: dict[int, int]
 
-    def send_and_receive(self, messages: Iterable[Message], *, timeout: float | None = None) -> Any:
-        for reply in super().send_and_receive(messages, timeout=timeout):
-            node, kind = reply.metadata.src_node_id, reply.metadata.message_type
-            if kind == "train":
-                asked = self._journal.asked(kind)
-                assert asked is not None
-                assert asked.weights is not None
-                self.noted[node] = asked.weights[node]
-            yield reply
+    def send_and_receive_batches(
+        self, messages: Sequence[Message], *, timeout: float | None
+    ) -> Iterator[Sequence[Message]]:
+        for batch in super().send_and_receive_batches(messages, timeout=timeout):
+            for reply in batch:
+                node, kind = reply.metadata.src_node_id, reply.metadata.message_type
+                if kind == "train":
+                    asked = self._journal.asked(kind)
+                    assert asked is not None
+                    assert asked.weights is not None
+                    self.noted[node] = asked.weights[node]
+            yield batch
 
 
 def federating(project: Any, served: Any, run: Any, journal: Journal) -> Any:

@@ -155,7 +155,7 @@ def test_training_does_not_go_on_past_the_owners_hours(
     owner.write_text(f'hours = ["{now:%H:%M}-{ends:%H:%M}"]\n')
     launch_server("federation.rounds=1", "federation.cohort=1", "client.epochs=10000")
     device = launch_device("edge-0", "--owner", str(owner))
-    device.wait_for("paused by owner policy: it is", 150)
+    device.wait_for("paused by owner policy: the time is", 150)
     assert datetime.now() < ends + timedelta(seconds=30)
     before_s = cpu_s(device)
     time.sleep(2)
