@@ -348,7 +348,7 @@ class Upload:
 
     message_id: str
     """Id of the message that it answers."""
-    most_bytes: int
+    max_bytes: int
 
 
 def upload_of(fleet: Fleet, caller: Caller, body: bytes) -> Upload | None:

@@ -12,7 +12,7 @@ from typing import TextIO
 
 MAX_CHARACTERS = 400
 """Most characters of one text from a peer."""
-MOST_LINE_BYTES = 1900
+MAX_LINE_BYTES = 1900
 """Most bytes of a line in a log."""
 MAX_PARAGRAPH = 1800
 """Most characters of an error's text."""
@@ -64,14 +64,14 @@ def _escape(found: re.Match[str]) -> str:
     )
 
 
-def bounded_line(text: str, most_bytes: int = MOST_LINE_BYTES) -> str:
-    r"""Returns ``text`` on one line of at most ``most_bytes`` in UTF-8, escaped."""
-    line = escaped(" ".join(text[: 2 * most_bytes].split()))
+def bounded_line(text: str, max_bytes: int = MAX_LINE_BYTES) -> str:
+    r"""Returns ``text`` on one line of at most ``max_bytes`` in UTF-8, escaped."""
+    line = escaped(" ".join(text[: 2 * max_bytes].split()))
     raw = line.encode()  # cannot fail: escaped text contains no surrogates
-    if len(raw) <= most_bytes and len(text) <= 2 * most_bytes:
+    if len(raw) <= max_bytes and len(text) <= 2 * max_bytes:
         return line
     more = f"... ({len(text)} characters)"
-    return raw[: most_bytes - len(more)].decode(errors="ignore") + more
+    return raw[: max_bytes - len(more)].decode(errors="ignore") + more
 
 
 def paragraph(text: str) -> str:

@@ -48,7 +48,7 @@ MAX_DIMENSIONS = 32
 MAX_SETTING_BYTES = 4096
 """Most bytes of a setting in a record, such as the signature."""
 _SHOWN = 80  # most characters of a peer's text that an error quotes
-_HEADER_MOST_BYTES = 2**14
+_MAX_HEADER_BYTES = 2**14
 _CHUNK = 1 << 16  # elements: float64 temporaries stay in the cache
 _NOT_USED = "It was not used"
 
@@ -303,7 +303,7 @@ def _form_of(array: Array, *, where: str) -> tuple[np.dtype[Any], tuple[int, ...
     """Returns dtype, shape and offset of an array's values; reads only its first piece."""
     size = size_of(array)
     usual, rest = divmod(size - HEADER_BYTES, 4)
-    head = bytes(next(pieces(array), b"")[:_HEADER_MOST_BYTES])
+    head = bytes(next(pieces(array), b"")[:_MAX_HEADER_BYTES])
     if not rest and usual >= 1 and head[:HEADER_BYTES] == vector_header(usual):
         return np.dtype(np.float32), (usual,), HEADER_BYTES
     stream = io.BytesIO(head)

@@ -12,7 +12,7 @@ from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.config.run import RunConfig
 from fedcore.flower.quiet import quiet
 from fedcore.observability.patience import FIRST_STEP, note_if_slow
-from server.api.asked import AnyRun, AnyTask, configured, loaded, with_strategy
+from server.api.arguments import AnyRun, AnyTask, configured, loaded, with_strategy
 from server.preflight import prepare
 from server.rounds.strategies.own import Own
 from server.simulation.replay import Replayed
@@ -63,10 +63,10 @@ def replay(
         TaskError: the task's file doesn't exist, or contains no task.
         FedcoreError: an earlier round fails.
     """
-    asked, own = with_strategy(configured(task, run, settings), strategy)
+    config, own = with_strategy(configured(task, run, settings), strategy)
     return replayed(
         task,
-        asked,
+        config,
         f"{round}:{client}",
         owner=owner,
         runs=runs,

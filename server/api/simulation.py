@@ -21,7 +21,7 @@ from fedcore.observability.jsonl import json_lines
 from fedcore.observability.patience import FIRST_STEP, note_if_slow
 from fedcore.task.definition import Task
 from server.after_rounds import Completed
-from server.api.asked import (
+from server.api.arguments import (
     AnyRun,
     AnyTask,
     configured,
@@ -86,10 +86,10 @@ def simulate(
         FedcoreError: any failure, with the message that the command line shows. Only progress is
             printed, and the process keeps running.
     """
-    asked, own = with_strategy(configured(task, run, settings), strategy)
+    config, own = with_strategy(configured(task, run, settings), strategy)
     return simulated(
         task,
-        asked,
+        config,
         owner=owner,
         strategy=own,
         runs=runs,

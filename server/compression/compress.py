@@ -34,7 +34,7 @@ from server.compression.quantise import saturates
 from server.compression.runtime import answer, answers, open_session
 from server.compression.timing import TORCH, CandidateTiming, time_candidates
 from server.records import CandidateRecord
-from server.rounds.evaluation.judging import Weigh, clients_judge, drop_of
+from server.rounds.evaluation.judging import MeasureOnnx, clients_judge, drop_of
 
 EXACT = 1e-3
 """Tolerance for outputs of float32 models, relative to their largest output; covers rounding in
@@ -105,7 +105,7 @@ def compress(
     *,
     progress: Callable[[str], None],
     reduce_range: bool | None = None,
-    on_clients: Weigh | None = None,
+    on_clients: MeasureOnnx | None = None,
 ) -> Compressed:
     """Builds the configured candidates of a trained model, and chooses one for release.
 
@@ -187,7 +187,7 @@ def _evaluate_candidates(
     material: Material,
     golden: NDArray[Any],
     cloud: CloudData | None,
-    on_clients: Weigh | None,
+    on_clients: MeasureOnnx | None,
     progress: Callable[[str], None],
 ) -> tuple[dict[str, _Weighed], dict[str, str]]:
     """Returns the candidates that could be built, by name, and why the others couldn't."""
@@ -214,7 +214,7 @@ def _evaluate_candidate(
     material: Material,
     golden: NDArray[Any],
     cloud: CloudData | None,
-    on_clients: Weigh | None,
+    on_clients: MeasureOnnx | None,
 ) -> _Weighed:
     """Builds a candidate, checks its parity with torch, and evaluates it on held-out data."""
     built = candidate.build(material)

@@ -41,7 +41,7 @@ from server.records import CandidateRecord
 from server.release.publish import Draft, history, publish
 from server.report.folder import write_results
 from server.rounds.app import Outcome
-from server.rounds.evaluation.judging import Judge, Judgement, Weigh
+from server.rounds.evaluation.judging import Judge, Judgement, MeasureOnnx
 
 _MAX_BYTES = 16 << 20
 _FINETUNE, _COMPRESS, _PUBLISH = "finetune.json", "compress.json", "publish.json"
@@ -214,7 +214,7 @@ def _compressed(
     cloud: CloudData | None,
     *,
     progress: Callable[[str], None],
-    on_clients: Weigh | None,
+    on_clients: MeasureOnnx | None,
 ) -> Compressed:
     """Returns the result of compression: the stored one if it is intact, else a new one.
 

@@ -74,4 +74,4 @@ def roll_back(run: RunConfig, runs: Path, number: int, *, identity: Path, by: st
                 )
             audit.record(by=by, action="rollback", outcome="begun", round=number, run=run.name)
             journal.roll_back(number)
-    return RolledBack(number, tuple(range(number + 1, last + 1)), journal.mended)
+    return RolledBack(number, tuple(range(number + 1, last + 1)), journal.repairs)

@@ -86,7 +86,7 @@ def is_complete(folder: Path) -> bool:
     return (folder / _SUMMARY).is_file()
 
 
-def mark_again(folder: Path, run: RunConfig) -> None:
+def restore_mark(folder: Path, run: RunConfig) -> None:
     """Restores the mark of a run's folder, with its configuration, if it was lost."""
     if not (folder / _MARK).is_file():
         write_atomic(folder / _MARK, config_json(run))

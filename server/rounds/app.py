@@ -121,7 +121,7 @@ def server_app(
             load_preprocess(start.progress.preprocess, model)
             restore_strategy(chosen.strategy, start.progress.strategy)
 
-        def judge(candidate: FullModel) -> dict[str, float]:
+        def evaluate_on_cloud(candidate: FullModel) -> dict[str, float]:
             assert cloud is not None
             return evaluate(candidate, cloud.train, task.metrics)
 
@@ -132,7 +132,7 @@ def server_app(
             cohort=cohort,
             metrics=tuple(task.metrics),
             randomness=randomness,
-            judge=judge if cloud else None,
+            evaluate_on_cloud=evaluate_on_cloud if cloud else None,
             on_round=listener.on_round,
             on_note=listener.on_note,
             annotate=annotate,

@@ -22,7 +22,7 @@ from server.rounds.client_privacy.mechanism import draw, draws_of, epsilon, prot
 from server.rounds.client_privacy.protection import Protection
 from server.rounds.cohort import Cohort, select
 from server.rounds.endings import end_early, is_over
-from server.rounds.evaluation.evaluate import is_better, judge_round
+from server.rounds.evaluation.evaluate import evaluate_round, is_better
 from server.rounds.federation import Federation
 from server.rounds.inbound import Tally
 from server.rounds.strategies.state import strategy_state_of
@@ -71,7 +71,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
                 progress = replace(progress, over=True)
                 checkpointer.commit(progress, None)
                 continue
-            metrics, judged_on = judge_round(federation, model, layout, progress, arrays)
+            metrics, judged_on = evaluate_round(federation, model, layout, progress, arrays)
         except Exception:
             checkpointer.fail(progress)
             raise
@@ -102,26 +102,26 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
 
 
 def _draw_cohort(federation: Federation, progress: Progress) -> Cohort:
-    there, number = federation.nodes(), progress.round + 1
+    connected, number = federation.nodes(), progress.round + 1
     if progress.protection is not None:
         draws = draws_of(federation.randomness, "cohort", number)
-        nodes = draw(federation.run, progress.protection, there, draws, number=number)
+        nodes = draw(federation.run, progress.protection, connected, draws, number=number)
     else:
-        there = _unspent_first(there, progress.spent, federation.cohort)
-        size = max(federation.cohort, min(federation.asked, len(there)))
-        nodes = select(there, size, seed=federation.run.seed, words=("round", number))
+        connected = _unspent_first(connected, progress.spent, federation.cohort)
+        size = max(federation.cohort, min(federation.selection_size, len(connected)))
+        nodes = select(connected, size, seed=federation.run.seed, words=("round", number))
     return Cohort(nodes, federation.peers.weights(nodes))
 
 
-def _unspent_first(there: Sequence[int], spent: Collection[int], cohort: int) -> Sequence[int]:
+def _unspent_first(connected: Sequence[int], spent: Collection[int], cohort: int) -> Sequence[int]:
     """Returns online nodes whose privacy budget is not known to be spent.
 
     Where they are fewer than a cohort, nodes with a spent budget fill it up.
     """
     if not spent:
-        return there
-    rest = [node for node in there if node not in spent]
-    return [*rest, *(node for node in there if node in spent)][: max(cohort, len(rest))]
+        return connected
+    rest = [node for node in connected if node not in spent]
+    return [*rest, *(node for node in connected if node in spent)][: max(cohort, len(rest))]
 
 
 def _beginning(federation: Federation, model: FullModel) -> Progress:
@@ -170,7 +170,7 @@ def _record(
         round=number,
         rounds=federation.run.federation.rounds,
         seconds=seconds,
-        cohort=tally.asked,
+        cohort=tally.selected,
         updates=tally.updates,
         declined=tally.declined,
         failed=tally.failed,

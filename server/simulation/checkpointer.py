@@ -25,8 +25,8 @@ from server.simulation.virtual.state import SimulationState
 FAILED = "failed"
 """Folder for checkpoints from before rounds in which clients failed."""
 _EVERY_S = 30.0
-_MOST_OF_TIME = 0.05  # largest share of time spent on writing
-_MOST_FAILED = 8  # checkpoints in `FAILED`
+_MAX_TIME_SHARE = 0.05  # largest share of time spent on writing
+_MAX_FAILED = 8  # checkpoints in `FAILED`
 
 
 @dataclass(frozen=True)
@@ -91,7 +91,7 @@ class FileCheckpointer:
             started_s = self._clock()
             write_checkpoint(self._folder / CHECKPOINT, self._before(progress))
             took_s = self._clock() - started_s
-            self._due_s = self._clock() + max(_EVERY_S, took_s / _MOST_OF_TIME)
+            self._due_s = self._clock() + max(_EVERY_S, took_s / _MAX_TIME_SHARE)
 
     def may_continue(self, progress: Progress) -> bool:
         """Returns False if the run was asked to stop before the last commit."""
@@ -128,7 +128,7 @@ class FileCheckpointer:
         folder, number = self._folder / FAILED, progress.round + 1
         write_checkpoint(folder / f"round-{number}.safetensors", self._before(progress))
         kept = sorted(folder.glob("round-*.safetensors"), key=lambda path: path.stat().st_mtime)
-        for path in kept[:-_MOST_FAILED]:
+        for path in kept[:-_MAX_FAILED]:
             path.unlink()
         names = self._cohort.names if self._cohort else {}
         starts = {f"client {name!r}:": name for name in names.values()}

@@ -9,7 +9,7 @@ from fedcore.config.run import RunConfig
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
 from server.evaluation import ClientScores
-from server.rounds.evaluation.judging import Judge, Judgement, Weigh, judges, judging_app
+from server.rounds.evaluation.judging import Judge, Judgement, MeasureOnnx, draw_judges, judging_app
 from server.simulation.evaluating import Unmeasured, answers_of, measure_clients
 from server.simulation.federate import federate
 from server.simulation.virtual.state import SimulationState
@@ -51,12 +51,12 @@ def measure_onnx_in_simulation(
     owner: OwnerPolicy,
     clients: Sequence[str],
     on_note: Callable[[str], None],
-) -> Weigh:
+) -> MeasureOnnx:
     """Returns a function that has virtual clients measure an ONNX file on their held-out data.
 
     It runs the file as devices do. A client that fails is noted once, and left out.
     """
-    names = [clients[place] for place in judges(run, range(len(clients)))]
+    names = [clients[place] for place in draw_judges(run, range(len(clients)))]
     told, primary = set[str](), task.primary.name
 
     def weigh(onnx: bytes) -> Mapping[str, tuple[int, float]]:

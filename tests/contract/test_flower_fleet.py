@@ -372,7 +372,7 @@ class Nobody:
     def wake(self, node_ids: Any) -> None:
         list(node_ids)
 
-    def absent_s(self, node_id: int) -> float:
+    def offline_s(self, node_id: int) -> float:
         return 60.0
 
 

@@ -95,7 +95,7 @@ def rounds(name: str, task: Task, checkpointer: Watching, start: Start | None = 
         cohort=6,
         metrics=task.metrics,
         randomness=Simulated(0),
-        judge=None,
+        evaluate_on_cloud=None,
         on_round=lambda record: checkpointer.told.append(RoundFinished(asdict(record))),
         on_note=lambda note: None,
         checkpointer=checkpointer,
@@ -137,7 +137,7 @@ def test_a_journal_brings_back_what_a_strategy_remembers(
     with closing(create(tmp_path, {})) as journal:
         journal.commit(half.seen[0], None)
         for progress, record in zip(half.seen[1:], records, strict=True):
-            journal.ask("train", Cohort(range(10, 16), dict.fromkeys(range(10, 16), 1)))
+            journal.record_cohort("train", Cohort(range(10, 16), dict.fromkeys(range(10, 16), 1)))
             journal.commit(progress, RoundRecord(**record))
     journal = reopen(tmp_path)
     assert journal is not None

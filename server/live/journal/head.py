@@ -28,7 +28,7 @@ JOURNAL = "journal.sqlite"
 RESTORED = "restored"
 """Marker file next to the journal in a backup; removed when a restored run is first resumed."""
 RUN, RECORD, COMMIT, END = "run", "record", "commit", "end"
-ASKED, REPLY, SIGNATURE = "asked/", "reply/", "signature/"
+COHORT, REPLY, SIGNATURE = "asked/", "reply/", "signature/"
 """Kinds of entries; the type of the message is appended to these three."""
 PURPOSES = ("train", "evaluate")
 """The types of message that a round sends."""

@@ -22,7 +22,7 @@ from fedcore.updates.pieces import CutFileArray, PathArray, pieces, size_of
 from fedcore.updates.seal import ReplySignature
 from server.live.journal.blobs import Blobs, Pieces
 from server.live.journal.entries import Entries, JournalEntry, as_written, new_entry
-from server.live.journal.head import ASKED, RUN, SIGNATURE
+from server.live.journal.head import COHORT, RUN, SIGNATURE
 from server.records import RoundRecord
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.checkpointing.progress_codec import (
@@ -228,7 +228,7 @@ def cohort_entry(purpose: str, number: int, cohort: Cohort) -> JournalEntry:
     values: dict[str, list[int] | None] = {"nodes": nodes, "weights": None}
     if weights is not None:
         values["weights"] = [weights[node] for node in nodes]
-    return new_entry(ASKED + purpose, number, 0, values)
+    return new_entry(COHORT + purpose, number, 0, values)
 
 
 def cohort_from(entry: JournalEntry) -> Cohort:

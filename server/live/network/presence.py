@@ -53,7 +53,7 @@ class DeviceStatus:
 
     node_id: int
     name: str
-    there: bool
+    online: bool
     """Whether it is online."""
     awake: bool
     """Whether its stream is open; an online device without a stream polls."""
@@ -219,7 +219,7 @@ class Presence:
 
         self._loop.call_soon_threadsafe(ring)
 
-    def absent_s(self, node_id: int) -> float:
+    def offline_s(self, node_id: int) -> float:
         """Returns the seconds since a node went offline; 0 if online, infinity if it never was."""
         with self._lock:
             session = self._sessions.get(node_id)

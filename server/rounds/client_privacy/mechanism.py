@@ -125,7 +125,7 @@ def allows(run: RunConfig, protection: Protection, *, rounds: int) -> bool:
 
 
 def draw(
-    run: RunConfig, protection: Protection, there: Sequence[int], draws: Draws, *, number: int
+    run: RunConfig, protection: Protection, connected: Sequence[int], draws: Draws, *, number: int
 ) -> list[int]:
     """Draws the nodes that a round asks.
 
@@ -137,7 +137,7 @@ def draw(
     """
     plan = protection.plan
     lately = {node for nodes in protection.asked for node in nodes}
-    free = there if not lately else [node for node in there if node not in lately]
+    free = connected if not lately else [node for node in connected if node not in lately]
     if len(free) < plan.expected:
         rested = (
             ""

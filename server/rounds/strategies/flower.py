@@ -18,7 +18,7 @@ from fedcore.task.algorithm import Algorithm
 from fedcore.updates.messages import ARRAYS, CONFIG, NUM_EXAMPLES
 from server.rounds.strategies.algorithm import AlgorithmStrategy
 from server.rounds.strategies.checked import CheckedAlgorithm
-from server.rounds.strategies.own import Own, names_user_strategy, own_strategy
+from server.rounds.strategies.own import Own, names_user_strategy, user_strategy
 
 FOLDING = (
     flower.FedAvg,
@@ -100,7 +100,7 @@ def choose_strategy(
         return make_strategy(
             federation.strategy, federation.strategy_options, cohort=cohort, size=size
         )
-    own, label = own_strategy(run, given), federation.strategy
+    own, label = user_strategy(run, given), federation.strategy
     folds = getattr(own, "folds", False) is True
     if run.client_private and not (isinstance(own, Algorithm) and folds):
         raise ConfigError(

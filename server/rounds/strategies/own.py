@@ -41,7 +41,7 @@ def label_of(own: Own | type[Own]) -> str:
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def own_strategy(run: RunConfig, given: Own | type[Own] | None) -> Own:
+def user_strategy(run: RunConfig, given: Own | type[Own] | None) -> Own:
     """Returns a new instance of the run's own strategy.
 
     Args:
@@ -67,7 +67,7 @@ def own_strategy(run: RunConfig, given: Own | type[Own] | None) -> Own:
             ) from error
     if given is None:
         given = _class(run, where)
-        check_own(given, where)
+        check_user_strategy(given, where)
     if isinstance(given, type):
         given = _made(given, federation.strategy_options, where)
     if isinstance(given, Algorithm):
@@ -119,7 +119,7 @@ def _module(path: Path, where: str) -> Any:
     return module
 
 
-def check_own(given: object, where: str = "strategy") -> None:
+def check_user_strategy(given: object, where: str = "strategy") -> None:
     """Rejects an object that is neither a strategy nor a strategy's class.
 
     Raises:

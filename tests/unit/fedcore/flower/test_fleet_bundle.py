@@ -31,7 +31,7 @@ from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, call
 from fedcore.flower.fleet_bundle import (
     BUNDLE_BYTES,
-    MOST_BUNDLED,
+    MAX_BUNDLED,
     PULL_BUNDLE,
     PUSH_BUNDLE,
     contents_of,
@@ -167,10 +167,10 @@ def test_a_bundle_in_the_name_of_another_is_refused(fleet: Fleet) -> None:
 
 
 def test_a_bundle_of_too_many_objects_is_refused() -> None:
-    full = Bundle(objects=[b"x"] * MOST_BUNDLED)
+    full = Bundle(objects=[b"x"] * MAX_BUNDLED)
     assert read_bundle(full.SerializeToString()) == full
     full.objects.append(b"")
-    with pytest.raises(DataError, match=f"holds {MOST_BUNDLED + 1} objects"):
+    with pytest.raises(DataError, match=f"holds {MAX_BUNDLED + 1} objects"):
         read_bundle(full.SerializeToString())
     with pytest.raises(DataError, match="no such message"):
         read_bundle(b"\xff\xff")
@@ -178,11 +178,11 @@ def test_a_bundle_of_too_many_objects_is_refused() -> None:
 
 @given(
     call_bytes=st.integers(0, 2 * BUNDLE_BYTES),
-    sizes=st.lists(st.integers(0, BUNDLE_BYTES + 10), max_size=MOST_BUNDLED + 10),
+    sizes=st.lists(st.integers(0, BUNDLE_BYTES + 10), max_size=MAX_BUNDLED + 10),
 )
 def test_a_bundle_that_is_sent_is_one_that_is_taken(call_bytes: int, sizes: list[int]) -> None:
     packed = packed_bundle(bytes(call_bytes), (bytes(size) for size in sizes))
-    assert len(packed.objects) <= MOST_BUNDLED
+    assert len(packed.objects) <= MAX_BUNDLED
     assert not packed.objects or packed.ByteSize() <= ROUTES[PUSH_BUNDLE].max_bytes
     assert all(packed.objects), "an empty object would be one that has not arrived"
 

@@ -46,7 +46,7 @@ class Answering:
     def nodes(self) -> list[int]:
         return []
 
-    def absent_s(self, node_id: int) -> float:
+    def offline_s(self, node_id: int) -> float:
         return 60.0
 
     def wake(self, node_ids: Iterable[int]) -> None:

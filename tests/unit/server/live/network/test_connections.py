@@ -54,7 +54,7 @@ class Door:
     def __init__(self, most: int = 100) -> None:
         self.clock = Clock()
         self.connections = Connections(
-            LIMITS, Refusals(), most=most, name_of=lambda public: None, clock=self.clock
+            LIMITS, Refusals(), max_connections=most, name_of=lambda public: None, clock=self.clock
         )
         self.ends: list[socket.socket] = []
 

@@ -27,19 +27,19 @@ def run(scenario: Scenario) -> None:
 
 def test_a_device_is_there_while_its_stream_is_open() -> None:
     async def scenario(presence: Presence, now: list[float], changes: list[int]) -> None:
-        assert presence.absent_s(7) == float("inf")
+        assert presence.offline_s(7) == float("inf")
         assert presence.arrive(7, "a", "edge", b"key")
         stream = presence.watch(7, "a")
         assert stream is not None
         now[0] = 1e6
         assert presence.nodes() == [7]
-        assert presence.absent_s(7) == 0.0
+        assert presence.offline_s(7) == 0.0
         before = changes[0]
         presence.unwatch(7, stream)
         assert changes[0] == before + 1
         now[0] += 2.0
         assert presence.nodes() == []
-        assert presence.absent_s(7) == 2.0
+        assert presence.offline_s(7) == 2.0
 
     run(scenario)
 
@@ -86,7 +86,7 @@ def test_a_device_that_dies_before_its_stream_opens_is_missed_soon() -> None:
         assert presence.nodes() == [7]
         now[0] += 5.0
         assert presence.nodes() == []
-        assert presence.absent_s(7) == 5.0
+        assert presence.offline_s(7) == 5.0
         assert presence.call(7, "a", BEATS_S)  # it is there after all, and no stream gets through
         now[0] += BEATS_S
         assert presence.nodes() == [7]
