@@ -36,7 +36,8 @@ def announce(
             f"WARNING: round {progress.round + 1}: {counted(tally.updates, 'update')}, which "
             f'federation.max_update_norm = "adaptive" does not bound: it needs {MIN_UPDATES} '
             "updates in a round to estimate a usual norm, and no round so far had that many. "
-            "Updates are aggregated without a bound; set max_update_norm to a number, or use more devices."
+            "Updates are aggregated without a bound; set max_update_norm to a number, or use more "
+            "devices."
         )
     if bound is not None and tally.clipped:
         named = [(federation.peers.name(node), length) for node, length in tally.clipped]

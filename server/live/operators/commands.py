@@ -64,10 +64,11 @@ def _status(options: argparse.Namespace) -> int:
 
 def _shown_status(answer: Mapping[str, Any]) -> str:
     devices, last = answer["devices"], answer["last"]
+    rounds = counted(answer["rounds"], "round")
     state = f"{answer['state']}: {answer['stage']}" if answer["stage"] else answer["state"]
     listens = f"{answer['listens']}, wakes on {answer['wakes']}" if answer["listens"] else "no more"
     lines = [
-        f"Run:     {answer['run']}, {state}; {answer['round']} of {counted(answer['rounds'], 'round')}",
+        f"Run:     {answer['run']}, {state}; {answer['round']} of {rounds}",
         f"Devices: {devices['there']} connected of {counted(devices['members'], 'member')}; "
         f"{devices['drained']} drained",
         f"Listens: {listens}; up {answer['up_s']:.0f} s",

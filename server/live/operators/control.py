@@ -23,13 +23,7 @@ from fedcore.observability.events import Event, Noted, RoundFinished, StageStart
 from server.live.network.serve import Listening
 from server.live.operators.backup import back_up, check_place, check_wanted
 from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
-from server.live.operators.protocol import (
-    READ_VERBS,
-    OperatorRequest,
-    Requester,
-    parse_request,
-    typed_errors,
-)
+from server.live.operators.protocol import READING, OperatorRequest, Requester, named, parse_request
 from server.live.operators.status import devices_answer, status_answer
 from server.live.rounds.steered import SteeredCheckpointer
 from server.operator_log import AUDIT, Audit
@@ -44,7 +38,6 @@ _THREADS = 4
 _STAGES = {"finetune": "fine-tuning", "compress": "compression"}
 Disconnected = Callable[[], bool]
 """Returns whether the client that sent a request has disconnected."""
-
 _State = Literal["waiting", "running", "paused", "finishing", "ended"]
 
 
@@ -175,13 +168,13 @@ class Control:
                 self._awaits_devices = False
 
     def answer(
-        self, raw: bytes, requester: Requester, disconnected: Disconnected = lambda: False
+        self, raw: bytes, sender: Requester, disconnected: Disconnected = lambda: False
     ) -> dict[str, Any]:
         """Executes a request and returns the answer; errors are returned in it, not raised."""
         with self._changed:
             self._answering += 1
         try:
-            return {"ok": True, **self._answer(parse_request(raw), requester, disconnected)}
+            return {"ok": True, **self._answer(parse_request(raw), sender, disconnected)}
         except FedcoreError as error:
             return {"ok": False, "error": type(error).__name__, "message": str(error)}
         finally:
@@ -190,28 +183,28 @@ class Control:
                 self._changed.notify_all()
 
     def _answer(
-        self, request: OperatorRequest, requester: Requester, disconnected: Disconnected
+        self, request: OperatorRequest, sender: Requester, disconnected: Disconnected
     ) -> dict[str, Any]:
         site = self._site
         if site is None:
             raise ResourceError("the server is still starting. Nothing was done; try again.")
-        if request.verb in READ_VERBS:
+        if request.verb in READING:
             return self._read_state(request, site)
         more = request.model_dump(exclude={"verb"}, exclude_defaults=True)
 
         def record(outcome: str) -> None:
-            site.audit.record(by=requester.by, action=request.verb, outcome=outcome, **more)
+            site.audit.record(by=sender.by, action=request.verb, outcome=outcome, **more)
 
         try:
-            if requester.role != "operator":
+            if sender.role != "operator":
                 raise TrustError(
-                    f"{requester.by}: a {requester.role} may only read, an operator may {request.verb}. "
+                    f"{sender.by}: a {sender.role} may only read, an operator may {request.verb}. "
                     "Nothing was done; ask an operator."
                 )
-            with typed_errors(request):
-                act = self._act(request, requester, site, disconnected)
+            with named(request):
+                act = self._act(request, sender, site, disconnected)
             record("accepted")  # on disk before the request is executed
-            with typed_errors(request):
+            with named(request):
                 answer = act()
         except FedcoreError as error:
             record(f"refused: {error}")
@@ -252,18 +245,14 @@ class Control:
             return self._state
 
     def _act(
-        self,
-        request: OperatorRequest,
-        requester: Requester,
-        site: _Site,
-        disconnected: Disconnected,
+        self, request: OperatorRequest, sender: Requester, site: _Site, disconnected: Disconnected
     ) -> Callable[[], dict[str, Any]]:
         """Validates a request and returns the function that executes it, without calling it."""
         listening = site.listening
         if listening is None:
             return self._finishing(request)
         if request.verb == "backup":
-            return self._backup(request, requester, site, disconnected)
+            return self._backup(request, sender, site, disconnected)
         if request.verb == "drain":
             return self._drain(request, site.roster, listening)
         if self._state == "ended":
@@ -300,8 +289,7 @@ class Control:
         with self._changed:
             self._pause, self._stop = pause, stop
             self._changed.notify_all()
-        if not pause and not stop:
-            with self._changed:
+            if not pause and not stop:
                 self._changed.wait_for(lambda: self._state != "paused", timeout=2 * _POLL_S)
         return {"run": self._run.name, "state": self._described()}
 
@@ -333,18 +321,13 @@ class Control:
         return act
 
     def _backup(
-        self,
-        request: OperatorRequest,
-        requester: Requester,
-        site: _Site,
-        disconnected: Disconnected,
+        self, request: OperatorRequest, sender: Requester, site: _Site, disconnected: Disconnected
     ) -> Callable[[], dict[str, Any]]:
         file = Path(request.file or "")
-        if not requester.local:
+        if not sender.local:
             raise ConfigError(
-                "backup: it can only be requested on the server's own machine, where it is "
-                "written. Nothing was written; log in there, and pass the server's folder with "
-                "--identity."
+                "backup: it can only be requested on the server's own machine. Nothing was written; "
+                "log in there, and pass the server's folder with --identity."
             )
         check_place(file)
 

@@ -163,11 +163,9 @@ def operator_handler(control: Control) -> Operate:
         if len(raw) > MAX_REQUEST_BYTES:
             return await _respond(send, 413, {"detail": f"more than {MAX_REQUEST_BYTES} bytes"})
         peer = (scope.get("client") or ("?",))[0]
-        requester = Requester(
-            f"{member.name} ({member.fingerprint[:16]}, {peer})", member.role, False
-        )
+        sender = Requester(f"{member.name} ({member.fingerprint[:16]}, {peer})", member.role, False)
         loop = asyncio.get_running_loop()
-        answer = await loop.run_in_executor(control.threads, control.answer, raw, requester)
+        answer = await loop.run_in_executor(control.threads, control.answer, raw, sender)
         return await _respond(send, 200, answer)
 
     return operate
@@ -213,9 +211,9 @@ async def _request(
     The sender is None if it is not authorized.
     """
     try:
-        requester = _peer_of(writer.get_extra_info("socket"))
+        sender = _peer_of(writer.get_extra_info("socket"))
         async with asyncio.timeout(_REQUEST_S):
-            return await reader.readline(), requester
+            return await reader.readline(), sender
     except (TimeoutError, ValueError, ConnectionError):  # ValueError: a line past the limit
         return None
 
@@ -223,12 +221,12 @@ async def _request(
 async def _answer(
     control: Control,
     raw: bytes,
-    requester: Requester | None,
+    sender: Requester | None,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
     """Executes a request and writes the answer, one line of JSON."""
-    if requester is None:
+    if sender is None:
         answer: dict[str, Any] = {
             "ok": False,
             "error": "TrustError",
@@ -239,7 +237,7 @@ async def _answer(
         watching = asyncio.create_task(_watch(reader, disconnected))
         try:
             answer = await asyncio.get_running_loop().run_in_executor(
-                control.threads, control.answer, raw, requester, disconnected.is_set
+                control.threads, control.answer, raw, sender, disconnected.is_set
             )
         finally:
             watching.cancel()

@@ -17,7 +17,7 @@ from fedcore.observability.faults import first_fault
 MAX_REQUEST_BYTES = 4096
 
 Verb = Literal["status", "rounds", "devices", "pause", "resume", "stop", "drain", "backup"]
-READ_VERBS: frozenset[Verb] = frozenset({"status", "rounds", "devices"})
+READING: frozenset[Verb] = frozenset({"status", "rounds", "devices"})
 """Read-only verbs, which viewers may use, too."""
 
 
@@ -60,7 +60,7 @@ def parse_request(raw: bytes) -> OperatorRequest:
 
 
 @contextmanager
-def typed_errors(request: OperatorRequest) -> Iterator[None]:
+def named(request: OperatorRequest) -> Iterator[None]:
     """Context manager that turns errors of the operating system into a `ResourceError`.
 
     Raises:
