@@ -326,8 +326,8 @@ class Control:
         file = Path(request.file or "")
         if not sender.local:
             raise ConfigError(
-                "backup: it can only be requested on the server's own machine. Nothing was written; "
-                "log in there, and pass the server's folder with --identity."
+                "backup: it can only be requested on the server's own machine. Nothing was "
+                "written; log in there, and pass the server's folder with --identity."
             )
         check_place(file)
 
