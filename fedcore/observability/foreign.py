@@ -21,8 +21,8 @@ _LINE_ENDS = re.compile(r"\s*[\r\n]\s*")
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
 
-def foreign(text: object, most: int = MAX_CHARACTERS) -> str:
-    r"""Returns ``text`` on one line of at most ``most`` characters, plus its length if cut.
+def foreign(text: object, max_characters: int = MAX_CHARACTERS) -> str:
+    r"""Returns ``text`` on one line of at most ``max_characters``, plus its length if cut.
 
     Unprintable characters (control and escape characters, marks of text direction, unpaired
     surrogates) are written as Python string escapes. Never raises.
@@ -34,10 +34,10 @@ def foreign(text: object, most: int = MAX_CHARACTERS) -> str:
     """
     whole = _text(text)
     # Processes no more of the text than can be shown.
-    shown = escaped(" ".join(whole[: 4 * most].split()))
-    if len(shown) <= most and len(whole) <= 4 * most:
+    shown = escaped(" ".join(whole[: 4 * max_characters].split()))
+    if len(shown) <= max_characters and len(whole) <= 4 * max_characters:
         return shown
-    return f"{shown[:most]}... ({len(whole)} characters)"
+    return f"{shown[:max_characters]}... ({len(whole)} characters)"
 
 
 def escaped(text: str) -> str:

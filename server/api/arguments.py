@@ -22,7 +22,7 @@ from fedcore.observability.words import counted
 from fedcore.task.definition import Task, load_task
 from fedcore.task.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, load_checkpoint
 from fedcore.training.device import available
-from server.rounds.strategies.own import Own, check_user_strategy, label_of
+from server.rounds.strategies.own import UserStrategy, check_user_strategy, label_of
 
 _UNNAMED = re.compile(r"[^a-z0-9_-]+")  # characters that a run's name can't contain
 _MAX_NAMED = 64
@@ -66,8 +66,8 @@ def configured(task: AnyTask | None, run: AnyRun | None, settings: Mapping[str, 
 
 
 def with_strategy(
-    run: RunConfig, strategy: Own | type[Own] | str | None
-) -> tuple[RunConfig, Own | type[Own] | None]:
+    run: RunConfig, strategy: UserStrategy | type[UserStrategy] | str | None
+) -> tuple[RunConfig, UserStrategy | type[UserStrategy] | None]:
     """Applies a strategy argument to a run.
 
     Returns:

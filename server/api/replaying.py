@@ -14,7 +14,7 @@ from fedcore.flower.quiet import quiet
 from fedcore.observability.patience import FIRST_STEP, note_if_slow
 from server.api.arguments import AnyRun, AnyTask, configured, loaded, with_strategy
 from server.preflight import prepare
-from server.rounds.strategies.own import Own
+from server.rounds.strategies.own import UserStrategy
 from server.simulation.replay import Replayed
 from server.simulation.replay import replay as train_again
 
@@ -26,7 +26,7 @@ def replay(
     round: int,
     client: str,
     owner: OwnerPolicy = OPEN_POLICY,
-    strategy: Own | type[Own] | str | None = None,
+    strategy: UserStrategy | type[UserStrategy] | str | None = None,
     runs: str | PathLike[str] = "runs",
     on_note: Callable[[str], None] = lambda note: None,
     **settings: Any,
@@ -85,7 +85,7 @@ def replayed(
     runs: str | PathLike[str],
     on_note: Callable[[str], None],
     say_slow: bool,
-    strategy: Own | type[Own] | None = None,
+    strategy: UserStrategy | type[UserStrategy] | None = None,
 ) -> Replayed:
     """Replays ``ROUND:CLIENT`` of a run whose settings are final: `replay` without their parsing.
 

@@ -34,7 +34,7 @@ from server.api.result import Result
 from server.preflight import Prepared, prepare
 from server.report.folder import open_folder, reopen_folder, write_results
 from server.report.tensorboard import tensorboard_events
-from server.rounds.strategies.own import Own
+from server.rounds.strategies.own import UserStrategy
 from server.simulation.checkpoint import Checkpoint
 from server.simulation.resume import open_checkpoint
 from server.simulation.run import run_pipeline
@@ -50,7 +50,7 @@ def simulate(
     fresh: bool = False,
     resume: bool = False,
     progress: bool | Sink = True,
-    strategy: Own | type[Own] | str | None = None,
+    strategy: UserStrategy | type[UserStrategy] | str | None = None,
     **settings: Any,
 ) -> Result:
     """Trains over simulated clients, then fine-tunes, compresses, tests and publishes.
@@ -112,7 +112,7 @@ def simulated(
     progress: bool | Sink,
     say_slow: bool,
     command: str,
-    strategy: Own | type[Own] | None = None,
+    strategy: UserStrategy | type[UserStrategy] | None = None,
 ) -> Result:
     """Simulates a run whose settings are final: `simulate` without the parsing of settings.
 

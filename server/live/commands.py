@@ -86,7 +86,7 @@ def _start(options: argparse.Namespace) -> int:
         from fedcore.observability.lines import log_lines
         from server.live.deployment import Deployment
         from server.live.operators.control import Control
-        from server.live.operators.endpoint import sole
+        from server.live.operators.endpoint import server_lock
         from server.live.resume import has_journal
         from server.live.run import run_deployment
 
@@ -103,7 +103,7 @@ def _start(options: argparse.Namespace) -> int:
         resume=options.resume,
         fresh=options.fresh,
     )
-    with sole(options.identity):
+    with server_lock(options.identity):
         control = Control(run, identity=options.identity, results=options.runs / run.name)
         try:
             if run_deployment(deployment, control, sys.stdout):

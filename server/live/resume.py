@@ -11,7 +11,14 @@ from fedcore.config.run import Finetune, RunConfig
 from fedcore.errors import ConfigError
 from server.live.journal.head import is_begun
 from server.live.journal.journal import Journal, OnPoint, create, ignore_point, reopen
-from server.report.folder import JOURNAL_FOLDER, clear, held, is_complete, open_folder, restore_mark
+from server.report.folder import (
+    JOURNAL_FOLDER,
+    clear,
+    is_complete,
+    locked,
+    open_folder,
+    restore_mark,
+)
 from server.rounds.checkpointing.run_identity import check_same, identity_of
 from server.unfinished import allow_drop, require_no_simulated_progress
 
@@ -56,7 +63,7 @@ def open_run(
     """
     folder = runs / run.name
     if not fresh and has_journal(run, runs) and (resume or not is_complete(folder)):
-        with held(folder):
+        with locked(folder):
             found = _unfinished(folder, run, resume=resume, on_point=on_point)
             if found is not None:
                 try:

@@ -46,7 +46,7 @@ def open_folder(
                     "folder."
                 )
         folder.mkdir(parents=True, exist_ok=True)
-    with held(folder):
+    with locked(folder):
         before(folder)
         clear(folder)
         write_atomic(folder / _MARK, config_json(run))
@@ -72,7 +72,7 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
             f"{folder}: no run of this name was started here, so there is none to resume. "
             "Nothing was run; leave --resume out, or pass its parent folder with --runs."
         )
-    with held(folder):
+    with locked(folder):
         if is_complete(folder):
             raise ConfigError(
                 f"{folder}: this run is complete: its results are in {_SUMMARY}. Nothing was run; "
@@ -93,7 +93,7 @@ def restore_mark(folder: Path, run: RunConfig) -> None:
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Locks a folder against other runs.
 
     Raises:

@@ -31,7 +31,7 @@ from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
 from server.rounds.peers import NumberedPeers, Peers
 from server.rounds.strategies.flower import choose_strategy
-from server.rounds.strategies.own import Own
+from server.rounds.strategies.own import UserStrategy
 from server.rounds.strategies.state import restore_strategy
 
 _POLL_S = 0.2
@@ -68,7 +68,7 @@ def server_app(
     start: Start | None = None,
     peers: Peers | None = None,
     awaited: Callable[[], int] = lambda: 1,
-    strategy: Own | type[Own] | None = None,
+    strategy: UserStrategy | type[UserStrategy] | None = None,
     client_name: Callable[[int], str] | None = None,
     annotate: Callable[[RoundRecord], RoundRecord] = lambda record: record,
 ) -> ServerApp:

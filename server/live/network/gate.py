@@ -237,7 +237,7 @@ class Gate:
             return
         if not await self.uploads.enter(caller.node_id, upload):
             raise _Refusal(503, "the server is busy receiving other updates", retry_after_s=1.0)
-        if upload.message_id not in self.fleet.asked:  # its round ended while it waited
+        if upload.message_id not in self.fleet.pending:  # its round ended while it waited
             self.uploads.leave(upload.message_id)
 
     async def _body(
@@ -274,7 +274,7 @@ class Gate:
     ) -> None:
         """Receives the rest of a chunk, in a request whose body has ``length`` bytes if known."""
         divert = divert_of(scope["state"])
-        left_bytes = None if length is None else length - arrival.came_bytes
+        left_bytes = None if length is None else length - arrival.received_bytes
         try:
             ended = divert(scope, arrival.write, left_bytes) if divert is not None else None
             if ended is not None:

@@ -37,7 +37,7 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 @contextmanager
-def sole(folder: Path) -> Iterator[None]:
+def server_lock(folder: Path) -> Iterator[None]:
     """Context manager that locks a server's folder against a second server.
 
     Raises:

@@ -18,7 +18,7 @@ from fedcore.task.algorithm import Algorithm
 from fedcore.updates.messages import ARRAYS, CONFIG, NUM_EXAMPLES
 from server.rounds.strategies.algorithm import AlgorithmStrategy
 from server.rounds.strategies.checked import CheckedAlgorithm
-from server.rounds.strategies.own import Own, names_user_strategy, user_strategy
+from server.rounds.strategies.own import UserStrategy, names_user_strategy, user_strategy
 
 FOLDING = (
     flower.FedAvg,
@@ -77,7 +77,7 @@ class ChosenStrategy:
 
 def choose_strategy(
     run: RunConfig,
-    given: Own | type[Own] | None = None,
+    given: UserStrategy | type[UserStrategy] | None = None,
     *,
     cohort: int,
     size: int,

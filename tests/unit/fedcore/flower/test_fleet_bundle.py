@@ -144,7 +144,7 @@ def test_objects_that_do_not_come_along_are_still_missing(fleet: Fleet) -> None:
     assert push(fleet, bundle) == {large}
     assert fleet.next_answered(0.0) is None
     assert push(fleet, bundle) == {large}, "it may be begun again"
-    assert fleet.asked[message_id].missing == {large}
+    assert fleet.pending[message_id].missing == {large}
 
 
 def test_what_the_reply_does_not_name_is_refused_before_any_of_it_is_stored(fleet: Fleet) -> None:
@@ -154,7 +154,7 @@ def test_what_the_reply_does_not_name_is_refused_before_any_of_it_is_stored(flee
     bundle.objects[0] += b"!"
     with pytest.raises(InvalidUpdate, match="objects that its tree does not name"):
         push(fleet, bundle)
-    assert fleet.asked[message_id].reply is None
+    assert fleet.pending[message_id].reply is None
     assert fleet.abandon(message_id)
 
 
@@ -197,7 +197,7 @@ def test_a_message_is_sent_as_flower_would_send_it(fleet: Fleet) -> None:
         with no_object_id_recompute():
             objects, tree = get_all_nested_objects(message), get_object_tree(message)
         assert fleet.store.get_object_tree(message_id) == tree
-        assert fleet.asked[message_id].objects == objects.keys()
+        assert fleet.pending[message_id].objects == objects.keys()
         for object_id, one in objects.items():
             assert fleet.store.get(object_id) == one.deflate()
     fleet.forget(sent)
