@@ -133,8 +133,8 @@ class ChunkUpload:
             if received_bytes > limit_bytes:
                 fleet.abandon(self._message_id)
                 raise InvalidUpdate(
-                    f"update from client {name!r}: it has more than {received_bytes} bytes, expected "
-                    f"at most {limit_bytes}. It was not used."
+                    f"update from client {name!r}: it has more than {received_bytes} bytes, "
+                    f"expected at most {limit_bytes}. It was not used."
                 )
             if self.object_id not in self._pending.places:
                 raise InvalidUpdate(

@@ -47,7 +47,7 @@ _MAX_BYTES = 16 << 20
 _FINETUNE, _COMPRESS, _PUBLISH = "finetune.json", "compress.json", "publish.json"
 _TUNED = ("candidate", "cloud_alone")
 _GOLDEN = "golden.safetensors"
-_Note = TypeVar("_Note", bound="_Kept")
+_Note = TypeVar("_Note", bound="_StepNote")
 
 
 class _StepNote(BaseModel):

@@ -119,7 +119,7 @@ def _restore(strategy: Strategy, tree: Any, arrays: Sequence[NDArray[Any]], wher
 
 
 def _decode(tree: Any, current: Any, arrays: Sequence[NDArray[Any]], where: str) -> Any:
-    """Returns the value that ``tree`` encodes; ``current`` is the new strategy's value in its place."""
+    """Returns the value that ``tree`` encodes; ``current`` is the new strategy's own."""
     match tree:
         case {"dict": pairs}:
             stored = current if isinstance(current, dict) else {}
