@@ -152,13 +152,15 @@ def compress(
     start = model_of(model, found, config)
     with shown(progress) as emit:
         story = StageLog(emit)
-        weigh = None
+        measure_onnx = None
         if clients_judge(config):
             clients = clients_of(found, config, data_folder())
-            weigh = measure_onnx_in_simulation(config, found, owner, clients, story.note)
+            measure_onnx = measure_onnx_in_simulation(config, found, owner, clients, story.note)
         with story.stage("compress") as said:
             steps = counted_steps(emit, "compress")
-            done = make_candidates(config, found, start, cloud, progress=steps, on_clients=weigh)
+            done = make_candidates(
+                config, found, start, cloud, progress=steps, on_clients=measure_onnx
+            )
             said.append(f"chose {done.chosen}")
         for text in done.notes:
             story.note(text)

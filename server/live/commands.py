@@ -111,26 +111,26 @@ def _start(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             if not has_journal(run, options.runs):
                 raise
-        say(_kept(options, control.last_round, run), to=sys.stderr)
+        say(_stopped_text(options, control.last_round, run), to=sys.stderr)
         return INTERRUPTED
 
 
-def _kept(options: argparse.Namespace, last: int, run: RunConfig) -> str:
+def _stopped_text(options: argparse.Namespace, last: int, run: RunConfig) -> str:
     """Returns the message for a stopped run: what is kept, and the command that resumes it."""
     rounds = run.federation.rounds
     done = f"after round {last} of {rounds}" if last else "before the end of its first round"
-    held = (
+    kept = (
         "the model of that round and what devices have sent since" if last else "the started round"
     )
     if last == rounds:
-        held = "the model of its last round, and each completed step after it"
+        kept = "the model of its last round, and each completed step after it"
     return (
-        f"Stopped {done}. Kept in {options.runs / run.name}: {held}. `{_again(options)}` "
+        f"Stopped {done}. Kept in {options.runs / run.name}: {kept}. `{_resume_command(options)}` "
         "continues from there; devices keep trying to connect until then."
     )
 
 
-def _again(options: argparse.Namespace) -> str:
+def _resume_command(options: argparse.Namespace) -> str:
     """Returns the command line that resumes the run with the same options."""
     words = ["fedcore", "server", "start", str(options.config)]
     for override in options.overrides:

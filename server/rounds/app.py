@@ -157,17 +157,17 @@ def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener:
     Raises:
         RoundFailed: no node was connected at the deadline.
     """
-    end, told, reminder = time.monotonic() + deadline_s, False, Reminder()
+    end, noted, reminder = time.monotonic() + deadline_s, False, Reminder()
     while (found := _count(grid)) < (needed := max(awaited(), 1)):
         if time.monotonic() > end:
             break
-        if not told and needed > 1:
-            told = True
+        if not noted and needed > 1:
+            noted = True
             listener.on_note(
                 f"federation.cohort is unset: waiting for all {counted(needed, 'device')} of the "
                 f"project, for at most federation.deadline_s = {deadline_s:g}."
             )
-        _tell_waiting(reminder, found, needed, end, listener)
+        _note_waiting(reminder, found, needed, end, listener)
         time.sleep(_POLL_S)
     if not found:
         raise RoundFailed(
@@ -183,7 +183,7 @@ def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener:
     return found
 
 
-def _tell_waiting(
+def _note_waiting(
     reminder: Reminder, found: int, needed: int, end: float, listener: Listener
 ) -> None:
     lasted_s = reminder.due()
@@ -209,7 +209,7 @@ def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float, listener: Listen
                 f"and federation.cohort needs {needed}. Nothing was trained; wait for more "
                 "clients, or lower the cohort."
             )
-        _tell_waiting(reminder, found, needed, end, listener)
+        _note_waiting(reminder, found, needed, end, listener)
         time.sleep(_POLL_S)
 
 

@@ -53,9 +53,9 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     """
     checkpointer, layout = federation.checkpointer, layout_of(model.model)
     start = federation.start
-    progress = _in_send_buffer(start.progress if start else _beginning(federation, model))
+    progress = _in_send_buffer(start.progress if start else _initial_progress(federation, model))
     records = list(start.records) if start else []
-    most = _most_of(*(each.epsilon_max for each in records))
+    epsilon_max = _largest(*(each.epsilon_max for each in records))
     unpack(progress.weights, model.model)
     checkpointer.commit(progress, None)
     while checkpointer.may_continue(progress) and not progress.over:
@@ -79,8 +79,8 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         protection = released.protection
         spent = epsilon(federation.run, protection, rounds=number) if protection else None
         record = _record(federation, number, seconds, tally, metrics, judged_on, sent)
-        most = _most_of(most, record.epsilon_max)
-        record = federation.annotate(replace(record, epsilon_max=most, client_epsilon=spent))
+        epsilon_max = _largest(epsilon_max, record.epsilon_max)
+        record = federation.annotate(replace(record, epsilon_max=epsilon_max, client_epsilon=spent))
         records.append(record)
         federation.on_round(record)
         better = is_better(federation.primary, records, progress.best_round)
@@ -124,7 +124,7 @@ def _unspent_first(connected: Sequence[int], spent: Collection[int], cohort: int
     return [*rest, *(node for node in connected if node in spent)][: max(cohort, len(rest))]
 
 
-def _beginning(federation: Federation, model: FullModel) -> Progress:
+def _initial_progress(federation: Federation, model: FullModel) -> Progress:
     run, weights, protection = federation.run, pack(model.model), None
     if run.client_private:
         clients = max(federation.clients, len(federation.nodes()), federation.cohort)
@@ -152,9 +152,9 @@ def _in_send_buffer(progress: Progress) -> Progress:
     return replace(progress, weights=weights, best=best)
 
 
-def _most_of(*told: float | None) -> float | None:
+def _largest(*epsilons: float | None) -> float | None:
     """Returns the largest epsilon that any client reported; None where none reported one."""
-    return max((epsilon for epsilon in told if epsilon is not None), default=None)
+    return max((epsilon for epsilon in epsilons if epsilon is not None), default=None)
 
 
 def _record(

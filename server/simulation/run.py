@@ -84,9 +84,11 @@ def run_pipeline(
         "none" if run.privacy.unit == "none" else "simulated",
     )
     if clients_judge(run):
-        asked = (run, task, owner, prepared.clients, story.note)
+        arguments = (run, task, owner, prepared.clients, story.note)
         trained = replace(
-            trained, judge=judge_in_simulation(*asked), weigh=measure_onnx_in_simulation(*asked)
+            trained,
+            judge=judge_in_simulation(*arguments),
+            measure_onnx=measure_onnx_in_simulation(*arguments),
         )
     return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
 

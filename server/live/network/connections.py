@@ -145,7 +145,7 @@ class Connections:
         one = _Open(connection, address, _network(address), self._clock())
         self._half[connection.fileno()] = one
 
-    def proved(self, descriptor: int, peer: Peer) -> None:
+    def handshake_done(self, descriptor: int, peer: Peer) -> None:
         """Registers the end of a connection's handshake; enforces the limit per identity."""
         one = self._half.pop(descriptor)
         one.peer, one.since = peer, self._clock()

@@ -85,7 +85,7 @@ class PeerProtocol(HttpConnection):
         self.share({PUBLIC_KEY: public, DIVERT: self.divert})
         self.public = public or b""
         self._descriptor = transport.get_extra_info("socket").fileno()
-        self._known.proved(self._descriptor, self)
+        self._known.handshake_done(self._descriptor, self)
 
     def data_received(self, data: bytes) -> None:
         """Feeds the parser; aborts the connection if its headers or pipeline exceed the limits."""

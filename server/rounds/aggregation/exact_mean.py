@@ -115,9 +115,9 @@ class ExactMean:
             The sum is the one without the vector. No vector without room may have been added since.
         """
         (factor,) = _factors(weight)
-        most = max(peaks, default=0.0) * factor
-        self._add_ordinary(parts, -factor, most)
-        self._bounds[0] -= int(most) + 1
+        peak = max(peaks, default=0.0) * factor
+        self._add_ordinary(parts, -factor, peak)
+        self._bounds[0] -= int(peak) + 1
         self.weight, self.count = self.weight - weight, self.count - 1
 
     def add_rows(
@@ -159,10 +159,10 @@ class ExactMean:
         wide = max(peaks, default=0.0) * factor if len(ordinary) < len(peaks) else 0.0
         for limb in range(whole_parts(wide) if wide else 0):
             self._make_room(limb, UNIT)
-        most = max(ordinary, default=0.0)
-        self._make_room(0, int(most) + 1)
+        peak = max(ordinary, default=0.0)
+        self._make_room(0, int(peak) + 1)
         if not wide:
-            self._add_ordinary(parts, factor, most)
+            self._add_ordinary(parts, factor, peak)
             return
         start = 0
         for part, peak in zip(parts(), peaks, strict=True):
@@ -175,8 +175,8 @@ class ExactMean:
                 add_whole([limb[place] for limb in self._limbs], scaled)
             start += len(part)
 
-    def _add_ordinary(self, parts: Parts, factor: float, most: float) -> None:
-        """Adds a vector to the first limb, which has room for products of magnitude ``most``."""
+    def _add_ordinary(self, parts: Parts, factor: float, peak: float) -> None:
+        """Adds a vector to the first limb, which has room for products of magnitude ``peak``."""
         start = 0
         # Allocated once: otherwise the kernel maps and zeroes new pages for each part.
         products = np.empty(min(_CHUNK, len(self._limbs[0])), np.float64)
@@ -187,7 +187,7 @@ class ExactMean:
                 scaled, added = products[: len(piece)], whole[: len(piece)]
                 np.copyto(scaled, piece)
                 np.multiply(scaled, factor, out=scaled)
-                if most < _ROUNDS_BELOW:
+                if peak < _ROUNDS_BELOW:
                     np.add(scaled, _ROUNDER, out=scaled)
                     np.subtract(added, _ROUNDER_BITS, out=added)
                 else:

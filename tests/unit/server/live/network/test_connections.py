@@ -69,7 +69,7 @@ class Door:
     def whole(self, key: bytes, *, working: bool = False) -> Someone:
         ours, _ = self.half("10.0.0.1")
         someone = Someone(key, working)
-        self.connections.proved(ours.fileno(), someone)
+        self.connections.handshake_done(ours.fileno(), someone)
         return someone
 
 
