@@ -210,7 +210,7 @@ def run_in(
         batched(tee(lines, board, shown)) as emit,
     ):
         files = tee(lines, board)
-        for event in resumed.told if resumed else ():
+        for event in resumed.events if resumed else ():
             files(event)
         finished = run_pipeline(
             run, task, owner, prepared, folder, emit, command=command, resumed=resumed
