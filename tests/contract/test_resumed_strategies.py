@@ -30,7 +30,7 @@ from server.rounds.federation import Federation
 from server.rounds.loop import run_rounds
 from server.rounds.strategies.flower import choose_strategy, strategy_names
 from server.rounds.strategies.state import restore_strategy
-from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
+from server.simulation.checkpoint import Checkpoint, StoredEvent, read_checkpoint, write_checkpoint
 from server.simulation.virtual.state import SimulationState
 from tests.contract.own_strategies import EXAMPLES
 
@@ -71,7 +71,7 @@ class Watching(NoCheckpoints):
     def __init__(self, last: int) -> None:
         self._last = last
         self.seen: list[Progress] = []
-        self.told: list[Told] = []
+        self.told: list[StoredEvent] = []
 
     def may_continue(self, progress: Progress) -> bool:
         self.seen.append(progress)
