@@ -34,7 +34,7 @@ _LEAST_DELTA_SHARE = 0.1
 _FIRST_CLIP_NORM, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2  # Andrew et al. 2021, section 3
 _BIT_DEVIATION = 1 / 20  # noise on the count of unclipped updates, per expected client
 _FAR_DEVIATIONS = 100.0  # in deviations: a bound that no earlier round's noise reaches
-_Value = TypeVar("_Kept")
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)

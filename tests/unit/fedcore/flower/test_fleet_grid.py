@@ -97,7 +97,7 @@ def test_a_disk_that_fails_amid_a_batch_keeps_no_room(
     with pytest.raises(DiskFull):
         list(devices.batches())
     assert len(devices.done) == 2
-    assert not fleet.asked
+    assert not fleet.pending
 
 
 def test_a_caller_with_enough_leaves_the_rest(fleet: Fleet) -> None:
@@ -106,4 +106,4 @@ def test_a_caller_with_enough_leaves_the_rest(fleet: Fleet) -> None:
     assert len(next(batches)) == 2
     batches.close()  # type: ignore[attr-defined]
     assert len(devices.done) == 3
-    assert not fleet.asked
+    assert not fleet.pending
