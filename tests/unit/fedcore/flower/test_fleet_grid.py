@@ -35,7 +35,7 @@ class Answering:
         self.fleet, self.sizes = fleet, weights
         self.keys = [bytes([place]) * 9 for place in range(len(weights))]
         self.messages = [
-            Message(_content(size), fleet.enlist(key), MessageType.TRAIN)
+            Message(_content(size), fleet.register_node(key), MessageType.TRAIN)
             for key, size in zip(self.keys, weights, strict=True)
         ]
         self.done: list[str] = []
