@@ -128,8 +128,7 @@ async def listen(
         ResourceError: a port is in use, or may not be used.
     """
     return_freed_blocks()
-    limits = limits or Limits()
-    clock = SteadyClock()
+    limits, clock = limits or Limits(), SteadyClock()
     roster = identity.roster(clock=clock)
     with disk_errors(spool):
         shutil.rmtree(spool, ignore_errors=True)
@@ -167,8 +166,7 @@ async def listen(
         refusals=refusals,
         operate=operate,
     )
-    http = http_server(gate, identity, connections)
-    peers = DevicePeers(roster, key_of, refusals)
+    http, peers = http_server(gate, identity, connections), DevicePeers(roster, key_of, refusals)
     bound = Address(address.host, listener.getsockname()[1], wake_port)
     listening = Listening(fleet, presence, uploads, checks, peers, bound, threading.Event())
     watching = asyncio.create_task(

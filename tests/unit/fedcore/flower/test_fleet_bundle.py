@@ -131,7 +131,7 @@ def test_a_small_reply_is_whole_after_one_call(fleet: Fleet) -> None:
     assert contents_of(bundle).keys() == objects.keys()
     assert push(fleet, bundle) == set()
     assert fleet.next_answered(0.0) == message_id
-    taken = fleet.take(message_id)
+    taken = fleet.pop_reply(message_id)
     assert taken is not None
     assert taken.content == content(5, 0.5)
 
