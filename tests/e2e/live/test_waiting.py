@@ -103,7 +103,7 @@ def test_a_backup_that_waits_is_alone_and_ends_with_whoever_asked_or_the_run(
         assert "the operator disconnected" in first.result(5)["message"]
         second = backup("c.tar")
         assert ask("stop").result(5)["ok"]
-        assert "the run 'trial' ends" in second.result(5)["message"]
+        assert "the run 'trial' is ending" in second.result(5)["message"]
         assert ask("resume").result(5)["state"] == "stopping", "what is stopped stays so"
     control.close()
     assert audit(project)[-1] == ("end", "done")
