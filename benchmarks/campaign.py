@@ -86,7 +86,7 @@ REFERENCE_S = {
 }
 """Seconds a round measured earlier on a machine of this kind. Ratios between peers are compared
 with theirs, so that no peer is run at less than its best unnoticed."""
-_MOST_DEVIATION = 0.15
+_MAX_DEVIATION = 0.15
 _REASONS = {
     ("w2", "flower"): "Flower's actors keep data and model between messages here; the reference's "
     "loaded them for each.",
@@ -246,7 +246,7 @@ def compare_peers(runs: Sequence[Run]) -> list[dict[str, object]]:
                 continue
             ratio = sorted(measured)[len(measured) // 2]
             reference = seconds[peer] / seconds[FEDJAX.name]
-            differs = abs(ratio / reference - 1) > _MOST_DEVIATION
+            differs = abs(ratio / reference - 1) > _MAX_DEVIATION
             unexplained = "not explained: measure again with nothing else running"
             found.append(
                 {

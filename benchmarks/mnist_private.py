@@ -29,7 +29,7 @@ from fedcore.files import write_json
 WORKLOAD = "mnist_private"
 EXAMPLE = ROOT / "examples" / WORKLOAD / "run.toml"
 SEEDS = (1, 2, 3)
-LEAST_ACCURACY, AIM, MOST_ROUNDS, EPSILON, DELTA = 0.94, 0.965, 30, 3.0, 1e-5
+LEAST_ACCURACY, AIM, MAX_ROUNDS, EPSILON, DELTA = 0.94, 0.965, 30, 3.0, 1e-5
 _LIMIT_S = 7200.0
 
 
@@ -153,7 +153,7 @@ def checks_of(runs: Sequence[Trained]) -> list[Check]:
         at_least("accuracy at epsilon 3", accuracy, LEAST_ACCURACY),
         at_least("accuracy at epsilon 3, aimed for", accuracy, AIM),
         at_most("epsilon at delta 1e-5, worst seed", [max(spent)], EPSILON),
-        at_most("rounds", [run.rounds for run in ours], MOST_ROUNDS),
+        at_most("rounds", [run.rounds for run in ours], MAX_ROUNDS),
     ]
 
 

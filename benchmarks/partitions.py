@@ -15,7 +15,7 @@ from fedcore.task.partition import by_column, iid
 
 MEAN, DEVIATION = 33.318, 78.567  # of MNIST's training pixels, 0..255
 _CLIENTS = 1000
-_MOST_BYTES = 32 << 20  # 32 MiB; the largest of the files has 10
+_MAX_BYTES = 32 << 20  # 32 MiB; the largest of the files has 10
 _EXAMPLES = {"w2": 60, "w1": 50}
 _SPLITS = {"train": "train", "test": "t10k"}
 Rows = Sequence[NDArray[np.int64]]
@@ -78,7 +78,7 @@ def read_mnist(mnist: Path, split: str) -> tuple[NDArray[np.uint8], NDArray[np.i
     """Pixels ``(N, 1, 28, 28)``, and QMNIST's labels: column 0 the digit, column 2 the writer."""
     files = (f"{_SPLITS[split]}-images-idx3-ubyte.gz", f"qmnist-{split}-labels-idx2-int.gz")
     images, labels = (
-        gzip.decompress(read_bytes(mnist / name, max_bytes=_MOST_BYTES, what="a file of MNIST"))
+        gzip.decompress(read_bytes(mnist / name, max_bytes=_MAX_BYTES, what="a file of MNIST"))
         for name in files
     )
     pixels = np.frombuffer(images, np.uint8, offset=16).reshape(-1, 1, 28, 28)

@@ -145,11 +145,13 @@ def _tightness(statement: Statement, rows: list[Row], checks: list[Check]) -> No
         _row(statement.name, "one_run_epsilon", [seed.one_run for seed in found.seeds]),
     ]
     over = [value / found.stated for value in audited]
-    checks.append(_check(f"{statement.name}: audited over stated", max(over), 1.0, over, most=True))
+    checks.append(
+        _check(f"{statement.name}: audited over stated", max(over), 1.0, over, at_most=True)
+    )
     if statement is ONE_STEP:
         under = [found.stated / max(value, 1e-9) for value in audited]
         checks.append(
-            _check(f"{statement.name}: stated over audited", max(under), 1.5, under, most=True)
+            _check(f"{statement.name}: stated over audited", max(under), 1.5, under, at_most=True)
         )
 
 
@@ -161,7 +163,7 @@ def _power(rows: list[Row], checks: list[Check]) -> None:
         rows.append(_row(name, "audited_epsilon", [run.epsilon for run in runs]))
         bound = _FALSE_ALARMS if name == "sound" else _CAUGHT
         checks.append(
-            _check(f"{name}: refuted of {_RUNS}", caught, bound, [caught], most=name == "sound")
+            _check(f"{name}: refuted of {_RUNS}", caught, bound, [caught], at_most=name == "sound")
         )
 
 
@@ -177,11 +179,13 @@ def _inversion(rows: list[Row], checks: list[Check]) -> None:
         rows.append(_row("inversion", f"{guess}_psnr", [one[guess] for one in found], "dB"))
     plain = [one["without"] for one in found]
     checks.append(
-        _check("inversion without privacy, dB", min(plain), _LEAST_PSNR_DB, plain, most=False)
+        _check("inversion without privacy, dB", min(plain), _LEAST_PSNR_DB, plain, at_most=False)
     )
     gained = [one["private"] - one["blind"] for one in found]
     checks.append(
-        _check("inversion with privacy over a blind guess, dB", max(gained), 0.0, gained, most=True)
+        _check(
+            "inversion with privacy over a blind guess, dB", max(gained), 0.0, gained, at_most=True
+        )
     )
 
 
@@ -189,12 +193,12 @@ def _row(workload: str, metric: str, values: Sequence[float], unit: str = "epsil
     return row("fedcore", workload, metric, unit, values)
 
 
-def _check(name: str, value: float, bound: float, over: Sequence[float], *, most: bool) -> Check:
+def _check(name: str, value: float, bound: float, over: Sequence[float], *, at_most: bool) -> Check:
     return Check(
         name=name,
         value=value,
         bound=bound,
-        holds=value <= bound if most else value >= bound,
+        holds=value <= bound if at_most else value >= bound,
         min=min(over),
         max=max(over),
     )

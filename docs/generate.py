@@ -35,8 +35,8 @@ This page is written by `make docs` from the models in `fedcore/config/run.py` a
 `fedcore/config/owner.py`.
 """
 OWNER = """\
-What belongs to the owner of a device stands in a file on the device, `owner.toml`, and only
-tightens what a server asks. A simulation takes one for all its clients: `--owner owner.toml`.
+The owner of a device sets limits in a file on the device, `owner.toml`. It can only tighten what
+a server asks. A simulation applies one file to all its clients: `--owner owner.toml`.
 """
 
 COMMANDS = """\

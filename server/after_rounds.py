@@ -55,7 +55,7 @@ from server.report.folder import config_json
 from server.report.summary import MODELS
 from server.rounds.app import Outcome
 from server.rounds.client_privacy.mechanism import statement
-from server.rounds.evaluation.judging import Judge, Weigh
+from server.rounds.evaluation.judging import Judge, MeasureOnnx
 
 
 @dataclass
@@ -100,7 +100,7 @@ class FederatedModel:
     noise: Literal["none", "simulated", "system"]
     judge: Judge | None = None
     """Evaluates the fine-tuned model on clients; None if they hold no data back."""
-    weigh: Weigh | None = None
+    measure_onnx: MeasureOnnx | None = None
     """Evaluates compression candidates on simulated clients; None if they hold no data back. Also
     None for devices: they evaluate weights only, and run no files of an unfinished run."""
 
@@ -290,7 +290,7 @@ def _compressed(
     with story.stage("compress") as said:
         progress = counted_steps(story.emit, "compress")
         compressed = steps.compress(
-            run, task, model, cloud, progress=progress, on_clients=trained.weigh
+            run, task, model, cloud, progress=progress, on_clients=trained.measure_onnx
         )
         said.append(f"chose {compressed.chosen}")
         for name, onnx in compressed.files.items():

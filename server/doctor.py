@@ -56,26 +56,26 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
             yield guarded("authority", lambda: _log(log), remedy="check who has write access to it")
     yield disk(options.runs)
     proxy = proxy_for("https://", os.environ)
-    told = (
+    finding = (
         f"{shown(proxy)}; a server does not need a proxy, but operators who connect to it may"
         if proxy
         else "none"
     )
-    yield Finding("proxy", "ok", told)
+    yield Finding("proxy", "ok", finding)
 
 
 def _clock(identity: ServerIdentity) -> Finding:
     certificate = parse_certificate(identity.kit.certificate_pem, where="certificate")
     now, begins = datetime.now(UTC), certificate.not_valid_before_utc
-    told = f"{now:%Y-%m-%d %H:%M:%S} UTC"
+    finding = f"{now:%Y-%m-%d %H:%M:%S} UTC"
     if now < begins:
         return Finding(
             "clock",
             "fail",
-            f"{told}, before the certificate was issued ({begins:%Y-%m-%d %H:%M})",
+            f"{finding}, before the certificate was issued ({begins:%Y-%m-%d %H:%M})",
             "set the clock; NTP keeps it correct (timedatectl set-ntp true)",
         )
-    return Finding("clock", "ok", told)
+    return Finding("clock", "ok", finding)
 
 
 def _roster(identity: ServerIdentity) -> Finding:
@@ -84,36 +84,36 @@ def _roster(identity: ServerIdentity) -> Finding:
     had = read_seen(identity.kit.folder / SEEN)
     if roster.version < had.version:
         was = f"version {roster.version}, but version {had.version} was in force before"
-        told = f"{was}: the server refuses it"
+        finding = f"{was}: the server refuses it"
         remedy = (
             "copy the newest roster.json from the authority; if that is lost, revoke again "
             f"everyone missing from it, and remove {SEEN}"
         )
-        return Finding("roster", "fail", told, remedy)
+        return Finding("roster", "fail", finding, remedy)
     members = roster.members()
     now = datetime.now(UTC)
     soon = [one.name for one in members if (one.not_after - now).days < _SOON_DAYS]
     devices = sum(one.role == "device" for one in members)
     others = counted(len(members) - devices, "other")
-    told = f"version {roster.version}: {counted(devices, 'device')}, {others}"
+    finding = f"version {roster.version}: {counted(devices, 'device')}, {others}"
     if had.restored is not None and roster.version <= had.version:
-        told = (
-            f"{told}; it was restored from a backup of {had.restored:%Y-%m-%d %H:%M} UTC, so "
+        finding = (
+            f"{finding}; it was restored from a backup of {had.restored:%Y-%m-%d %H:%M} UTC, so "
             "members revoked since then are in force again"
         )
         remedy = (
             "run `fedcore provision revoke NAME` for each of them; the next change of the roster "
             "clears this warning"
         )
-        return Finding("roster", "warn", told, remedy)
+        return Finding("roster", "warn", finding, remedy)
     if not devices:
-        return Finding("roster", "warn", told, "`fedcore provision device NAME --request FILE`")
+        return Finding("roster", "warn", finding, "`fedcore provision device NAME --request FILE`")
     if soon:
         names = ", ".join(soon[:5]) + (", ..." if len(soon) > 5 else "")
-        told = f"{told}; {len(soon)} expire within {_SOON_DAYS} days: {names}"
+        finding = f"{finding}; {len(soon)} expire within {_SOON_DAYS} days: {names}"
         remedy = "run `fedcore provision renew NAME`, and install the new kit"
-        return Finding("roster", "warn", told, remedy)
-    return Finding("roster", "ok", told)
+        return Finding("roster", "warn", finding, remedy)
+    return Finding("roster", "ok", finding)
 
 
 def _log(path: Path) -> Finding:
@@ -124,11 +124,11 @@ def _log(path: Path) -> Finding:
 def _drained(identity: ServerIdentity) -> Finding:
     drained = read_drained(identity.kit.folder)
     strangers = unknown(drained, Roster(identity.roster_path, identity.kit.authority_pem))
-    told = f"{counted(len(drained), 'device')} {is_or_are(len(drained))} left out of rounds"
+    finding = f"{counted(len(drained), 'device')} {is_or_are(len(drained))} left out of rounds"
     if strangers:
-        told = f"{told}; there is no device in force named {', '.join(strangers[:5])}"
-        return Finding("drained", "warn", told, "`fedcore server drain NAME --undo`")
-    return Finding("drained", "ok", told)
+        finding = f"{finding}; there is no device in force named {', '.join(strangers[:5])}"
+        return Finding("drained", "warn", finding, "`fedcore server drain NAME --undo`")
+    return Finding("drained", "ok", finding)
 
 
 def _ports(identity: ServerIdentity) -> Finding:
@@ -137,8 +137,10 @@ def _ports(identity: ServerIdentity) -> Finding:
     wanted = tuple(range(identity.port, min(identity.port + 2, 2**16)))
     try:
         said = ask_local(identity.kit.folder, {"verb": "status"})
-        told = f"a server is running: {said['run']} on {said['listens']}, wakes on {said['wakes']}"
-        return Finding("ports", "ok", told)
+        finding = (
+            f"a server is running: {said['run']} on {said['listens']}, wakes on {said['wakes']}"
+        )
+        return Finding("ports", "ok", finding)
     except ResourceError:
         taken = [port for port in wanted if not _is_free(port)]
     if taken:
@@ -149,8 +151,8 @@ def _ports(identity: ServerIdentity) -> Finding:
             "stop the program that uses it (ss -ltnp), or choose others with --listen and "
             "--wake-port",
         )
-    told = f"{' and '.join(map(str, wanted))}: free; allow them in firewalls"
-    return Finding("ports", "ok", told)
+    finding = f"{' and '.join(map(str, wanted))}: free; allow them in firewalls"
+    return Finding("ports", "ok", finding)
 
 
 def _is_free(port: int) -> bool:
@@ -166,11 +168,13 @@ def _is_free(port: int) -> bool:
 def _audit(folder: Path) -> Finding:
     if not any((folder / name).exists() for name in (AUDIT, MARK)):
         if (folder / SEEN).exists():
-            told = f"{folder / AUDIT} is missing, but a server has run with this identity ({SEEN})"
+            finding = (
+                f"{folder / AUDIT} is missing, but a server has run with this identity ({SEEN})"
+            )
             remedy = (
                 "restore it, or check who has write access here: the next server starts a new log"
             )
-            return Finding("audit", "fail", told, remedy)
+            return Finding("audit", "fail", finding, remedy)
         return Finding("audit", "ok", "no server has run with this identity yet")
     lines = verify_audit(folder / AUDIT)
     return Finding("audit", "ok", f"{counted(lines, 'line')}, in an unbroken chain")

@@ -26,13 +26,13 @@ from server.release.final_test import FinalTest, read_final_test
 from server.release.publish import check_publishable
 from server.report.folder import check_outside
 from server.rounds.client_privacy.mechanism import protect
-from server.rounds.strategies.algorithm import rehearse
+from server.rounds.strategies.algorithm import dry_run
 from server.rounds.strategies.flower import choose_strategy
-from server.rounds.strategies.own import Own
+from server.rounds.strategies.own import UserStrategy
 from server.rounds.strategies.state import strategy_state_of
 
 _REHEARSED = 1000
-"""Maximum number of client names used to rehearse a strategy; a task may have millions."""
+"""Maximum number of client names used to try a strategy; a task may have millions."""
 
 
 @dataclass(frozen=True)
@@ -45,7 +45,7 @@ class Prepared:
     cloud: CloudData | None
     test: FinalTest | None
     """The final test split; None if the server has none and the clients' is out of reach."""
-    strategy: Own | type[Own] | None = None
+    strategy: UserStrategy | type[UserStrategy] | None = None
     """The user's own strategy if it was made in Python; None if the run names its strategy."""
 
 
@@ -55,7 +55,7 @@ def prepare(
     owner: OwnerPolicy,
     folder: Path,
     *,
-    strategy: Own | type[Own] | None = None,
+    strategy: UserStrategy | type[UserStrategy] | None = None,
 ) -> Prepared:
     """Reads the server's inputs, and rejects runs that would fail later.
 
@@ -91,7 +91,7 @@ def check_rounds(
     folder: Path,
     *,
     clients: Sequence[str] = (),
-    strategy: Own | type[Own] | None = None,
+    strategy: UserStrategy | type[UserStrategy] | None = None,
 ) -> None:
     """Rejects rounds that can't start: checks the model, its initial weights and the strategy.
 
@@ -136,9 +136,9 @@ def check_strategy(
     model: FullModel,
     *,
     clients: Sequence[str] = (),
-    strategy: Own | type[Own] | None = None,
+    strategy: UserStrategy | type[UserStrategy] | None = None,
 ) -> str:
-    """Rejects a strategy that doesn't work for this run; rehearses custom ones on made-up updates.
+    """Rejects a strategy that doesn't work for this run; tries custom ones on synthetic updates.
 
     Returns:
         A short description of the strategy.
@@ -151,7 +151,7 @@ def check_strategy(
     chosen = choose_strategy(run, strategy, cohort=cohort, size=size)
     strategy_state_of(chosen.strategy)  # fails now, not at the first checkpoint
     if chosen.own is not None:
-        rehearse(chosen.own.checked, label, pack(model.model), clients)
+        dry_run(chosen.own.checked, label, pack(model.model), clients)
     return f"{label}: {'folds updates' if chosen.folds else 'needs every update of a round'}"
 
 

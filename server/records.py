@@ -132,8 +132,8 @@ def epsilon_spent(
     Returns:
         Epsilon, or None without example-level privacy or before any update.
     """
-    told = (*(each.epsilon_max for each in rounds), *(client.epsilon for client in clients))
-    spent = [epsilon for epsilon in told if epsilon is not None]
+    epsilons = (*(each.epsilon_max for each in rounds), *(client.epsilon for client in clients))
+    spent = [epsilon for epsilon in epsilons if epsilon is not None]
     if budget is None or not spent:
         return None
     unused = dropped or any(each.cohort > each.updates + each.declined for each in rounds)

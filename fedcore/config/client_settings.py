@@ -82,7 +82,7 @@ def read_settings(config: Mapping[str, Any]) -> ClientSettings:
     return ClientSettings(**found)
 
 
-def settings_with(run: ClientConfig, asked: ClientSettings, *, private: bool) -> ClientConfig:
+def settings_with(run: ClientConfig, changed: ClientSettings, *, private: bool) -> ClientConfig:
     """Returns the run's ``[client]`` with a server's changes, after checking them.
 
     Guarantee:
@@ -91,21 +91,21 @@ def settings_with(run: ClientConfig, asked: ClientSettings, *, private: bool) ->
 
     Args:
         run: The run's ``[client]``.
-        asked: The server's changes.
+        changed: The server's changes.
         private: Whether clients train with example-level privacy.
 
     Raises:
         ValueError: a setting has the wrong type, is out of its bounds, or may not change under
             privacy. The text names the setting, the value found and the values expected.
     """
-    if type(asked.proximal_mu) not in (int, float) or not 0 <= asked.proximal_mu <= (
+    if type(changed.proximal_mu) not in (int, float) or not 0 <= changed.proximal_mu <= (
         MAX_PROXIMAL_MU
     ):  # false for NaN, too
         raise ValueError(
-            f"proximal_mu = {_shown(asked.proximal_mu)}, expected a number from 0 to "
+            f"proximal_mu = {_shown(changed.proximal_mu)}, expected a number from 0 to "
             f"{MAX_PROXIMAL_MU:g}"
         )
-    changes = asked.changes
+    changes = changed.changes
     if not changes:
         return run
     for name in CHARGED if private else ():

@@ -55,7 +55,7 @@ class OwnerPolicy(Section):
     without privacy that turns out to need more ends between two steps."""
     max_round_s: Annotated[float, Field(ge=1, le=MAX_SECONDS)] | None = None
     """Most seconds of work for one message. Private training that would take longer, judged by a
-    step timed on made-up examples, is declined before it starts. Work that takes longer ends
+    step timed on synthetic examples, is declined before it starts. Work that takes longer ends
     between two steps, and no update is sent."""
     max_round_steps: Annotated[int, Field(ge=1, le=10**12)] | None = None
     """Most steps of the optimiser in one round; a round that asks for more is declined."""

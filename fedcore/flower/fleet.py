@@ -30,8 +30,8 @@ from flwr.supercore.inflatable.inflatable_object import (
 from flwr.superlink.federation import NoOpFederationManager
 
 from fedcore.errors import ResourceError, TrainingError
-from fedcore.flower.fleet_asked import PendingMessage, PendingMessages
 from fedcore.flower.fleet_payload import read_message
+from fedcore.flower.fleet_pending import PendingMessage, PendingMessages
 from fedcore.flower.fleet_store import LARGE_BYTES, FleetStore
 from fedcore.flower.writeback import Writeback
 from fedcore.observability.foreign import foreign
@@ -96,7 +96,7 @@ class Fleet:
         """Starts without nodes or messages; large payloads go to the empty folder ``spool``."""
         self.store = FleetStore(spool)
         self.state = FleetState(self.store)
-        self.asked = PendingMessages()
+        self.pending = PendingMessages()
         self.writeback = Writeback()
         self.run_id = 0
         self.lacks: ResourceError | None = None
@@ -143,7 +143,7 @@ class Fleet:
     def end_run(self) -> None:
         """Ends the run and deletes its messages."""
         with self.lock:
-            self.forget(list(self.asked))
+            self.forget(list(self.pending))
             self.state.stop_run(self.run_id)
             self.run_id = 0
         self.writeback.close()
@@ -170,12 +170,12 @@ class Fleet:
         Returns whether no part of the reply remains.
         """
         with self.lock:
-            asked = self.asked.get(message_id)
-            if asked is None:
+            pending = self.pending.get(message_id)
+            if pending is None:
                 return True
-            if asked.missing:
-                self._drop_reply(message_id, asked)
-            return asked.reply is None
+            if pending.missing:
+                self._drop_reply(message_id, pending)
+            return pending.reply is None
 
     def restart(self, node_id: int) -> None:
         """Makes a node's unanswered messages pullable again, after its process has restarted.
@@ -185,9 +185,9 @@ class Fleet:
         with self.lock:
             waiting = self.state.inbox[node_id]
             waiting.clear()
-            for message_id, asked in self.asked.of(node_id):
-                if asked.reply is None or asked.missing:
-                    self._drop_reply(message_id, asked)
+            for message_id, pending in self.pending.of(node_id):
+                if pending.reply is None or pending.missing:
+                    self._drop_reply(message_id, pending)
                     waiting.append(message_id)
 
     def send(self, messages: Iterable[Message]) -> list[str]:
@@ -221,8 +221,8 @@ class Fleet:
                         content = objects[object_id].deflate()
                         state.store_object(self.run_id, session, object_id, content)
                     node_id = message.metadata.dst_node_id
-                    asked = PendingMessage(node_id, frozenset(objects), below.payload_bytes)
-                    self.asked.add(message_id, asked)
+                    pending = PendingMessage(node_id, frozenset(objects), below.payload_bytes)
+                    self.pending.add(message_id, pending)
                     state.inbox[node_id].append(message_id)
                     self._sent[node_id] += len(objects)
                 sent.append(message_id)
@@ -257,8 +257,8 @@ class Fleet:
     def is_small(self, message_id: str) -> bool:
         """Returns whether the reply to a message takes little memory."""
         with self.lock:
-            asked = self.asked.get(message_id)
-            return asked is None or asked.came_bytes <= LARGE_BYTES
+            pending = self.pending.get(message_id)
+            return pending is None or pending.received_bytes <= LARGE_BYTES
 
     def pop_reply(self, message_id: str) -> Message | None:
         """Returns the reply to a message, once, and deletes both; None if the reply is incomplete.
@@ -270,20 +270,20 @@ class Fleet:
             DiskFull: the disk has no room to assemble its arrays.
         """
         with self.lock:
-            asked = self.asked.get(message_id)
-            if asked is None or asked.reply is None or asked.missing:
+            pending = self.pending.get(message_id)
+            if pending is None or pending.reply is None or pending.missing:
                 return None
-            tree, own = asked.reply, [*asked.files.values()]
+            tree, own = pending.reply, [*pending.files.values()]
             metadata = self.state.message_res_store[tree.object_id].metadata
         try:
-            limit_bytes = asked.reply_limit_bytes
+            limit_bytes = pending.reply_limit_bytes
             content, error = read_message(self.store, tree, limit_bytes=limit_bytes, own=own)
         except ResourceError:
             raise  # a failure of this machine, not of the node
         except Exception as failure:  # malicious bytes fail in many ways
             said = foreign(failure, _SHOWN)
             reason = (
-                f"update from node {asked.node_id}: cannot read it ({type(failure).__name__}: "
+                f"update from node {pending.node_id}: cannot read it ({type(failure).__name__}: "
                 f"{said}). It was not used."
             )
             content, error = None, Error(REFUSED, reason)
@@ -302,17 +302,17 @@ class Fleet:
         """Deletes messages, their payloads and their replies."""
         with self.lock:
             for message_id in message_ids:
-                asked = self.asked.pop(message_id)
-                if asked is not None:
-                    self._drop_reply(message_id, asked)
+                pending = self.pending.pop(message_id)
+                if pending is not None:
+                    self._drop_reply(message_id, pending)
                     self.state.object_store.delete(message_id)
             self.state.delete_messages(set(message_ids))
 
-    def _drop_reply(self, message_id: str, asked: PendingMessage) -> None:
-        if asked.reply is None:
+    def _drop_reply(self, message_id: str, pending: PendingMessage) -> None:
+        if pending.reply is None:
             return
-        state, root = self.state, asked.reply.object_id
+        state, root = self.state, pending.reply.object_id
         state.message_ins_id_to_message_res_id.pop(message_id, None)
         state.message_res_store.pop(root, None)
         state.object_store.delete(root)
-        asked.drop_reply()
+        pending.drop_reply()

@@ -166,7 +166,9 @@ def _pull_object(fleet: Fleet, caller: Caller, body: Body) -> Message | FileResp
     _is_caller(request.node.node_id, caller)
     _is_current(fleet, request.run_id, caller)
     with fleet.lock:
-        its = any(request.object_id in asked.objects for _, asked in fleet.asked.of(caller.node_id))
+        its = any(
+            request.object_id in pending.objects for _, pending in fleet.pending.of(caller.node_id)
+        )
     if not its:
         raise InvalidUpdate(
             f"client {caller.name!r}: it requested an object that is not, or no longer, "
@@ -243,32 +245,32 @@ def _begin_reply(
     if not brought <= objects:
         raise _malformed(caller, "it brings objects that its tree does not name")
     with fleet.lock:
-        asked = fleet.asked.get(metadata.reply_to_message_id)
-        if asked is None or asked.node_id != caller.node_id:
+        pending = fleet.pending.get(metadata.reply_to_message_id)
+        if pending is None or pending.node_id != caller.node_id:
             raise InvalidUpdate(
                 f"update from client {caller.name!r}: no open request matches it: it is late, or "
                 "a duplicate. It was not used."
             )
-        if asked.reply is not None and asked.reply.object_id != tree.object_id:
+        if pending.reply is not None and pending.reply.object_id != tree.object_id:
             raise InvalidUpdate(
                 f"update from client {caller.name!r}: another reply to the same message is "
                 "already being received. This one was not used."
             )
-        if asked.reply is None and tree.object_id in fleet.state.message_res_store:
+        if pending.reply is None and tree.object_id in fleet.state.message_res_store:
             raise _malformed(caller, "its identifier is that of another reply")
-        if fleet.asked.sends(tree.object_id):
+        if fleet.pending.sends(tree.object_id):
             raise _malformed(caller, "its identifier is that of the server's message")
         try:
             answer = fleet_handlers.push_messages(request, fleet.state)
         except ValueError as error:  # invalid digests
             raise _malformed(caller, str(error)) from None
-        missing = {one for one in objects if not fleet.store.is_there(one)}
+        missing = {one for one in objects if not fleet.store.has_arrived(one)}
         # If Flower rejects a message, it answers as if no object were missing.
         if metadata.message_id not in fleet.state.message_res_store or missing != {
             *answer.objects_to_push
         }:
             raise _malformed(caller, "Flower's own checks refuse its metadata")
-        asked.announce(tree, answer.session_id, missing)
+        pending.announce(tree, answer.session_id, missing)
         complete = not missing
     if complete:
         fleet.finish_reply(metadata.reply_to_message_id)
@@ -286,7 +288,7 @@ def _store(fleet: Fleet, caller: Caller, request: PushObjectRequest) -> PushObje
     with fleet.lock:
         owned = [
             pair
-            for pair in fleet.asked.of(caller.node_id)
+            for pair in fleet.pending.of(caller.node_id)
             if pair[1].session and pair[1].session == request.session_id
         ]
         if not owned or request.object_id not in owned[0][1].missing:
@@ -294,21 +296,21 @@ def _store(fleet: Fleet, caller: Caller, request: PushObjectRequest) -> PushObje
                 f"update from client {caller.name!r}: it pushed an object that no reply of its "
                 "own is missing. It was not used."
             )
-        message_id, asked = owned[0]
-        came_bytes = asked.came_bytes + len(request.object_content)
-        if came_bytes > asked.reply_limit_bytes:
+        message_id, pending = owned[0]
+        received_bytes = pending.received_bytes + len(request.object_content)
+        if received_bytes > pending.reply_limit_bytes:
             fleet.abandon(message_id)
             raise InvalidUpdate(
-                f"update from client {caller.name!r}: it has more than {came_bytes} bytes, "
-                f"expected at most {asked.reply_limit_bytes}. It was not used."
+                f"update from client {caller.name!r}: it has more than {received_bytes} bytes, "
+                f"expected at most {pending.reply_limit_bytes}. It was not used."
             )
-        asked.came_bytes = came_bytes
+        pending.received_bytes = received_bytes
     answer = fleet_handlers.push_object(request, fleet.state)
     with fleet.lock:
         # Only the push of the last object settles, in whatever order threads get here.
-        last = answer.stored and asked.missing == {request.object_id}
+        last = answer.stored and pending.missing == {request.object_id}
         if answer.stored:
-            asked.missing.discard(request.object_id)
+            pending.missing.discard(request.object_id)
     if last:
         fleet.finish_reply(message_id)
     return answer
@@ -348,7 +350,7 @@ class Upload:
 
     message_id: str
     """Id of the message that it answers."""
-    most_bytes: int
+    max_bytes: int
 
 
 def upload_of(fleet: Fleet, caller: Caller, body: bytes) -> Upload | None:
@@ -359,10 +361,10 @@ def upload_of(fleet: Fleet, caller: Caller, body: bytes) -> Upload | None:
     message_id = request.messages_list[0].metadata.reply_to_message_id
     objects = sum(1 for _ in iterate_object_tree(request.message_object_trees[0]))
     with fleet.lock:
-        asked = fleet.asked.get(message_id)
-        if asked is None or asked.node_id != caller.node_id:
+        pending = fleet.pending.get(message_id)
+        if pending is None or pending.node_id != caller.node_id:
             return None
-        return Upload(message_id, min(asked.payload_bytes, objects * CHUNK_BYTES))
+        return Upload(message_id, min(pending.payload_bytes, objects * CHUNK_BYTES))
 
 
 def call(fleet: Fleet, caller: Caller, route: Route, body: Body) -> bytes | FileResponse:

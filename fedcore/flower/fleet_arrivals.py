@@ -17,7 +17,7 @@ from google.protobuf.message import DecodeError
 from fedcore.errors import DataError, InvalidUpdate, TrustError
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet
-from fedcore.flower.fleet_asked import PendingMessage
+from fedcore.flower.fleet_pending import PendingMessage
 from fedcore.flower.fleet_store import LARGE_BYTES, StoredChunk
 from fedcore.updates.piece_digests import CUT_BYTES, cut_head
 from fedcore.updates.pieces import CutFile
@@ -124,45 +124,45 @@ class ChunkUpload:
                 "refused; it may pull its messages again."
             )
         with fleet.lock:
-            self._message_id, self._asked = self._lacking(node_id)
-            earlier = self._asked.arriving.get(self.object_id)
-            came_bytes = self._asked.came_bytes + self.content_bytes
+            self._message_id, self._pending = self._lacking(node_id)
+            earlier = self._pending.arriving.get(self.object_id)
+            received_bytes = self._pending.received_bytes + self.content_bytes
             if earlier is not None:
-                came_bytes -= earlier.content_bytes
-            limit_bytes = self._asked.reply_limit_bytes
-            if came_bytes > limit_bytes:
+                received_bytes -= earlier.content_bytes
+            limit_bytes = self._pending.reply_limit_bytes
+            if received_bytes > limit_bytes:
                 fleet.abandon(self._message_id)
                 raise InvalidUpdate(
-                    f"update from client {name!r}: it has more than {came_bytes} bytes, expected "
-                    f"at most {limit_bytes}. It was not used."
+                    f"update from client {name!r}: it has more than {received_bytes} bytes, "
+                    f"expected at most {limit_bytes}. It was not used."
                 )
-            if self.object_id not in self._asked.places:
+            if self.object_id not in self._pending.places:
                 raise InvalidUpdate(
                     f"update from client {name!r}: it pushed a chunk that belongs to no "
                     "array. It was not used."
                 )
-            above, place = self._asked.places[self.object_id]
-            end = max(self._asked.ends.get(above, 0), place * CUT_BYTES + begun.body_bytes)
-            if sum({**self._asked.ends, above: end}.values()) > limit_bytes:
+            above, place = self._pending.places[self.object_id]
+            end = max(self._pending.ends.get(above, 0), place * CUT_BYTES + begun.body_bytes)
+            if sum({**self._pending.ends, above: end}.values()) > limit_bytes:
                 fleet.abandon(self._message_id)
                 raise InvalidUpdate(
                     f"update from client {name!r}: its arrays have more than {limit_bytes} "
                     "bytes, the most expected. It was not used."
                 )
-            self._asked.ends[above] = end
+            self._pending.ends[above] = end
             with disk_errors(fleet.store.folder):
-                joined = self._asked.files.get(above) or CutFile(fleet.store.folder)
+                joined = self._pending.files.get(above) or CutFile(fleet.store.folder)
                 self._descriptor = os.open(joined.path, os.O_WRONLY | os.O_CLOEXEC)
-            self._asked.files[above] = joined
-            self._asked.came_bytes = came_bytes
-            self._asked.arriving[self.object_id] = self
+            self._pending.files[above] = joined
+            self._pending.received_bytes = received_bytes
+            self._pending.arriving[self.object_id] = self
         self._cut = StoredChunk(joined, place, begun.body_bytes)
         self._at, self._left = place * CUT_BYTES, begun.body_bytes
         self._hash = hashlib.sha256(begun.head)
         self._unwritten, self._after = bytearray(), bytearray()
 
     @property
-    def came_bytes(self) -> int:
+    def received_bytes(self) -> int:
         """Bytes of the request that have arrived."""
         body_bytes = self._begun.body_bytes - self._left
         return self._begun.body_at + body_bytes + len(self._after)
@@ -173,9 +173,9 @@ class ChunkUpload:
         return len(self._begun.head) + self._begun.body_bytes
 
     def _lacking(self, node_id: int) -> tuple[str, PendingMessage]:
-        for message_id, asked in self._fleet.asked.of(node_id):
-            if asked.session and self.object_id in asked.missing:
-                return message_id, asked
+        for message_id, pending in self._fleet.pending.of(node_id):
+            if pending.session and self.object_id in pending.missing:
+                return message_id, pending
         raise InvalidUpdate(
             f"update from client {self._name!r}: it pushed an object that no reply of its own is "
             "missing. It was not used."
@@ -234,26 +234,26 @@ class ChunkUpload:
         request = _parse(self._begun.fields + bytes(self._after))
         if request.object_content or request.object_id != self.object_id:
             raise _unreadable(self._begun.body_at + self._begun.body_bytes)
-        fleet, asked = self._fleet, self._asked
+        fleet, pending = self._fleet, self._pending
         with fleet.lock:
             self._check_own()
-            if request.session_id != asked.session:
+            if request.session_id != pending.session:
                 raise InvalidUpdate(
                     f"update from client {self._name!r}: it pushed an object that no reply of "
                     "its own is missing. It was not used."
                 )
         if self._hash.hexdigest() != self.object_id:
             return PushObjectResponse(stored=False)
-        fleet.store.lay(self.object_id, self._cut)
+        fleet.store.add_chunk(self.object_id, self._cut)
         if not fleet.state.store_object(request.run_id, request.session_id, self.object_id, b""):
-            fleet.store.lift(self.object_id, self._cut)
+            fleet.store.remove_chunk(self.object_id, self._cut)
             return PushObjectResponse(stored=False)
         fleet.state.store_traffic(request.run_id, bytes_sent=0, bytes_recv=self.content_bytes)
         with fleet.lock:
             # Only the push of the last object settles, in whatever order threads get here.
-            last = asked.missing == {self.object_id}
-            asked.missing.discard(self.object_id)
-            asked.arriving.pop(self.object_id, None)
+            last = pending.missing == {self.object_id}
+            pending.missing.discard(self.object_id)
+            pending.arriving.pop(self.object_id, None)
         if last:
             fleet.finish_reply(self._message_id)
         # A round waits until its updates are durable: start writing to disk now.
@@ -267,12 +267,12 @@ class ChunkUpload:
             os.close(self._descriptor)
             self._descriptor = -1
         with self._fleet.lock:
-            if self._asked.arriving.get(self.object_id) is self:
-                del self._asked.arriving[self.object_id]
-                self._asked.came_bytes -= self.content_bytes
+            if self._pending.arriving.get(self.object_id) is self:
+                del self._pending.arriving[self.object_id]
+                self._pending.received_bytes -= self.content_bytes
 
     def _check_own(self) -> None:
-        if self._asked.arriving.get(self.object_id) is not self:
+        if self._pending.arriving.get(self.object_id) is not self:
             raise InvalidUpdate(
                 f"update from client {self._name!r}: it pushed an object that it is already "
                 "pushing again, or that is no longer expected. It was not used."

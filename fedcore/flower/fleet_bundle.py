@@ -23,7 +23,7 @@ from fedcore.rpc.bundle_pb2 import Bundle
 PULL_BUNDLE, PUSH_BUNDLE = "/v1/fleet/pull-bundle", "/v1/fleet/push-bundle"
 BUNDLE_BYTES = 2**16
 """Most bytes of a bundle that a device sends, and of the objects in one that a server sends."""
-MOST_BUNDLED = 64
+MAX_BUNDLED = 64
 """Most objects of a bundle."""
 _FIELD_BYTES = 4  # a field's tag, and the length of a content below `BUNDLE_BYTES`
 
@@ -51,9 +51,9 @@ def check_bundle(bundle: Bundle) -> None:
     Raises:
         DataError: there are too many.
     """
-    if len(bundle.objects) > MOST_BUNDLED:
+    if len(bundle.objects) > MAX_BUNDLED:
         raise DataError(
-            f"Bundle: it holds {len(bundle.objects)} objects, at most {MOST_BUNDLED} are taken. It "
+            f"Bundle: it holds {len(bundle.objects)} objects, at most {MAX_BUNDLED} are taken. It "
             "was refused; client and server must run the same version."
         )
 
@@ -92,6 +92,6 @@ def fitting(contents: Iterable[bytes], room_bytes: int) -> list[bytes]:
         if content and size_bytes <= room_bytes:
             found.append(content)
             room_bytes -= size_bytes
-        if len(found) == MOST_BUNDLED:
+        if len(found) == MAX_BUNDLED:
             break  # a message may have thousands more, and each takes time to look up
     return found

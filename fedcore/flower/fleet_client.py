@@ -193,8 +193,8 @@ class FleetLink:
         """
         metadata, came = announced.message.metadata, announced.contents
 
-        def pull(object_id: str, most_bytes: int) -> bytes:
-            return came.get(object_id) or self._pull(metadata.run_id, object_id, most_bytes)
+        def pull(object_id: str, max_bytes: int) -> bytes:
+            return came.get(object_id) or self._pull(metadata.run_id, object_id, max_bytes)
 
         content = read_content(announced, pull, limit_bytes=limit_bytes)
         return make_message(metadata=metadata, content=content)
@@ -295,9 +295,9 @@ class FleetLink:
             moved=self._moved,
         )
 
-    def _pull(self, run_id: int, object_id: str, most_bytes: int) -> bytes:
+    def _pull(self, run_id: int, object_id: str, max_bytes: int) -> bytes:
         request = PullObjectRequest(node=self._node, run_id=run_id, object_id=object_id)
-        answer = self._call(lambda client, asked: client.pull_object(asked, most_bytes), request)
+        answer = self._call(lambda client, asked: client.pull_object(asked, max_bytes), request)
         if not answer.object_available:
             raise InvalidUpdate(
                 "pull: the server no longer has the message that it announced. It was skipped."

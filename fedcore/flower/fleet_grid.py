@@ -38,7 +38,7 @@ class NodePresence(Protocol):
     def wake(self, node_ids: Iterable[int]) -> None:
         """Notifies nodes that a message waits for them."""
 
-    def absent_s(self, node_id: int) -> float:
+    def offline_s(self, node_id: int) -> float:
         """Returns the seconds since a node was last online; 0 while it is."""
 
 
@@ -88,7 +88,7 @@ class FleetGrid(OwnGrid):
         self._checks: dict[str, Check] = {}
         self._consumed = consumed
         self._stopping = stopping
-        self.waits: Callable[[], None] = lambda: None
+        self.on_wait: Callable[[], None] = lambda: None
         """Callback each time that a wait ends without a reply."""
 
     def get_node_ids(self) -> Iterable[int]:
@@ -154,10 +154,10 @@ class FleetGrid(OwnGrid):
                 if now >= end:
                     self._check_machine()
                     return
-                self.waits()
+                self.on_wait()
                 if now - looked >= _LOOK_S:
                     looked = now
-                    absent = {node: self._presence.absent_s(node) for node in waiting.values()}
+                    absent = {node: self._presence.offline_s(node) for node in waiting.values()}
                     if all(seconds > GRACE_S for seconds in absent.values()):
                         self._check_machine()
                         return

@@ -145,13 +145,13 @@ class BoundedClient(FleetHttpClient):
             response_type=PushMessagesResponse,
         )
 
-    def pull_object(self, request: PullObjectRequest, most_bytes: int) -> PullObjectResponse:
+    def pull_object(self, request: PullObjectRequest, max_bytes: int) -> PullObjectResponse:
         """Fetches an object.
 
         Raises:
-            OwnerLimit: the response has more than ``most_bytes``.
+            OwnerLimit: the response has more than ``max_bytes``.
         """
-        self._most.bytes = most_bytes
+        self._most.bytes = max_bytes
         try:
             return self.PullObject(request)
         except TooLarge as error:
@@ -166,9 +166,9 @@ class BoundedClient(FleetHttpClient):
 
     def _send(self, context: ProtobufRequestContext, *, stream: bool = False) -> httpx.Response:
         """Sends through the interceptors; returns the response with its body in memory."""
-        most_bytes: int | None = getattr(self._most, "bytes", None)
-        taken_bytes = ANSWER_BYTES if most_bytes is None else most_bytes
-        ending_s = ENDING_S if most_bytes is None else 0.0
+        max_bytes: int | None = getattr(self._most, "bytes", None)
+        taken_bytes = ANSWER_BYTES if max_bytes is None else max_bytes
+        ending_s = ENDING_S if max_bytes is None else 0.0
 
         def send(current: ProtobufRequestContext) -> httpx.Response:
             current.request.headers["accept-encoding"] = "identity"
@@ -179,7 +179,7 @@ class BoundedClient(FleetHttpClient):
             try:
                 with self._meter.counted(traffic):
                     response = self._client.send(current.request, stream=True)
-                    traffic.most_bytes = limit_bytes
+                    traffic.max_bytes = limit_bytes
                     try:
                         content = read_bounded(response, taken_bytes, traffic.piece)
                     finally:
@@ -209,13 +209,13 @@ def _around(
 
 
 def read_bounded(
-    response: httpx.Response, most_bytes: int, count: Callable[[], None] = lambda: None
+    response: httpx.Response, max_bytes: int, count: Callable[[], None] = lambda: None
 ) -> bytes:
     """Reads the body of a streamed response, up to a limit.
 
     Args:
         response: The response, with its headers received.
-        most_bytes: Most bytes of its body.
+        max_bytes: Most bytes of its body.
         count: Called for each piece of the body; may raise `TooLarge`.
 
     Raises:
@@ -226,14 +226,14 @@ def read_bounded(
     if coding != "identity":
         raise ValueError("the response is compressed, which was not requested")
     declared = response.headers.get("content-length", "")
-    if declared.isdecimal() and (len(declared) > 19 or int(declared) > most_bytes):
-        raise TooLarge(f"{declared[:19]} bytes are declared, expected at most {most_bytes}")
+    if declared.isdecimal() and (len(declared) > 19 or int(declared) > max_bytes):
+        raise TooLarge(f"{declared[:19]} bytes are declared, expected at most {max_bytes}")
     body = bytearray()
     for piece in response.iter_raw():
         count()
-        if len(body) + len(piece) > most_bytes:
+        if len(body) + len(piece) > max_bytes:
             came = len(body) + len(piece)
-            raise TooLarge(f"{came} bytes were received, expected at most {most_bytes}")
+            raise TooLarge(f"{came} bytes were received, expected at most {max_bytes}")
         body += piece
     return bytes(body)
 

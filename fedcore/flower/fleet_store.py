@@ -48,7 +48,7 @@ class FleetStore(InMemoryObjectStore):
         self._filed = set[str]()
         """Ids of the objects that have a file of their own."""
 
-    def lay(self, object_id: str, cut: StoredChunk) -> None:
+    def add_chunk(self, object_id: str, cut: StoredChunk) -> None:
         """Registers a chunk's bytes in an array's file for the next `put` without content.
 
         The caller has verified the chunk's digest.
@@ -56,8 +56,8 @@ class FleetStore(InMemoryObjectStore):
         with self.lock_store:
             self._cuts.setdefault(object_id, cut)
 
-    def lift(self, object_id: str, cut: StoredChunk) -> None:
-        """Reverts `lay`, if no `put` has followed."""
+    def remove_chunk(self, object_id: str, cut: StoredChunk) -> None:
+        """Reverts `add_chunk`, if no `put` has followed."""
         with self.lock_store:
             entry = self.store.get(object_id)
             if self._cuts.get(object_id) is cut and not (entry and entry.is_available):
@@ -160,7 +160,7 @@ class FleetStore(InMemoryObjectStore):
         with disk_errors(self.folder):
             return tempfile.TemporaryFile(dir=self.folder)
 
-    def is_there(self, object_id: str) -> bool:
+    def has_arrived(self, object_id: str) -> bool:
         """Returns whether an object has arrived."""
         with self.lock_store:
             entry = self.store.get(object_id)

@@ -8,8 +8,8 @@ from flwr.proto.message_pb2 import ObjectTree
 
 from fedcore.flower.fleet_payload import MAX_OBJECTS
 
-_MOST_DEPTH = 8  # a message, its records, their records, arrays, chunks
-_MOST_NODES = 4 * MAX_OBJECTS  # equal chunks are one object in several places
+_MAX_DEPTH = 8  # a message, its records, their records, arrays, chunks
+_MAX_NODES = 4 * MAX_OBJECTS  # equal chunks are one object in several places
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 
 
@@ -26,7 +26,7 @@ def objects_of(tree: ObjectTree) -> set[str]:
         node, depth = left.pop()
         count += 1
         own = tuple(child.object_id for child in node.children)
-        if depth > _MOST_DEPTH or count > _MOST_NODES or len(below) > MAX_OBJECTS:
+        if depth > _MAX_DEPTH or count > _MAX_NODES or len(below) > MAX_OBJECTS:
             raise ValueError(
                 f"it has more than {MAX_OBJECTS} objects, or they are nested too deeply"
             )

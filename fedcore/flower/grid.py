@@ -88,18 +88,18 @@ class LazyGrid(OwnGrid):
 class ForwardingGrid(OwnGrid):
     """Base class of grids in front of another grid, in the same run."""
 
-    def __init__(self, behind: Grid) -> None:
-        super().__init__(behind.run.run_id)
-        self._run = behind.run
-        self._behind = behind
+    def __init__(self, grid: Grid) -> None:
+        super().__init__(grid.run.run_id)
+        self._run = grid.run
+        self._grid = grid
 
     def push_messages(self, messages: Iterable[Message]) -> Iterable[str]:
         """Pushes messages through the inner grid."""
-        return self._behind.push_messages(messages)
+        return self._grid.push_messages(messages)
 
     def pull_messages(self, message_ids: Iterable[str]) -> Iterable[Message]:
         """Pulls replies through the inner grid."""
-        return self._behind.pull_messages(message_ids)
+        return self._grid.pull_messages(message_ids)
 
 
 class InProcessGrid(LazyGrid):
@@ -135,8 +135,8 @@ class CohortGrid(ForwardingGrid):
     are too few. With exactly the selected cohort to draw from, the draw has only one outcome.
     """
 
-    def __init__(self, behind: Grid, cohort: Sequence[int]) -> None:
-        super().__init__(behind)
+    def __init__(self, grid: Grid, cohort: Sequence[int]) -> None:
+        super().__init__(grid)
         self._cohort = tuple(cohort)
 
     def get_node_ids(self) -> Iterable[int]:
@@ -147,4 +147,4 @@ class CohortGrid(ForwardingGrid):
         self, messages: Iterable[Message], *, timeout: float | None = None
     ) -> Iterable[Message]:
         """Sends through the inner grid and returns its replies."""
-        return self._behind.send_and_receive(messages, timeout=timeout)
+        return self._grid.send_and_receive(messages, timeout=timeout)

@@ -24,7 +24,7 @@ down and across; results down and across, limited to whole pooling blocks."""
 Blocks = tuple[int, int, int, int]
 """Blocks down and across, and the height and width of each."""
 
-MOST = 254
+MAX_WINDOW = 254
 """Maximum number of results in a block: a byte must distinguish them, and `OFF`."""
 OFF = 255
 """Position of a block's maximum where a ReLU follows and the value is at most 0."""

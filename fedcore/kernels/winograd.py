@@ -26,7 +26,7 @@ PARTS = 16
 LANE = 16448
 """Distance in numbers between consecutive parts of the 16 in the output of `to_tiles`. Not a power
 of two, at which all parts would compete for the same cache lines."""
-MOST = 256
+MAX_CHANNELS = 256
 """Maximum number of channels that the kernel loops' buffers fit."""
 _ROOM = 272  # distance between parts, for one line of channels; no power of two, either
 

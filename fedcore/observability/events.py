@@ -15,7 +15,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from fedcore.finite import finite_or_none
-from fedcore.observability.foreign import MOST_LINE_BYTES
+from fedcore.observability.foreign import MAX_LINE_BYTES
 
 Value = float | int | str | None | dict[str, float]
 
@@ -130,7 +130,7 @@ def json_line(event: Event) -> str:
     """Returns an event as a line of JSON without newline: ``event`` names it, its fields follow.
 
     A round's fields are at the top level. NaN and infinity become null, since JSON has neither.
-    A line has at most `MOST_LINE_BYTES`: a longer one loses the ends of its texts, then metrics.
+    A line has at most `MAX_LINE_BYTES`: a longer one loses the ends of its texts, then metrics.
 
     >>> json_line(StageStarted("export", 3))
     '{"event": "stage_started", "stage": "export", "steps": 3}'
@@ -138,7 +138,7 @@ def json_line(event: Event) -> str:
     fields = event.values if isinstance(event, RoundFinished) else asdict(event)
     whole = {"event": _NAMES[type(event)], **finite_or_none(fields)}
     line = json.dumps(whole, allow_nan=False)
-    while len(line) > MOST_LINE_BYTES and _shorten(whole):
+    while len(line) > MAX_LINE_BYTES and _shorten(whole):
         line = json.dumps(whole, allow_nan=False)
     return line
 

@@ -12,7 +12,7 @@ from typing import TextIO
 
 MAX_CHARACTERS = 400
 """Most characters of one text from a peer."""
-MOST_LINE_BYTES = 1900
+MAX_LINE_BYTES = 1900
 """Most bytes of a line in a log."""
 MAX_PARAGRAPH = 1800
 """Most characters of an error's text."""
@@ -21,8 +21,8 @@ _LINE_ENDS = re.compile(r"\s*[\r\n]\s*")
 _UNPRINTABLE = re.compile(r"[^ -~]")
 
 
-def foreign(text: object, most: int = MAX_CHARACTERS) -> str:
-    r"""Returns ``text`` on one line of at most ``most`` characters, plus its length if cut.
+def foreign(text: object, max_characters: int = MAX_CHARACTERS) -> str:
+    r"""Returns ``text`` on one line of at most ``max_characters``, plus its length if cut.
 
     Unprintable characters (control and escape characters, marks of text direction, unpaired
     surrogates) are written as Python string escapes. Never raises.
@@ -34,10 +34,10 @@ def foreign(text: object, most: int = MAX_CHARACTERS) -> str:
     """
     whole = _text(text)
     # Processes no more of the text than can be shown.
-    shown = escaped(" ".join(whole[: 4 * most].split()))
-    if len(shown) <= most and len(whole) <= 4 * most:
+    shown = escaped(" ".join(whole[: 4 * max_characters].split()))
+    if len(shown) <= max_characters and len(whole) <= 4 * max_characters:
         return shown
-    return f"{shown[:most]}... ({len(whole)} characters)"
+    return f"{shown[:max_characters]}... ({len(whole)} characters)"
 
 
 def escaped(text: str) -> str:
@@ -64,14 +64,14 @@ def _escape(found: re.Match[str]) -> str:
     )
 
 
-def bounded_line(text: str, most_bytes: int = MOST_LINE_BYTES) -> str:
-    r"""Returns ``text`` on one line of at most ``most_bytes`` in UTF-8, escaped."""
-    line = escaped(" ".join(text[: 2 * most_bytes].split()))
+def bounded_line(text: str, max_bytes: int = MAX_LINE_BYTES) -> str:
+    r"""Returns ``text`` on one line of at most ``max_bytes`` in UTF-8, escaped."""
+    line = escaped(" ".join(text[: 2 * max_bytes].split()))
     raw = line.encode()  # cannot fail: escaped text contains no surrogates
-    if len(raw) <= most_bytes and len(text) <= 2 * most_bytes:
+    if len(raw) <= max_bytes and len(text) <= 2 * max_bytes:
         return line
     more = f"... ({len(text)} characters)"
-    return raw[: most_bytes - len(more)].decode(errors="ignore") + more
+    return raw[: max_bytes - len(more)].decode(errors="ignore") + more
 
 
 def paragraph(text: str) -> str:

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import TextIO
 
 from fedcore.files import disk_errors
-from fedcore.observability.foreign import MOST_LINE_BYTES, bounded_line, foreign
+from fedcore.observability.foreign import MAX_LINE_BYTES, bounded_line, foreign
 from fedcore.observability.throttle import Throttle, omitted_suffix
 
 MAX_BYTES, KEPT = 10 << 20, 5
@@ -72,7 +72,7 @@ class OneLine(logging.Formatter):
         moment = time.strftime("%Y-%m-%dT%H:%M:%S", time.gmtime(record.created))
         line = f"{moment}.{int(record.msecs):03d}Z {record.levelname} {message}"
         more = omitted_suffix(getattr(record, _LEFT_OUT, 0))
-        return bounded_line(line, MOST_LINE_BYTES - len(more)) + more
+        return bounded_line(line, MAX_LINE_BYTES - len(more)) + more
 
 
 class Sparse(logging.Filter):

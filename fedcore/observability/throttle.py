@@ -6,10 +6,10 @@ import time
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-TOLD_S = 10.0
+LOG_INTERVAL_S = 10.0
 """Seconds between two log lines about an event that a peer keeps causing."""
 TOLD_BURST = 20
-"""Lines of a kind from one peer that are written at once; then one in `TOLD_S` seconds."""
+"""Lines of a kind from one peer that are written at once; then one in `LOG_INTERVAL_S` seconds."""
 _MAX_KINDS = 10_000
 
 _Key = TypeVar("_Key")
@@ -35,7 +35,7 @@ class Throttle(Generic[_Key]):
     def __init__(
         self,
         *,
-        every_s: float = TOLD_S,
+        every_s: float = LOG_INTERVAL_S,
         burst: int = TOLD_BURST,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:

@@ -40,7 +40,7 @@ class TooLarge(ValueError):
 class Traffic:
     """Bytes that one request has moved, and its limits."""
 
-    most_bytes: int
+    max_bytes: int
     """Limit of received bytes, from the first byte of the TLS handshake on."""
     until_s: float
     """Deadline, on the monotonic clock."""
@@ -64,13 +64,13 @@ class Traffic:
         """Counts received bytes.
 
         Raises:
-            TooLarge: the total exceeds ``most_bytes``.
+            TooLarge: the total exceeds ``max_bytes``.
         """
         self.received_bytes += count
-        if self.received_bytes > self.most_bytes:
+        if self.received_bytes > self.max_bytes:
             raise TooLarge(
                 f"{self.received_bytes} bytes were received including protocol overhead, "
-                f"expected at most {self.most_bytes}"
+                f"expected at most {self.max_bytes}"
             )
         self.piece()
 
@@ -81,7 +81,7 @@ class Traffic:
             TooLarge: there are more pieces than a response has that is not split on purpose.
         """
         self.pieces += 1
-        if self.pieces * MIN_PIECE_BYTES > self.most_bytes:
+        if self.pieces * MIN_PIECE_BYTES > self.max_bytes:
             raise TooLarge(f"the response arrived in {self.pieces} pieces, more than allowed")
 
 
@@ -200,7 +200,7 @@ class _Plain(_CountedStream):
     def read(self, max_bytes: int, timeout: float | None = None) -> bytes:
         """Returns at least one received byte; none at the end of the connection."""
         call = self._meter.now
-        most = min(max_bytes, call.most_bytes - call.received_bytes + 1)
+        most = min(max_bytes, call.max_bytes - call.received_bytes + 1)
         found = self._tried(partial(self._socket.recv, most), timeout, _READING)
         call.receive(len(found))
         return found

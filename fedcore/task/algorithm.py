@@ -74,7 +74,7 @@ class Algorithm:
     anything that must survive a round belongs in the state.
 
     Array arguments are read-only. Equal arguments must give equal results; before a run the
-    methods are also called on made-up updates, to find mistakes.
+    methods are also called on synthetic updates, to find mistakes.
 
     Example::
 

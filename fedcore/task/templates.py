@@ -1,4 +1,4 @@
-"""``fedcore new``: writes a working task and configuration, on made-up data."""
+"""``fedcore new``: writes a working task and configuration, on synthetic data."""
 
 from __future__ import annotations
 

@@ -44,7 +44,7 @@ STATISTICS = "query.statistics"
 DECLINED, DECLINED_BY_OWNER = 1001, 1002
 """Error codes of a reply from a client whose budget is spent: the run's, or its owner's."""
 DECLINES = frozenset({DECLINED, DECLINED_BY_OWNER})
-MOST_ROUNDS = 10_000_000
+MAX_ROUNDS = 10_000_000
 """Largest round number accepted; a run has at most a million rounds, and may be resumed."""
 REFUSED = 1100
 """Base of the error code in a reply from a client that failed. The exit code of the kind of error
@@ -150,7 +150,7 @@ def read_instruction(content: RecordDict) -> Instruction:
     try:
         config = content.config_records[CONFIG]
         number = int(str(config["server-round"]))
-        if not 0 <= number <= MOST_ROUNDS:
+        if not 0 <= number <= MAX_ROUNDS:
             raise ValueError(f"round {str(number)[:20]}")
         weights = array_of(content.array_records[ARRAYS][MODEL], where="instruction")
         if weights.dtype != np.float32 or weights.ndim != 1:

@@ -48,7 +48,7 @@ MAX_DIMENSIONS = 32
 MAX_SETTING_BYTES = 4096
 """Most bytes of a setting in a record, such as the signature."""
 _SHOWN = 80  # most characters of a peer's text that an error quotes
-_HEADER_MOST_BYTES = 2**14
+_MAX_HEADER_BYTES = 2**14
 _CHUNK = 1 << 16  # elements: float64 temporaries stay in the cache
 _NOT_USED = "It was not used"
 
@@ -136,14 +136,12 @@ def check_structure(content: RecordDict, *, where: str) -> None:
                 _check_entry(value, f"{name}.{key}", where)
 
 
-def read_reply(
-    reply: Message, asked: ReplySpec, *, where: str, base: Vector | None = None
-) -> Reply:
+def read_reply(reply: Message, spec: ReplySpec, *, where: str, base: Vector | None = None) -> Reply:
     """Checks a reply and returns its content.
 
     Args:
         reply: The message. Its signature, if it has one, was verified before.
-        asked: The permitted content.
+        spec: The permitted content.
         where: The sender, for errors.
         base: The sent weights, shape ``(D,)``; if given, the distance to them is measured.
 
@@ -156,18 +154,18 @@ def read_reply(
         content = reply.content
         check_structure(content, where=where)
         kind = reply.metadata.message_type
-        if kind != asked.purpose:
+        if kind != spec.purpose:
             raise InvalidUpdate(
-                f"{where}: it replies to {_shown(kind)}, expected one to {asked.purpose!r}. "
+                f"{where}: it replies to {_shown(kind)}, expected one to {spec.purpose!r}. "
                 f"{_NOT_USED}; a client must reply to the request that it received."
             )
-        expected = {METRICS, ARRAYS} if asked.arrays else {METRICS}
+        expected = {METRICS, ARRAYS} if spec.arrays else {METRICS}
         _check_names([one for one in content if one != ENVELOPE], expected, "record", where)
-        count, metrics = _metrics(content.get(METRICS), asked, where)
+        count, metrics = _metrics(content.get(METRICS), spec, where)
         arrays: dict[str, Array] = {}
         distance, peaks = None, None
-        if asked.arrays:
-            arrays = _arrays(content.get(ARRAYS), asked.arrays, where)
+        if spec.arrays:
+            arrays = _arrays(content.get(ARRAYS), spec.arrays, where)
             for name, array in arrays.items():
                 if name == MODEL:
                     distance, peaks = _measure(array, base, where)
@@ -240,7 +238,7 @@ def _check_names(found: Collection[str], expected: set[str], what: str, where: s
             )
 
 
-def _metrics(record: object, asked: ReplySpec, where: str) -> tuple[int, dict[str, float]]:
+def _metrics(record: object, spec: ReplySpec, where: str) -> tuple[int, dict[str, float]]:
     if not isinstance(record, MetricRecord):
         raise InvalidUpdate(f"{where}: {METRICS!r} is not a record of metrics. {_NOT_USED}.")
     told = dict(record)
@@ -254,8 +252,8 @@ def _metrics(record: object, asked: ReplySpec, where: str) -> tuple[int, dict[st
             f"{where}: num-examples = {count!r}, expected a whole number from 1 to {MAX_EXAMPLES}. "
             f"{_NOT_USED}."
         )
-    _check_names(told, set(asked.metrics if asked.every_metric else told), "metric", where)
-    _check_names({**asked.metrics, **told}, set(asked.metrics), "metric", where)
+    _check_names(told, set(spec.metrics if spec.every_metric else told), "metric", where)
+    _check_names({**spec.metrics, **told}, set(spec.metrics), "metric", where)
     values: dict[str, float] = {}
     for name, value in told.items():
         number = float(value)  # type: ignore[arg-type]
@@ -263,7 +261,7 @@ def _metrics(record: object, asked: ReplySpec, where: str) -> tuple[int, dict[st
             raise InvalidUpdate(
                 f"{where}: a metric is not finite ({name} = {number}). {_NOT_USED}."
             )
-        allowed = asked.metrics[name]
+        allowed = spec.metrics[name]
         if not allowed.low <= number <= allowed.high:
             raise InvalidUpdate(
                 f"{where}: {name} = {number:.6g}, expected {allowed.low:g} to {allowed.high:g}. "
@@ -273,11 +271,11 @@ def _metrics(record: object, asked: ReplySpec, where: str) -> tuple[int, dict[st
     return count, values
 
 
-def _arrays(record: object, asked: Mapping[str, ArraySpec], where: str) -> dict[str, Array]:
+def _arrays(record: object, spec: Mapping[str, ArraySpec], where: str) -> dict[str, Array]:
     if not isinstance(record, ArrayRecord):
         raise InvalidUpdate(f"{where}: {ARRAYS!r} is not a record of arrays. {_NOT_USED}.")
-    _check_names(record, set(asked), "array", where)
-    for name, form in asked.items():
+    _check_names(record, set(spec), "array", where)
+    for name, form in spec.items():
         array = record[name]
         dtype, shape, _ = _form_of(array, where=where)
         if dtype != np.dtype(form.dtype) or shape != form.shape:
@@ -292,7 +290,7 @@ def _arrays(record: object, asked: Mapping[str, ArraySpec], where: str) -> dict[
                 f"{_short(tuple(array.shape))}, but contains {form.dtype} {form.shape}. "
                 f"{_NOT_USED}."
             )
-    return {name: record[name] for name in asked}
+    return {name: record[name] for name in spec}
 
 
 def _short(shape: tuple[int, ...]) -> str:
@@ -303,7 +301,7 @@ def _form_of(array: Array, *, where: str) -> tuple[np.dtype[Any], tuple[int, ...
     """Returns dtype, shape and offset of an array's values; reads only its first piece."""
     size = size_of(array)
     usual, rest = divmod(size - HEADER_BYTES, 4)
-    head = bytes(next(pieces(array), b"")[:_HEADER_MOST_BYTES])
+    head = bytes(next(pieces(array), b"")[:_MAX_HEADER_BYTES])
     if not rest and usual >= 1 and head[:HEADER_BYTES] == vector_header(usual):
         return np.dtype(np.float32), (usual,), HEADER_BYTES
     stream = io.BytesIO(head)

@@ -39,25 +39,27 @@ class ReplySignature:
     """When the server verified it, by the server's clock: seconds since 1970 (UTC)."""
 
 
-def run_digest(told: Mapping[str, str]) -> str:
+def run_digest(settings: Mapping[str, str]) -> str:
     """Returns the run's identity in signatures; it differs for other settings and each new start.
 
     Args:
-        told: The settings that the server sends to devices.
+        settings: The settings that the server sends to devices.
     """
-    return sha256_hex(f"{told.get(INSTANCE)} {told.get(SETTINGS, '')}".encode())
+    return sha256_hex(f"{settings.get(INSTANCE)} {settings.get(SETTINGS, '')}".encode())
 
 
-def round_of(asked: RecordDict) -> int:
+def round_of(instruction: RecordDict) -> int:
     """Returns the round of an instruction; 0 if it belongs to none."""
-    config = asked.get(CONFIG)
+    config = instruction.get(CONFIG)
     number = config.get("server-round", 0) if isinstance(config, ConfigRecord) else 0
     return number if isinstance(number, int) and number > 0 else 0
 
 
-def base_digest(asked: RecordDict) -> str:
+def base_digest(instruction: RecordDict) -> str:
     """Returns a digest over the bytes of the weights in an instruction."""
-    return content_digest(RecordDict({ARRAYS: asked[ARRAYS]} if ARRAYS in asked else {}))
+    return content_digest(
+        RecordDict({ARRAYS: instruction[ARRAYS]} if ARRAYS in instruction else {})
+    )
 
 
 def content_digest(content: RecordDict) -> str:
@@ -103,7 +105,7 @@ def _text(value: object) -> str:
 
 def sign_reply(
     content: RecordDict,
-    asked: RecordDict,
+    instruction: RecordDict,
     *,
     purpose: str,
     run_id: str,
@@ -115,7 +117,7 @@ def sign_reply(
 
     Args:
         content: The reply.
-        asked: The instruction that it answers.
+        instruction: The instruction that it answers.
         purpose: The instruction's message type.
         run_id: The result of `run_digest`.
         node_id: The replying node.
@@ -127,9 +129,9 @@ def sign_reply(
         key=key,
         purpose=purpose,
         run_id=run_id,
-        round=round_of(asked),
+        round=round_of(instruction),
         node_id=node_id,
-        base_sha256=base_digest(asked),
+        base_sha256=base_digest(instruction),
         now_s=now_s,
         validity_s=VALIDITY_S,
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 from fedcore.flower.quiet import quiet
 from fedcore.observability.patience import FIRST_STEP, note_if_slow
-from server.api.asked import AnyRun, AnyTask, configured, loaded
+from server.api.arguments import AnyRun, AnyTask, configured, loaded
 from server.check import CheckFinding, TaskCheck, check_task
 
 
@@ -48,11 +48,11 @@ def check(
         ConfigError: the run can't be read, or a setting is invalid.
         TaskError: the task's file doesn't exist, or contains no task.
     """
-    asked = configured(task, run, settings)
-    found = loaded(task, asked)
+    config = configured(task, run, settings)
+    found = loaded(task, config)
     quiet()
 
     def around() -> AbstractContextManager[None]:
         return note_if_slow(FIRST_STEP) if progress else nullcontext()
 
-    return check_task(asked, found, client=client, tell=on_finding, around_first=around)
+    return check_task(config, found, client=client, tell=on_finding, around_first=around)

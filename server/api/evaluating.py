@@ -19,15 +19,15 @@ from fedcore.task.definition import Part, Task, data_folder
 from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_preprocess
 from fedcore.updates.pack import unpack
 from server.after_rounds import StageLog
-from server.api.asked import AnyModel, AnyRun, AnyTask, configured, loaded, model_of, shown
+from server.api.arguments import AnyModel, AnyRun, AnyTask, configured, loaded, model_of, shown
 from server.evaluation import ClientScores, Evaluation
 from server.preflight import clients_of
 from server.report.folder import CHECKPOINT
 from server.simulation.checkpoint import read_checkpoint
 from server.simulation.evaluating import Unmeasured, answers_of, measure_clients
 
-_MOST = 1000
-"""Clients asked unless the caller says otherwise; a task may have millions."""
+_MAX_CLIENTS = 1000
+"""Clients that are evaluated unless the caller says otherwise; a task may have millions."""
 _STEPS = 20  # events of progress, at most
 
 
@@ -76,19 +76,19 @@ def evaluate(
         DataError: the model can't be read, doesn't belong to the task, or no client could evaluate
             it.
     """
-    asked = configured(task, run, settings)
-    found = loaded(task, asked)
-    refuse_private(asked, owner)
+    config = configured(task, run, settings)
+    found = loaded(task, config)
+    refuse_private(config, owner)
     quiet()
-    part = _part(found, asked, data)
-    known = clients_of(found, asked, data_folder())
-    names = _names(found, known, clients, seed=asked.seed)
-    of, raw, taken = _model(model, found, asked)
-    answer = answers_of(taken, threads=asked.serving.threads)
+    part = _part(found, config, data)
+    known = clients_of(found, config, data_folder())
+    names = _names(found, known, clients, seed=config.seed)
+    of, raw, taken = _model(model, found, config)
+    answer = answers_of(taken, threads=config.serving.threads)
     scores, failed = list[ClientScores](), dict[str, str]()
     with shown(progress) as emit, StageLog(emit).stage("evaluate", len(names)) as said:
         step = -(-len(names) // _STEPS)
-        each_client = measure_clients(asked, found, owner, names, answer, part)
+        each_client = measure_clients(config, found, owner, names, answer, part)
         for done, each in enumerate(each_client, start=1):
             if isinstance(each, Unmeasured):
                 failed[each.client] = each.reason
@@ -125,31 +125,31 @@ def refuse_private(run: RunConfig, owner: OwnerPolicy) -> None:
     )
 
 
-def _part(task: Task, run: RunConfig, asked: Part | None) -> Part:
+def _part(task: Task, run: RunConfig, requested: Part | None) -> Part:
     """Returns which of a client's examples to use, and checks that there are such."""
-    if asked == "heldout" and not run.federation.holdout:
+    if requested == "heldout" and not run.federation.holdout:
         raise ConfigError(
             "data = 'heldout': federation.holdout is 0, so no client holds data back. Nothing was "
             "evaluated; set federation.holdout to what it was in training, or choose other data."
         )
-    if asked == "test" and task.client_test is None:
+    if requested == "test" and task.client_test is None:
         raise ConfigError(
             f"data = 'test': task {task.name!r} has no client_test. Nothing was evaluated; give "
             "the task one, or choose other data."
         )
-    if asked is not None:
-        return asked
+    if requested is not None:
+        return requested
     if run.federation.holdout:
         return "heldout"
     return "all" if task.client_test is None else "test"
 
 
 def _names(
-    task: Task, known: Sequence[str], asked: int | Sequence[str] | None, *, seed: int
+    task: Task, known: Sequence[str], requested: int | Sequence[str] | None, *, seed: int
 ) -> Sequence[str]:
     """Returns the names of the clients to ask: as named, or drawn, in the task's order."""
-    if asked is not None and not isinstance(asked, int):
-        names = [asked] if isinstance(asked, str) else list(asked)
+    if requested is not None and not isinstance(requested, int):
+        names = [requested] if isinstance(requested, str) else list(requested)
         strange = sorted(set(names) - set(known))
         if strange or not names:
             wrong = f"{strange[0]!r} is none of them" if strange else "none is named"
@@ -158,9 +158,9 @@ def _names(
                 "Nothing was evaluated; name clients of the task, or how many to draw."
             )
         return list(dict.fromkeys(names))
-    size = min(_MOST if asked is None else asked, len(known))
+    size = min(_MAX_CLIENTS if requested is None else requested, len(known))
     if size < 1:
-        raise ConfigError(f"clients = {asked}: expected at least 1. Nothing was evaluated.")
+        raise ConfigError(f"clients = {requested}: expected at least 1. Nothing was evaluated.")
     drawn = numpy_rng(seed, "evaluate").choice(len(known), size=size, replace=False)
     return [known[int(place)] for place in sorted(drawn)]
 

@@ -12,9 +12,9 @@ from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.config.run import RunConfig
 from fedcore.flower.quiet import quiet
 from fedcore.observability.patience import FIRST_STEP, note_if_slow
-from server.api.asked import AnyRun, AnyTask, configured, loaded, with_strategy
+from server.api.arguments import AnyRun, AnyTask, configured, loaded, with_strategy
 from server.preflight import prepare
-from server.rounds.strategies.own import Own
+from server.rounds.strategies.own import UserStrategy
 from server.simulation.replay import Replayed
 from server.simulation.replay import replay as train_again
 
@@ -26,7 +26,7 @@ def replay(
     round: int,
     client: str,
     owner: OwnerPolicy = OPEN_POLICY,
-    strategy: Own | type[Own] | str | None = None,
+    strategy: UserStrategy | type[UserStrategy] | str | None = None,
     runs: str | PathLike[str] = "runs",
     on_note: Callable[[str], None] = lambda note: None,
     **settings: Any,
@@ -63,10 +63,10 @@ def replay(
         TaskError: the task's file doesn't exist, or contains no task.
         FedcoreError: an earlier round fails.
     """
-    asked, own = with_strategy(configured(task, run, settings), strategy)
+    config, own = with_strategy(configured(task, run, settings), strategy)
     return replayed(
         task,
-        asked,
+        config,
         f"{round}:{client}",
         owner=owner,
         runs=runs,
@@ -85,7 +85,7 @@ def replayed(
     runs: str | PathLike[str],
     on_note: Callable[[str], None],
     say_slow: bool,
-    strategy: Own | type[Own] | None = None,
+    strategy: UserStrategy | type[UserStrategy] | None = None,
 ) -> Replayed:
     """Replays ``ROUND:CLIENT`` of a run whose settings are final: `replay` without their parsing.
 

@@ -21,7 +21,7 @@ from fedcore.observability.jsonl import json_lines
 from fedcore.observability.patience import FIRST_STEP, note_if_slow
 from fedcore.task.definition import Task
 from server.after_rounds import Completed
-from server.api.asked import (
+from server.api.arguments import (
     AnyRun,
     AnyTask,
     configured,
@@ -34,7 +34,7 @@ from server.api.result import Result
 from server.preflight import Prepared, prepare
 from server.report.folder import open_folder, reopen_folder, write_results
 from server.report.tensorboard import tensorboard_events
-from server.rounds.strategies.own import Own
+from server.rounds.strategies.own import UserStrategy
 from server.simulation.checkpoint import Checkpoint
 from server.simulation.resume import open_checkpoint
 from server.simulation.run import run_pipeline
@@ -50,7 +50,7 @@ def simulate(
     fresh: bool = False,
     resume: bool = False,
     progress: bool | Sink = True,
-    strategy: Own | type[Own] | str | None = None,
+    strategy: UserStrategy | type[UserStrategy] | str | None = None,
     **settings: Any,
 ) -> Result:
     """Trains over simulated clients, then fine-tunes, compresses, tests and publishes.
@@ -86,10 +86,10 @@ def simulate(
         FedcoreError: any failure, with the message that the command line shows. Only progress is
             printed, and the process keeps running.
     """
-    asked, own = with_strategy(configured(task, run, settings), strategy)
+    config, own = with_strategy(configured(task, run, settings), strategy)
     return simulated(
         task,
-        asked,
+        config,
         owner=owner,
         strategy=own,
         runs=runs,
@@ -112,7 +112,7 @@ def simulated(
     progress: bool | Sink,
     say_slow: bool,
     command: str,
-    strategy: Own | type[Own] | None = None,
+    strategy: UserStrategy | type[UserStrategy] | None = None,
 ) -> Result:
     """Simulates a run whose settings are final: `simulate` without the parsing of settings.
 
@@ -210,7 +210,7 @@ def run_in(
         batched(tee(lines, board, shown)) as emit,
     ):
         files = tee(lines, board)
-        for event in resumed.told if resumed else ():
+        for event in resumed.events if resumed else ():
             files(event)
         finished = run_pipeline(
             run, task, owner, prepared, folder, emit, command=command, resumed=resumed

@@ -17,7 +17,7 @@ from fedcore.observability.events import Sink
 from fedcore.task.definition import Task, check_inputs, data_folder
 from fedcore.task.model import checkpoint_bytes
 from server.after_rounds import StageLog, counted_steps, gate_note
-from server.api.asked import (
+from server.api.arguments import (
     AnyModel,
     AnyRun,
     AnyTask,
@@ -81,11 +81,11 @@ def finetune(
         TrainingError: training failed; ``model`` remains valid.
         FedcoreError: any other error, before training starts.
     """
-    asked = configured(task, run, settings)
-    found = loaded(task, asked)
-    refuse_elsewhere(asked, found, rounds=clients_judge(asked))
-    cloud = _cloud(asked, found)
-    if cloud is None or not asked.finetune.epochs:
+    config = configured(task, run, settings)
+    found = loaded(task, config)
+    refuse_elsewhere(config, found, rounds=clients_judge(config))
+    cloud = _cloud(config, found)
+    if cloud is None or not config.finetune.epochs:
         wrong = "it has no cloud_data" if cloud is None else "finetune.epochs = 0"
         raise ConfigError(
             f"task {found.name!r}: {wrong}, so there is nothing to fine-tune. Nothing was "
@@ -93,15 +93,15 @@ def finetune(
             "model as it is."
         )
     quiet()
-    start = model_of(model, found, asked)
+    start = model_of(model, found, config)
     with shown(progress) as emit:
         story = StageLog(emit)
         judge = None
-        if clients_judge(asked):
-            clients = clients_of(found, asked, data_folder())
-            judge = judge_in_simulation(asked, found, owner, clients, story.note)
+        if clients_judge(config):
+            clients = clients_of(found, config, data_folder())
+            judge = judge_in_simulation(config, found, owner, clients, story.note)
         with story.stage("finetune") as said:
-            tuned = fine_tune(found, asked, start, cloud, judge)
+            tuned = fine_tune(found, config, start, cloud, judge)
             said.append(gate_note(tuned, found.primary))
     return tuned
 
@@ -145,20 +145,22 @@ def compress(
         CompressionError: weights are not finite, or no candidate meets the run's limits.
         FedcoreError: any other error, before candidates are built.
     """
-    asked = configured(task, run, settings)
-    found = loaded(task, asked)
-    cloud = _cloud(asked, found)
+    config = configured(task, run, settings)
+    found = loaded(task, config)
+    cloud = _cloud(config, found)
     quiet()
-    start = model_of(model, found, asked)
+    start = model_of(model, found, config)
     with shown(progress) as emit:
         story = StageLog(emit)
-        weigh = None
-        if clients_judge(asked):
-            clients = clients_of(found, asked, data_folder())
-            weigh = measure_onnx_in_simulation(asked, found, owner, clients, story.note)
+        measure_onnx = None
+        if clients_judge(config):
+            clients = clients_of(found, config, data_folder())
+            measure_onnx = measure_onnx_in_simulation(config, found, owner, clients, story.note)
         with story.stage("compress") as said:
             steps = counted_steps(emit, "compress")
-            done = make_candidates(asked, found, start, cloud, progress=steps, on_clients=weigh)
+            done = make_candidates(
+                config, found, start, cloud, progress=steps, on_clients=measure_onnx
+            )
             said.append(f"chose {done.chosen}")
         for text in done.notes:
             story.note(text)
@@ -217,8 +219,8 @@ def publish(
     check_publishable(name, repository=place, keys=signing, now=datetime.now(UTC))
     tested = _tested(compressed, result)
     release = run.release.model_copy(update={"repository": str(place)})
-    asked = run.model_copy(update={"release": release})
-    if tested and (withheld := reason_to_withhold(asked, task.primary, tested)):
+    config = run.model_copy(update={"release": release})
+    if tested and (withheld := reason_to_withhold(config, task.primary, tested)):
         raise ReleaseError(withheld)
     return sign_and_publish(
         draft_of(name, task, result.origin, compressed, tested),

@@ -34,7 +34,7 @@ from server.compression.quantise import saturates
 from server.compression.runtime import answer, answers, open_session
 from server.compression.timing import TORCH, CandidateTiming, time_candidates
 from server.records import CandidateRecord
-from server.rounds.evaluation.judging import Weigh, clients_judge, drop_of
+from server.rounds.evaluation.judging import MeasureOnnx, clients_judge, drop_of
 
 EXACT = 1e-3
 """Tolerance for outputs of float32 models, relative to their largest output; covers rounding in
@@ -85,7 +85,7 @@ class Compressed:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _Weighed:
+class _Evaluated:
     """A candidate that was built and evaluated."""
 
     built: Built
@@ -105,7 +105,7 @@ def compress(
     *,
     progress: Callable[[str], None],
     reduce_range: bool | None = None,
-    on_clients: Weigh | None = None,
+    on_clients: MeasureOnnx | None = None,
 ) -> Compressed:
     """Builds the configured candidates of a trained model, and chooses one for release.
 
@@ -147,8 +147,8 @@ def compress(
     golden = golden_inputs(task.example_input, material.examples, seed=run.seed)
     wanted = [each for each in ALL if each.name in run.compression.candidates] if cloud else [FP32]
 
-    weighed, refused = _evaluate_candidates(wanted, material, golden, cloud, on_clients, progress)
-    files = {name: each.built.onnx for name, each in weighed.items()}
+    evaluated, refused = _evaluate_candidates(wanted, material, golden, cloud, on_clients, progress)
+    files = {name: each.built.onnx for name, each in evaluated.items()}
     progress(f"timing {', '.join(files)} and torch in turn")
     timings = time_candidates(
         files,
@@ -157,14 +157,14 @@ def compress(
         threads=run.serving.threads,
         runs=run.compression.timing_runs,
     )
-    measured = _records(weighed, timings, task.primary, task.kind)
-    judged, chosen = choose(measured, run.compression, unjudged=_unjudged(run, weighed))
+    measured = _records(evaluated, timings, task.primary, task.kind)
+    judged, chosen = choose(measured, run.compression, unjudged=_unjudged(run, evaluated))
     of = {**{record.name: record for record in judged}, **_unbuilt_records(refused)}
     records = tuple(of[candidate.name] for candidate in wanted)
     for record in records:
         progress(f"{record.name}: {record.reason}")
 
-    released = weighed[chosen]
+    released = evaluated[chosen]
     return Compressed(
         records=records,
         chosen=chosen,
@@ -187,16 +187,16 @@ def _evaluate_candidates(
     material: Material,
     golden: NDArray[Any],
     cloud: CloudData | None,
-    on_clients: Weigh | None,
+    on_clients: MeasureOnnx | None,
     progress: Callable[[str], None],
-) -> tuple[dict[str, _Weighed], dict[str, str]]:
+) -> tuple[dict[str, _Evaluated], dict[str, str]]:
     """Returns the candidates that could be built, by name, and why the others couldn't."""
-    weighed: dict[str, _Weighed] = {}
+    evaluated: dict[str, _Evaluated] = {}
     refused: dict[str, str] = {}
     for candidate in wanted:
         progress(f"building and evaluating {candidate.name}")
         try:
-            weighed[candidate.name] = _evaluate_candidate(
+            evaluated[candidate.name] = _evaluate_candidate(
                 candidate, material, golden, cloud, on_clients
             )
         except ParityError:
@@ -206,7 +206,7 @@ def _evaluate_candidates(
                 raise _without_fp32(error) from error
             refused[candidate.name] = str(error)
             progress(f"{candidate.name} was not built: {error}")
-    return weighed, refused
+    return evaluated, refused
 
 
 def _evaluate_candidate(
@@ -214,8 +214,8 @@ def _evaluate_candidate(
     material: Material,
     golden: NDArray[Any],
     cloud: CloudData | None,
-    on_clients: Weigh | None,
-) -> _Weighed:
+    on_clients: MeasureOnnx | None,
+) -> _Evaluated:
     """Builds a candidate, checks its parity with torch, and evaluates it on held-out data."""
     built = candidate.build(material)
     session = open_session(built.onnx, threads=material.run.serving.threads)
@@ -234,7 +234,7 @@ def _evaluate_candidate(
             raise CompressionError(
                 f"its {material.task.primary.name} on the cloud's held-out data is {metric}"
             )
-    return _Weighed(
+    return _Evaluated(
         built=built,
         golden=outputs,
         max_abs_error=max_abs_error(expected, outputs),
@@ -284,13 +284,13 @@ def _demand_finite_weights(model: nn.Module) -> None:
 
 
 def _records(
-    weighed: Mapping[str, _Weighed],
+    evaluated: Mapping[str, _Evaluated],
     timings: Mapping[str, CandidateTiming],
     metric: Metric,
     kind: str,
 ) -> list[CandidateRecord]:
     """Returns each candidate's figures relative to fp32; verdicts are still open."""
-    base = weighed[FP32.name]
+    base = evaluated[FP32.name]
     return [
         CandidateRecord(
             name=name,
@@ -311,18 +311,20 @@ def _records(
             reason="",
             clients_drop=_clients_drop(metric, base, each),
         )
-        for name, each in weighed.items()
+        for name, each in evaluated.items()
     ]
 
 
-def _unjudged(run: RunConfig, weighed: Mapping[str, _Weighed]) -> set[str]:
+def _unjudged(run: RunConfig, evaluated: Mapping[str, _Evaluated]) -> set[str]:
     """Returns the candidates that learnt from the cloud's data without the clients who judge."""
     if not clients_judge(run):
         return set()
-    return {name for name, each in weighed.items() if each.built.retrained and each.clients is None}
+    return {
+        name for name, each in evaluated.items() if each.built.retrained and each.clients is None
+    }
 
 
-def _clients_drop(metric: Metric, base: _Weighed, each: _Weighed) -> float | None:
+def _clients_drop(metric: Metric, base: _Evaluated, each: _Evaluated) -> float | None:
     if base.clients is None or each.clients is None:
         return None
     return 0.0 if each is base else drop_of(metric, base.clients, each.clients)

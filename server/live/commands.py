@@ -86,7 +86,7 @@ def _start(options: argparse.Namespace) -> int:
         from fedcore.observability.lines import log_lines
         from server.live.deployment import Deployment
         from server.live.operators.control import Control
-        from server.live.operators.endpoint import sole
+        from server.live.operators.endpoint import server_lock
         from server.live.resume import has_journal
         from server.live.run import run_deployment
 
@@ -103,7 +103,7 @@ def _start(options: argparse.Namespace) -> int:
         resume=options.resume,
         fresh=options.fresh,
     )
-    with sole(options.identity):
+    with server_lock(options.identity):
         control = Control(run, identity=options.identity, results=options.runs / run.name)
         try:
             if run_deployment(deployment, control, sys.stdout):
@@ -111,26 +111,26 @@ def _start(options: argparse.Namespace) -> int:
         except KeyboardInterrupt:
             if not has_journal(run, options.runs):
                 raise
-        say(_kept(options, control.last_round, run), to=sys.stderr)
+        say(_stopped_text(options, control.last_round, run), to=sys.stderr)
         return INTERRUPTED
 
 
-def _kept(options: argparse.Namespace, last: int, run: RunConfig) -> str:
+def _stopped_text(options: argparse.Namespace, last: int, run: RunConfig) -> str:
     """Returns the message for a stopped run: what is kept, and the command that resumes it."""
     rounds = run.federation.rounds
     done = f"after round {last} of {rounds}" if last else "before the end of its first round"
-    held = (
+    kept = (
         "the model of that round and what devices have sent since" if last else "the started round"
     )
     if last == rounds:
-        held = "the model of its last round, and each completed step after it"
+        kept = "the model of its last round, and each completed step after it"
     return (
-        f"Stopped {done}. Kept in {options.runs / run.name}: {held}. `{_again(options)}` "
+        f"Stopped {done}. Kept in {options.runs / run.name}: {kept}. `{_resume_command(options)}` "
         "continues from there; devices keep trying to connect until then."
     )
 
 
-def _again(options: argparse.Namespace) -> str:
+def _resume_command(options: argparse.Namespace) -> str:
     """Returns the command line that resumes the run with the same options."""
     words = ["fedcore", "server", "start", str(options.config)]
     for override in options.overrides:

@@ -52,7 +52,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         deadline_s=run.federation.deadline_s,
         evaluated=run.federation.evaluate_cohort,
         rejoin_s=rejoin_s,
-        waits=live.waiting,
+        on_wait=live.waiting,
     )
     app = server_app(
         live.inputs.task,
@@ -76,8 +76,8 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         admit=members.admit,
         quorum=run.federation.quorum / run.federation.over_selection,  # share of all nodes asked
         rejoin_s=rejoin_s,
-        lacks=live.control.lacks_devices,
-        waits=live.waiting,
+        on_missing=live.control.lacks_devices,
+        on_wait=live.waiting,
         name=peers.name,
     )
     try:
@@ -85,7 +85,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
     except ResourceError:
         raise  # a fault of this machine: once fixed, a resume continues with the same cohort
     except FedcoreError:
-        journal.drop()  # a resume selects among the devices that are connected then
+        journal.drop_cohorts()  # a resume selects among the devices that are connected then
         raise
     return outcomes[0]
 

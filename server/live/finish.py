@@ -41,16 +41,16 @@ from server.records import CandidateRecord
 from server.release.publish import Draft, history, publish
 from server.report.folder import write_results
 from server.rounds.app import Outcome
-from server.rounds.evaluation.judging import Judge, Judgement, Weigh
+from server.rounds.evaluation.judging import Judge, Judgement, MeasureOnnx
 
 _MAX_BYTES = 16 << 20
 _FINETUNE, _COMPRESS, _PUBLISH = "finetune.json", "compress.json", "publish.json"
 _TUNED = ("candidate", "cloud_alone")
 _GOLDEN = "golden.safetensors"
-_Note = TypeVar("_Note", bound="_Kept")
+_Note = TypeVar("_Note", bound="_StepNote")
 
 
-class _Kept(BaseModel):
+class _StepNote(BaseModel):
     """Note on a step, stored as JSON in ``steps/`` after the files that it names."""
 
     model_config = ConfigDict(frozen=True, extra="forbid", ser_json_inf_nan="constants")
@@ -59,7 +59,7 @@ class _Kept(BaseModel):
     """Digest of the step's input model and settings."""
 
 
-class _Tuned(_Kept):
+class _FinetuneNote(_StepNote):
     """Note on fine-tuning, see `Finetuned`."""
 
     kept: bool
@@ -70,7 +70,7 @@ class _Tuned(_Kept):
     files: dict[str, Digest]
 
 
-class _Candidates(_Kept):
+class _CompressNote(_StepNote):
     """Note on compression, see `Compressed`."""
 
     records: tuple[CandidateRecord, ...]
@@ -83,7 +83,7 @@ class _Candidates(_Kept):
     notes: tuple[str, ...]
 
 
-class _Publishing(_Kept):
+class _PublishNote(_StepNote):
     """Note on publication, written before anything is published."""
 
     version: Annotated[int, Field(ge=1)]
@@ -170,7 +170,7 @@ def _fine_tuned(
 ) -> Finetuned:
     """Returns the result of fine-tuning: the stored one if it is intact, else a new one."""
     origin = _origin(model, run.finetune)
-    noted = _noted(folder / _FINETUNE, _Tuned, origin)
+    noted = _noted(folder / _FINETUNE, _FinetuneNote, origin)
     if noted is not None:
         candidate, alone = (
             _model(folder, name, noted.files[name], build_model(task, run)) for name in _TUNED
@@ -193,7 +193,7 @@ def _fine_tuned(
         raw = checkpoint_bytes(one)
         write_atomic(_checkpoint(folder, name), raw)
         files[name] = sha256_hex(raw)
-    note = _Tuned(
+    note = _FinetuneNote(
         made_from=origin,
         kept=tuned.kept,
         before=tuned.before,
@@ -214,7 +214,7 @@ def _compressed(
     cloud: CloudData | None,
     *,
     progress: Callable[[str], None],
-    on_clients: Weigh | None,
+    on_clients: MeasureOnnx | None,
 ) -> Compressed:
     """Returns the result of compression: the stored one if it is intact, else a new one.
 
@@ -222,7 +222,7 @@ def _compressed(
     measurement to the next.
     """
     origin = _origin(model, run.finetune, run.compression, run.serving)
-    noted = _noted(folder / _COMPRESS, _Candidates, origin)
+    noted = _noted(folder / _COMPRESS, _CompressNote, origin)
     source = sha256_hex(checkpoint_bytes(model))
     done = _read_compressed(folder, noted, source) if noted is not None else None
     if done is not None:
@@ -232,7 +232,7 @@ def _compressed(
     write_atomic(folder / _GOLDEN, golden)
     for name, onnx in done.files.items():
         write_atomic(_onnx(folder, name), onnx)
-    note = _Candidates(
+    note = _CompressNote(
         made_from=origin,
         records=done.records,
         chosen=done.chosen,
@@ -247,7 +247,7 @@ def _compressed(
     return done
 
 
-def _read_compressed(folder: Path, noted: _Candidates, source: str) -> Compressed | None:
+def _read_compressed(folder: Path, noted: _CompressNote, source: str) -> Compressed | None:
     """Loads the stored result of compression; returns None if one of its files is damaged."""
     golden = _whole(folder / _GOLDEN, noted.golden, MAX_GOLDEN_BYTES)
     built = [one for one in noted.records if one.sha256]
@@ -282,10 +282,10 @@ def _published(
     """
     model, onnx = draft.model, sha256_hex(draft.onnx)
     published = [one for one in history(repository, keys) if one.model == model]
-    noted = _noted(folder / _PUBLISH, _Publishing, onnx)
+    noted = _noted(folder / _PUBLISH, _PublishNote, onnx)
     if noted is None:
         version = max((one.version for one in published), default=0) + 1
-        _write(folder / _PUBLISH, _Publishing(made_from=onnx, version=version))
+        _write(folder / _PUBLISH, _PublishNote(made_from=onnx, version=version))
     else:
         for one in published:
             ours = one.onnx.sha256 == onnx and one.lineage == draft.lineage
@@ -294,7 +294,7 @@ def _published(
     return publish(draft, repository=repository, keys=keys, created=created)
 
 
-def _write(path: Path, note: _Kept) -> None:
+def _write(path: Path, note: _StepNote) -> None:
     write_atomic(path, note.model_dump_json(indent=1).encode() + b"\n")
 
 

@@ -19,7 +19,7 @@ from server.live.rounds.journaled import REJOIN_S
 from server.rounds.evaluation.judging import Judgement, judging_app
 from server.rounds.peers import Peers
 
-_LOOK_S = 0.2
+_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -81,4 +81,4 @@ def _wait(grid: Grid, wanted: int) -> None:
     """Blocks until ``wanted`` devices have reconnected, or for `REJOIN_S` seconds."""
     end = time.monotonic() + REJOIN_S
     while len(list(grid.get_node_ids())) < wanted and time.monotonic() < end:
-        time.sleep(_LOOK_S)
+        time.sleep(_POLL_S)

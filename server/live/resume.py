@@ -10,8 +10,15 @@ from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import Finetune, RunConfig
 from fedcore.errors import ConfigError
 from server.live.journal.head import is_begun
-from server.live.journal.journal import Journal, Reached, create, nothing, reopen
-from server.report.folder import JOURNAL_FOLDER, clear, held, is_complete, mark_again, open_folder
+from server.live.journal.journal import Journal, OnPoint, create, ignore_point, reopen
+from server.report.folder import (
+    JOURNAL_FOLDER,
+    clear,
+    is_complete,
+    locked,
+    open_folder,
+    restore_mark,
+)
 from server.rounds.checkpointing.run_identity import check_same, identity_of
 from server.unfinished import allow_drop, require_no_simulated_progress
 
@@ -37,7 +44,7 @@ def has_journal(run: RunConfig, runs: Path) -> bool:
 
 @contextmanager
 def open_run(
-    run: RunConfig, runs: Path, *, resume: bool, fresh: bool, reached: Reached = nothing
+    run: RunConfig, runs: Path, *, resume: bool, fresh: bool, on_point: OnPoint = ignore_point
 ) -> Iterator[tuple[Path, Journal]]:
     """Opens the folder ``runs/<name>`` and its journal, for exclusive use until exit.
 
@@ -46,7 +53,7 @@ def open_run(
         runs: Folder that contains one folder per run.
         resume: Resume an unfinished run; start a new one if there is none.
         fresh: Start a new run, and drop an unfinished one.
-        reached: Called at each of the journal's `POINTS`.
+        on_point: Called at each of the journal's `POINTS`.
 
     Raises:
         RunComplete: ``resume`` is set, and the run is complete.
@@ -56,11 +63,11 @@ def open_run(
     """
     folder = runs / run.name
     if not fresh and has_journal(run, runs) and (resume or not is_complete(folder)):
-        with held(folder):
-            found = _unfinished(folder, run, resume=resume, reached=reached)
+        with locked(folder):
+            found = _unfinished(folder, run, resume=resume, on_point=on_point)
             if found is not None:
                 try:
-                    mark_again(folder, run)  # the journal proves that the folder is this run's
+                    restore_mark(folder, run)  # the journal proves that the folder is this run's
                     # Steps of unfinished rounds are left over from before a backup was restored.
                     clear(
                         folder, keep=(JOURNAL_FOLDER, STEPS) if found.ended else (JOURNAL_FOLDER,)
@@ -72,16 +79,16 @@ def open_run(
     with open_folder(
         run, runs, before=allow_drop if fresh else require_no_simulated_progress
     ) as folder:
-        begun = create(folder / JOURNAL_FOLDER, identity_of(run, OPEN_POLICY), reached=reached)
+        begun = create(folder / JOURNAL_FOLDER, identity_of(run, OPEN_POLICY), on_point=on_point)
         try:
             yield folder, begun
         finally:
             begun.close()
 
 
-def _unfinished(folder: Path, run: RunConfig, *, resume: bool, reached: Reached) -> Journal | None:
+def _unfinished(folder: Path, run: RunConfig, *, resume: bool, on_point: OnPoint) -> Journal | None:
     """Opens the journal of the run to resume; returns None if a new run must start."""
-    journal = reopen(folder / JOURNAL_FOLDER, reached=reached)
+    journal = reopen(folder / JOURNAL_FOLDER, on_point=on_point)
     if journal is None:
         return None
     try:

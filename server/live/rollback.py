@@ -10,7 +10,7 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, PrivacyError
 from server.live.journal.journal import reopen
 from server.operator_log import AUDIT, Audit
-from server.report.folder import JOURNAL_FOLDER, held
+from server.report.folder import JOURNAL_FOLDER, locked
 
 
 @dataclass(frozen=True)
@@ -48,7 +48,7 @@ def roll_back(run: RunConfig, runs: Path, number: int, *, identity: Path, by: st
             f"{folder}: there is no run here. Nothing was changed; pass its parent folder with "
             "--runs."
         )
-    with held(folder):
+    with locked(folder):
         journal = reopen(folder / JOURNAL_FOLDER)
         if journal is None or journal.start is None:
             raise ConfigError(f"{folder}: no round of this run is complete. Nothing was changed.")
@@ -74,4 +74,4 @@ def roll_back(run: RunConfig, runs: Path, number: int, *, identity: Path, by: st
                 )
             audit.record(by=by, action="rollback", outcome="begun", round=number, run=run.name)
             journal.roll_back(number)
-    return RolledBack(number, tuple(range(number + 1, last + 1)), journal.mended)
+    return RolledBack(number, tuple(range(number + 1, last + 1)), journal.repairs)

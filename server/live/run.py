@@ -27,7 +27,7 @@ from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
 from server.live.deployment import Deployment, LiveRun
 from server.live.inputs import Inputs
-from server.live.journal.journal import Journal, Reached, nothing
+from server.live.journal.journal import Journal, OnPoint, ignore_point
 from server.live.network.members import Members, devices_of
 from server.live.network.serve import listen, run_beside
 from server.live.operators.control import Control
@@ -53,7 +53,7 @@ def run_deployment(
     out: TextIO,
     *,
     randomness: Randomness | None = None,
-    reached: Reached = nothing,
+    on_point: OnPoint = ignore_point,
 ) -> bool:
     """Runs a deployment to its end; returns False if an operator or a signal stopped it earlier.
 
@@ -71,13 +71,13 @@ def run_deployment(
         control: Serves operators, who pause, stop and inspect the run.
         out: Stream that events are printed to.
         randomness: Source of the server's randomness; the operating system's when None.
-        reached: Called at each of the journal's `POINTS`; for tests of crashes.
+        on_point: Called at each of the journal's `POINTS`; for tests of crashes.
 
     Raises:
         FedcoreError: an error ended the run. The journal stays valid, and the run can be resumed.
     """
     try:
-        with _opened(deployment, control, out, randomness or SystemEntropy(), reached) as live:
+        with _opened(deployment, control, out, randomness or SystemEntropy(), on_point) as live:
             outcome = None
             if not live.journal.ended and (outcome := asyncio.run(_serve(live))) is None:
                 return False
@@ -94,7 +94,7 @@ def _opened(
     control: Control,
     out: TextIO,
     randomness: Randomness,
-    reached: Reached,
+    on_point: OnPoint,
 ) -> Iterator[LiveRun]:
     """Checks a deployment and opens its run; closes the folder and the journal on exit."""
     run, runs = deployment.run, deployment.runs
@@ -112,7 +112,9 @@ def _opened(
     address.check_free()
     check_socket(identity)
     identity.roster()  # rejects a file that is not this project's member list
-    opening = open_run(run, runs, resume=deployment.resume, fresh=deployment.fresh, reached=reached)
+    opening = open_run(
+        run, runs, resume=deployment.resume, fresh=deployment.fresh, on_point=on_point
+    )
     with (
         opening as (folder, journal),
         json_lines(folder / "metrics.jsonl") as lines,
@@ -189,7 +191,7 @@ def _finish(live: LiveRun, outcome: Outcome | None) -> bool:
 
 def _notes_of_resume(journal: Journal) -> list[str]:
     """Messages for a resumed run: any repair of the journal, and the round it resumes after."""
-    notes = [journal.mended] if journal.mended else []
+    notes = [journal.repairs] if journal.repairs else []
     if journal.start is not None:
         notes.append(f"Resumed after round {journal.round}.")
     return notes

@@ -40,16 +40,16 @@ def verify_run(results: Path, identity: Path) -> Evidence:
     """
     roster = _roster(identity)
     with snapshot(results) as copy, closing(Entries(copy / JOURNAL)) as entries:
-        told = read_run(entries)
+        run_values = read_run(entries)
         try:
-            run = RunConfig.model_validate_json(json.dumps(told["identity"]["run"]))
+            run = RunConfig.model_validate_json(json.dumps(run_values["identity"]["run"]))
         except (KeyError, ValidationError) as error:
             why = first_fault(error) if isinstance(error, ValidationError) else "it has none"
             raise DataError(
                 f"{results}: the configuration in the journal cannot be read ({why}): another "
                 "version of fedcore wrote it. Nothing was verified; use that version."
             ) from None
-        run_id = run_digest(device_settings(run, instance=told["instance"]))
+        run_id = run_digest(device_settings(run, instance=run_values["instance"]))
         return verify_signatures(entries, Blobs(copy / VALUES), run_id=run_id, known=roster.ever)
 
 

@@ -83,14 +83,14 @@ def _examples(text: str) -> int:
     return _number(text, _MAX_EXAMPLES)
 
 
-def _number(text: str, most: int) -> int:
-    if text.isascii() and text.isdecimal() and len(text) <= len(str(most)):
+def _number(text: str, maximum: int) -> int:
+    if text.isascii() and text.isdecimal() and len(text) <= len(str(maximum)):
         number = int(text)
-        if 1 <= number <= most:
+        if 1 <= number <= maximum:
             return number
     shown = text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
     raise argparse.ArgumentTypeError(
-        f"expected a whole number from 1 to {most:,}, got {shown!r}. Nothing was audited"
+        f"expected a whole number from 1 to {maximum:,}, got {shown!r}. Nothing was audited"
     )
 
 

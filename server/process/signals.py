@@ -88,7 +88,7 @@ def interrupt_then_exit() -> Iterator[None]:
 
 def exit_immediately() -> NoReturn:
     """Ends the process immediately, whatever its threads do, without any clean-up."""
-    told = b"Interrupted: ended at once; what was written whole stands.\n"
+    told = b"Interrupted: stopped at once; complete files are kept.\n"
     with suppress(OSError):
         os.write(2, told)  # not a stream: another thread may hold its lock
     os._exit(INTERRUPTED)

@@ -23,7 +23,7 @@ from fedcore.training.batches import gather_all
 Scores = dict[str, dict[str, float]]
 """Scores by metric, then by model."""
 _ROUNDING = 1e-9  # tolerance for floating-point differences
-_MOST_CLIENTS = 1000  # whose test data are read; a task may have millions of clients
+_MAX_CLIENTS = 1000  # whose test data are read; a task may have millions of clients
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ def _by_client(
     load = task.client_test
     if load is None or not clients or run.privacy.unit != "none":
         return {}
-    size, found = min(len(clients), _MOST_CLIENTS), dict[str, Examples]()
+    size, found = min(len(clients), _MAX_CLIENTS), dict[str, Examples]()
     drawn = numpy_rng(run.seed, "client tests").choice(len(clients), size=size, replace=False)
     for name in (clients[int(place)] for place in sorted(drawn)):
         what = f"test data of client {name!r}"

@@ -46,7 +46,7 @@ def open_folder(
                     "folder."
                 )
         folder.mkdir(parents=True, exist_ok=True)
-    with held(folder):
+    with locked(folder):
         before(folder)
         clear(folder)
         write_atomic(folder / _MARK, config_json(run))
@@ -72,7 +72,7 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
             f"{folder}: no run of this name was started here, so there is none to resume. "
             "Nothing was run; leave --resume out, or pass its parent folder with --runs."
         )
-    with held(folder):
+    with locked(folder):
         if is_complete(folder):
             raise ConfigError(
                 f"{folder}: this run is complete: its results are in {_SUMMARY}. Nothing was run; "
@@ -86,14 +86,14 @@ def is_complete(folder: Path) -> bool:
     return (folder / _SUMMARY).is_file()
 
 
-def mark_again(folder: Path, run: RunConfig) -> None:
+def restore_mark(folder: Path, run: RunConfig) -> None:
     """Restores the mark of a run's folder, with its configuration, if it was lost."""
     if not (folder / _MARK).is_file():
         write_atomic(folder / _MARK, config_json(run))
 
 
 @contextmanager
-def held(folder: Path) -> Iterator[None]:
+def locked(folder: Path) -> Iterator[None]:
     """Locks a folder against other runs.
 
     Raises:

@@ -12,7 +12,7 @@ from fedcore import __version__
 from fedcore.observability.foreign import foreign
 from fedcore.observability.words import counted, epsilon_text
 
-MOST_TEXT = 20_000
+MAX_TEXT = 20_000
 """Maximum number of characters of one text in a report."""
 
 
@@ -27,7 +27,7 @@ def render(template: str, **values: Any) -> str:
         The page.
 
     Guarantee:
-        A value that isn't `Markup` becomes text of at most `MOST_TEXT` printable characters: it
+        A value that isn't `Markup` becomes text of at most `MAX_TEXT` printable characters: it
         can't open a tag, end an attribute, or be parsed as a template.
     """
     return _environment().get_template(template).render(values)
@@ -51,4 +51,4 @@ def _environment() -> Environment:
 
 def _text(value: object) -> Markup | str:
     """Bounds a value and makes it printable; Jinja escapes the returned text."""
-    return value if isinstance(value, Markup) else foreign(str(value), MOST_TEXT)
+    return value if isinstance(value, Markup) else foreign(str(value), MAX_TEXT)

@@ -209,13 +209,13 @@ def _virtual_cells(virtual: VirtualRecord | None) -> tuple[str, ...]:
 
 def candidates_table(record: RunRecord) -> Table:
     """Returns the table of all candidates with their verdicts."""
-    weighed = any(each.clients_drop is not None for each in record.candidates)
+    measured = any(each.clients_drop is not None for each in record.candidates)
     headings = [
         "candidate",
         "verdict",
         record.primary,
         "drop",
-        *(["drop on clients, at most"] if weighed else []),
+        *(["drop on clients, at most"] if measured else []),
         "agreement",
         "largest error",
         "bytes",
@@ -226,7 +226,7 @@ def candidates_table(record: RunRecord) -> Table:
             each.reason or ("admitted" if each.admitted else "refused"),
             figure(each.metric),
             figure(each.drop),
-            *([_drop_on_clients(each)] if weighed else []),
+            *([_drop_on_clients(each)] if measured else []),
             figure(each.agreement),
             figure(each.max_abs_error, 2),
             bytes_text(each.bytes),

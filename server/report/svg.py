@@ -14,7 +14,7 @@ from markupsafe import escape
 from matplotlib.figure import Figure
 
 from fedcore.observability.foreign import foreign
-from server.report.pages import MOST_TEXT
+from server.report.pages import MAX_TEXT
 
 # Okabe and Ito's palette for colour-blind readers, on white.
 BLUE, GREEN, PURPLE, ORANGE = "#0072b2", "#009e73", "#aa4499", "#d55e00"
@@ -77,7 +77,7 @@ def drawable(value: float | None) -> bool:
 
 def shortened(text: str, length: int) -> str:
     """Returns ``text`` on one line of at most ``length`` characters, with an ellipsis if cut."""
-    line = foreign(text, MOST_TEXT)
+    line = foreign(text, MAX_TEXT)
     return line if len(line) <= length else line[: length - 1].rstrip() + "\N{HORIZONTAL ELLIPSIS}"
 
 
@@ -89,7 +89,7 @@ def _embeddable(document: str, name: str, label: str) -> str:
     element = re.sub(r"<[^>]*>", lambda tag: _own_ids(tag.group(), name), element)
     head, rest = element.split(">", 1)
     head = re.sub(r' (width|height)="[^"]*"', "", head)
-    return f'{head} role="img" aria-label="{escape(foreign(label, MOST_TEXT))}">{rest}'.strip()
+    return f'{head} role="img" aria-label="{escape(foreign(label, MAX_TEXT))}">{rest}'.strip()
 
 
 def _own_ids(tag: str, name: str) -> str:

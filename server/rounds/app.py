@@ -31,7 +31,7 @@ from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
 from server.rounds.peers import NumberedPeers, Peers
 from server.rounds.strategies.flower import choose_strategy
-from server.rounds.strategies.own import Own
+from server.rounds.strategies.own import UserStrategy
 from server.rounds.strategies.state import restore_strategy
 
 _POLL_S = 0.2
@@ -68,7 +68,7 @@ def server_app(
     start: Start | None = None,
     peers: Peers | None = None,
     awaited: Callable[[], int] = lambda: 1,
-    strategy: Own | type[Own] | None = None,
+    strategy: UserStrategy | type[UserStrategy] | None = None,
     client_name: Callable[[int], str] | None = None,
     annotate: Callable[[RoundRecord], RoundRecord] = lambda record: record,
 ) -> ServerApp:
@@ -121,7 +121,7 @@ def server_app(
             load_preprocess(start.progress.preprocess, model)
             restore_strategy(chosen.strategy, start.progress.strategy)
 
-        def judge(candidate: FullModel) -> dict[str, float]:
+        def evaluate_on_cloud(candidate: FullModel) -> dict[str, float]:
             assert cloud is not None
             return evaluate(candidate, cloud.train, task.metrics)
 
@@ -132,7 +132,7 @@ def server_app(
             cohort=cohort,
             metrics=tuple(task.metrics),
             randomness=randomness,
-            judge=judge if cloud else None,
+            evaluate_on_cloud=evaluate_on_cloud if cloud else None,
             on_round=listener.on_round,
             on_note=listener.on_note,
             annotate=annotate,
@@ -157,17 +157,17 @@ def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener:
     Raises:
         RoundFailed: no node was connected at the deadline.
     """
-    end, told, reminder = time.monotonic() + deadline_s, False, Reminder()
+    end, noted, reminder = time.monotonic() + deadline_s, False, Reminder()
     while (found := _count(grid)) < (needed := max(awaited(), 1)):
         if time.monotonic() > end:
             break
-        if not told and needed > 1:
-            told = True
+        if not noted and needed > 1:
+            noted = True
             listener.on_note(
                 f"federation.cohort is unset: waiting for all {counted(needed, 'device')} of the "
                 f"project, for at most federation.deadline_s = {deadline_s:g}."
             )
-        _tell_waiting(reminder, found, needed, end, listener)
+        _note_waiting(reminder, found, needed, end, listener)
         time.sleep(_POLL_S)
     if not found:
         raise RoundFailed(
@@ -183,7 +183,7 @@ def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener:
     return found
 
 
-def _tell_waiting(
+def _note_waiting(
     reminder: Reminder, found: int, needed: int, end: float, listener: Listener
 ) -> None:
     lasted_s = reminder.due()
@@ -209,7 +209,7 @@ def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float, listener: Listen
                 f"and federation.cohort needs {needed}. Nothing was trained; wait for more "
                 "clients, or lower the cohort."
             )
-        _tell_waiting(reminder, found, needed, end, listener)
+        _note_waiting(reminder, found, needed, end, listener)
         time.sleep(_POLL_S)
 
 

@@ -23,7 +23,7 @@ class Cohort:
     """Weights of the replies, in examples, by node; None where each weighs what it reports."""
 
 
-def asked_for(run: RunConfig, cohort: int, *, simulated: bool) -> int:
+def selection_size(run: RunConfig, cohort: int, *, simulated: bool) -> int:
     """Returns how many clients a round asks, to get ``cohort`` updates before the deadline.
 
     A simulation without device classes or a trace has no stragglers, so it asks only ``cohort``.

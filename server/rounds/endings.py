@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from fedcore.errors import BudgetExhausted
 from fedcore.observability.words import counted
 from server.records import RoundRecord
-from server.rounds.aggregation.norm_bound import LEAST, NormBound
+from server.rounds.aggregation.norm_bound import MIN_UPDATES, NormBound
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.client_privacy.mechanism import allows
 from server.rounds.inbound import Tally
@@ -30,13 +30,14 @@ def announce(
     to fail again. That a round has too few updates to bound one is reported for the first such
     round.
     """
-    said_before = bool(records) and 0 < records[-1].updates < LEAST
-    if bound is not None and bound.lacks(tally.updates) and not said_before:
+    said_before = bool(records) and 0 < records[-1].updates < MIN_UPDATES
+    if bound is not None and bound.is_undetermined(tally.updates) and not said_before:
         federation.on_note(
             f"WARNING: round {progress.round + 1}: {counted(tally.updates, 'update')}, which "
-            f'federation.max_update_norm = "adaptive" does not bound: it needs {LEAST} updates '
-            "in a round to estimate a usual norm, and no round so far had that many. Updates are "
-            "aggregated without a bound; set max_update_norm to a number, or use more devices."
+            f'federation.max_update_norm = "adaptive" does not bound: it needs {MIN_UPDATES} '
+            "updates in a round to estimate a usual norm, and no round so far had that many. "
+            "Updates are aggregated without a bound; set max_update_norm to a number, or use more "
+            "devices."
         )
     if bound is not None and tally.clipped:
         named = [(federation.peers.name(node), length) for node, length in tally.clipped]
@@ -45,8 +46,8 @@ def announce(
         return
     advice = federation.checkpointer.advice(progress, tally.reasons)
     federation.on_note(
-        f"round {progress.round + 1}: {tally.failed} of {counted(tally.asked, 'client')} failed. "
-        "First: "
+        f"round {progress.round + 1}: {tally.failed} of {counted(tally.selected, 'client')} "
+        "failed. First: "
         f"{' '.join([tally.reasons[0], *advice])}"
     )
 
@@ -87,9 +88,9 @@ def end_early(federation: Federation, number: int, tally: Tally) -> None:
         raise BudgetExhausted(
             f"round 1: {who} declined. Nothing was trained; {_remedy(tally)}. Last: {tally.spent}"
         )
-    whose = f"{tally.declined} of {counted(tally.asked, 'client')} asked"
+    whose = f"{tally.declined} of {counted(tally.selected, 'client')} asked"
     if tally.all_declined:
-        whose = f"all {tally.asked} clients asked" if tally.asked > 1 else "the client asked"
+        whose = f"all {tally.selected} clients asked" if tally.selected > 1 else "the client asked"
     owners = f" ({tally.owners} of them: the owner's budget)" if tally.owners else ""
     federation.on_note(
         f"Ended before round {number}: the privacy budget of {whose} is spent{owners}."

@@ -14,16 +14,16 @@ from fedcore.updates.replies import ArraySpec, Range, ReplySpec
 
 SUM, SQUARES = "sum", "squares"
 """Names of the arrays with a client's sums and sums of squares over its inputs."""
-_MOST_EPSILON = 1e6  # the most that an owner's policy can allow
+_MAX_EPSILON = 1e6  # the most that an owner's policy can allow
 _SLACK = 1e-6  # relative: a device adds up epsilon in another order
 _NORM_BIT = "norm_bit"
 _ADAPTIVE = "DifferentialPrivacyClientSideAdaptiveClipping"
 
 
-def asked_to_train(run: RunConfig, layout: Layout) -> ReplySpec:
+def update_spec(run: RunConfig, layout: Layout) -> ReplySpec:
     """Returns the specification of an update for a model of this layout."""
     # An owner may require example-level privacy where the run does not; the client reports epsilon.
-    most = run.privacy.max_epsilon * (1 + _SLACK) if run.private else _MOST_EPSILON
+    most = run.privacy.max_epsilon * (1 + _SLACK) if run.private else _MAX_EPSILON
     metrics = {EPSILON: Range(0.0, most)}
     if not run.private and not run.client_private:  # under privacy the loss stays on the client
         metrics[TRAIN_LOSS] = Range()
@@ -34,13 +34,13 @@ def asked_to_train(run: RunConfig, layout: Layout) -> ReplySpec:
     return ReplySpec(MessageType.TRAIN, metrics, {MODEL: ArraySpec("float32", (layout.size,))})
 
 
-def asked_to_evaluate(metrics: Sequence[Metric]) -> ReplySpec:
+def evaluation_spec(metrics: Sequence[Metric]) -> ReplySpec:
     """Returns the specification of an evaluation reply: every metric of the task."""
     ranges = {metric.name: Range(metric.low, metric.high) for metric in metrics}
     return ReplySpec(MessageType.EVALUATE, ranges, every_metric=True)
 
 
-def asked_for_sums(shape: tuple[int, ...]) -> ReplySpec:
+def sums_spec(shape: tuple[int, ...]) -> ReplySpec:
     """Returns the specification of a reply with sums over inputs of ``shape``."""
     form = ArraySpec("float64", shape)
     return ReplySpec(STATISTICS, arrays={SUM: form, SQUARES: form})

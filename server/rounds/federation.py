@@ -16,12 +16,12 @@ from server.records import RoundRecord
 from server.rounds.aggregation.norm_bound import is_bounded
 from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpointer
 from server.rounds.checkpointing.progress import Start
-from server.rounds.cohort import asked_for
+from server.rounds.cohort import selection_size
 from server.rounds.inbound import FoldingGrid
 from server.rounds.peers import NumberedPeers, Peers
 from server.rounds.strategies.flower import ChosenStrategy
 
-Judge = Callable[[FullModel], dict[str, float]]
+EvaluateModel = Callable[[FullModel], dict[str, float]]
 
 
 @dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Federation:
     metrics: tuple[Metric, ...]
     """Metrics of the task; the first is the primary one."""
     randomness: Randomness
-    judge: Judge | None
+    evaluate_on_cloud: EvaluateModel | None
     """Evaluates a model on the cloud's data; None when there is none."""
     on_round: Callable[[RoundRecord], None]
     on_note: Callable[[str], None]
@@ -67,10 +67,12 @@ class Federation:
         """The grid, where it can add updates up itself and the run and the strategy allow it."""
         bounded = is_bounded(self.run, live=self.live)  # a bound needs each update
         chosen = self.chosen
-        folds = chosen.folds and chosen.in_place and self.asked == self.cohort and not bounded
+        folds = (
+            chosen.folds and chosen.in_place and self.selection_size == self.cohort and not bounded
+        )
         return self.grid if folds and isinstance(self.grid, FoldingGrid) else None
 
     @cached_property
-    def asked(self) -> int:
-        """Number of clients that a round asks if enough are connected, see `asked_for`."""
-        return asked_for(self.run, self.cohort, simulated=isinstance(self.grid, FoldingGrid))
+    def selection_size(self) -> int:
+        """Number of clients that a round selects if enough are connected."""
+        return selection_size(self.run, self.cohort, simulated=isinstance(self.grid, FoldingGrid))

@@ -48,7 +48,7 @@ class Folded:
     """Updates that a grid has added up where they were computed."""
 
     total: StreamedMean
-    taken: Sequence[tuple[int, Mapping[str, float]]]
+    updates: Sequence[tuple[int, Mapping[str, float]]]
     """Number of examples and metrics of each accepted update, in the order of the cohort."""
     failures: Sequence[tuple[int, str]]
     """Error codes and reasons of clients that failed or declined."""
@@ -77,7 +77,7 @@ class FoldingGrid(Protocol):
 class Tally:
     """Counts and statistics of one round's replies."""
 
-    asked: int
+    selected: int
     updates: int = 0
     declined: int = 0
     failed: int = 0
@@ -109,7 +109,7 @@ class Tally:
     @property
     def all_declined(self) -> bool:
         """Whether every client that was asked declined."""
-        return 0 < self.declined == self.asked
+        return 0 < self.declined == self.selected
 
     def refuse(self, reason: str, *, kind: type[FedcoreError] = RoundFailed) -> None:
         """Counts a client that failed, or whose update was rejected."""
@@ -157,7 +157,7 @@ class Tally:
 class Intake:
     """Checks for the replies to one request, and the objects that persist or report them."""
 
-    asked: ReplySpec
+    spec: ReplySpec
     checkpointer: RoundCheckpointer = field(default_factory=NoCheckpoints)
     peers: Peers = field(default_factory=NumberedPeers)
     base: Vector | None = None
@@ -173,7 +173,7 @@ class Intake:
 
     def where(self, reply: Message) -> str:
         """Returns the prefix of error messages about a reply: its kind and its client."""
-        return f"{_WHAT[self.asked.purpose]} {self.peers.name(reply.metadata.src_node_id)}"
+        return f"{_WHAT[self.spec.purpose]} {self.peers.name(reply.metadata.src_node_id)}"
 
     def read(self, reply: Message) -> Reply:
         """Returns the checked content of a reply, with the number of examples that it weighs.
@@ -182,7 +182,7 @@ class Intake:
             InvalidUpdate: it is not a valid answer to the request.
         """
         where = self.where(reply)
-        found = read_reply(reply, self.asked, where=where, base=self.base)
+        found = read_reply(reply, self.spec, where=where, base=self.base)
         if self.bound is not None:
             self.bound.check(found.parts(), found.metrics, where=where)
         if self.weights is None:
@@ -202,37 +202,37 @@ def accepted(
     client's name, and has no other effect. After ``first`` accepted replies, no other is waited
     for. No reference to a reply is kept here.
     """
-    taken = 0
+    count = 0
     for batch in batches:
-        ready = _checked(batch, intake, tally, most=first - taken)
+        ready = _checked(batch, intake, tally, limit=first - count)
         del batch
-        taken += len(ready)
+        count += len(ready)
         kept = deque(intake.checkpointer.accept([reply for reply, _ in ready]))
         founds = deque(found for _, found in ready)
         del ready
         while kept:
             yield _as_kept(kept.popleft(), founds.popleft())
-        if taken == first:
+        if count == first:
             return
 
 
 def _checked(
-    batch: Sequence[Message], intake: Intake, tally: Tally, *, most: int
+    batch: Sequence[Message], intake: Intake, tally: Tally, *, limit: int
 ) -> list[tuple[Message, Reply]]:
-    """Returns a batch's first ``most`` replies that pass every check, and counts those that fail.
+    """Returns a batch's first ``limit`` replies that pass every check, and counts those that fail.
 
     Replies after these are ignored.
     """
     ready: list[tuple[Message, Reply]] = []
     for reply in batch:
-        if len(ready) == most:
+        if len(ready) == limit:
             break
         if reply.has_error():
             code, reason = failure_of(reply)
             if code in DECLINES and not intake.budgets:
                 code = REFUSED
             node = reply.metadata.src_node_id
-            tally.failure(code, intake.peers.said(node, reason))
+            tally.failure(code, intake.peers.failure_text(node, reason))
             if code in DECLINES:
                 tally.spent_nodes.add(node)
             continue
@@ -259,12 +259,12 @@ def _refuse(reply: Message, intake: Intake, tally: Tally, reason: str) -> None:
         intake.on_note(
             f"Dropped from the journal, where an earlier process had stored it: {reason}"
         )
-    intake.peers.refused(reply.metadata.src_node_id, reason)
+    intake.peers.rejected(reply.metadata.src_node_id, reason)
     tally.refuse(reason)
 
 
 def collect(
-    taken: Iterable[tuple[Message, Reply]],
+    updates: Iterable[tuple[Message, Reply]],
     aggregation: Aggregation,
     tally: Tally,
     *,
@@ -274,7 +274,7 @@ def collect(
 
     ``uniform`` gives all the same weight.
     """
-    for reply, found in taken:
+    for reply, found in updates:
         weight = 1 if uniform else found.num_examples
         aggregation.add(WeightedUpdate(reply, found, weight))
         tally.count(found.num_examples, found.metrics)
@@ -303,7 +303,7 @@ def collect_in_place(
     for code, reason in folded.failures:
         tally.failure(code, reason)
     sent = payload_bytes(instruction)  # an update has the same layout, so the same size
-    for num_examples, metrics in folded.taken:
+    for num_examples, metrics in folded.updates:
         tally.count(num_examples, metrics)
         tally.bytes_up += sent
     aggregation.merge(folded.total)

@@ -59,7 +59,7 @@ def instruction_in_place(
     own, number = federation.chosen.own, progress.round + 1
     if own is None:  # one of Flower's: it sends every node the same content
         return instructions(federation, progress, layout, nodes[:1])[0], {}
-    content, configs = own.tell(
+    content, configs = own.content_of_round(
         number, weights_record(progress.weights), _config(progress, layout), nodes
     )
     return Message(content, nodes[0], MessageType.TRAIN), dict(configs)

@@ -22,7 +22,7 @@ from server.rounds.client_privacy.mechanism import draw, draws_of, epsilon, prot
 from server.rounds.client_privacy.protection import Protection
 from server.rounds.cohort import Cohort, select
 from server.rounds.endings import end_early, is_over
-from server.rounds.evaluation.evaluate import is_better, judge_round
+from server.rounds.evaluation.evaluate import evaluate_round, is_better
 from server.rounds.federation import Federation
 from server.rounds.inbound import Tally
 from server.rounds.strategies.state import strategy_state_of
@@ -53,9 +53,9 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     """
     checkpointer, layout = federation.checkpointer, layout_of(model.model)
     start = federation.start
-    progress = _in_send_buffer(start.progress if start else _beginning(federation, model))
+    progress = _in_send_buffer(start.progress if start else _initial_progress(federation, model))
     records = list(start.records) if start else []
-    most = _most_of(*(each.epsilon_max for each in records))
+    epsilon_max = _largest(*(each.epsilon_max for each in records))
     unpack(progress.weights, model.model)
     checkpointer.commit(progress, None)
     while True:
@@ -74,7 +74,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
                 progress = replace(progress, over=True)
                 checkpointer.commit(progress, None)
                 continue
-            metrics, judged_on = judge_round(federation, model, layout, progress, arrays)
+            metrics, judged_on = evaluate_round(federation, model, layout, progress, arrays)
         except Exception:
             checkpointer.fail(progress)
             raise
@@ -82,8 +82,8 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         protection = released.protection
         spent = epsilon(federation.run, protection, rounds=number) if protection else None
         record = _record(federation, number, seconds, tally, metrics, judged_on, sent)
-        most = _most_of(most, record.epsilon_max)
-        record = federation.annotate(replace(record, epsilon_max=most, client_epsilon=spent))
+        epsilon_max = _largest(epsilon_max, record.epsilon_max)
+        record = federation.annotate(replace(record, epsilon_max=epsilon_max, client_epsilon=spent))
         records.append(record)
         federation.on_round(record)
         better = is_better(federation.primary, records, progress.best_round)
@@ -105,29 +105,29 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
 
 
 def _draw_cohort(federation: Federation, progress: Progress) -> Cohort:
-    there, number = federation.nodes(), progress.round + 1
+    connected, number = federation.nodes(), progress.round + 1
     if progress.protection is not None:
         draws = draws_of(federation.randomness, "cohort", number)
-        nodes = draw(federation.run, progress.protection, there, draws, number=number)
+        nodes = draw(federation.run, progress.protection, connected, draws, number=number)
     else:
-        there = _unspent_first(there, progress.spent, federation.cohort)
-        size = max(federation.cohort, min(federation.asked, len(there)))
-        nodes = select(there, size, seed=federation.run.seed, words=("round", number))
+        connected = _unspent_first(connected, progress.spent, federation.cohort)
+        size = max(federation.cohort, min(federation.selection_size, len(connected)))
+        nodes = select(connected, size, seed=federation.run.seed, words=("round", number))
     return Cohort(nodes, federation.peers.weights(nodes))
 
 
-def _unspent_first(there: Sequence[int], spent: Collection[int], cohort: int) -> Sequence[int]:
+def _unspent_first(connected: Sequence[int], spent: Collection[int], cohort: int) -> Sequence[int]:
     """Returns online nodes whose privacy budget is not known to be spent.
 
     Where they are fewer than a cohort, nodes with a spent budget fill it up.
     """
     if not spent:
-        return there
-    rest = [node for node in there if node not in spent]
-    return [*rest, *(node for node in there if node in spent)][: max(cohort, len(rest))]
+        return connected
+    rest = [node for node in connected if node not in spent]
+    return [*rest, *(node for node in connected if node in spent)][: max(cohort, len(rest))]
 
 
-def _beginning(federation: Federation, model: FullModel) -> Progress:
+def _initial_progress(federation: Federation, model: FullModel) -> Progress:
     run, weights, protection = federation.run, pack(model.model), None
     if run.client_private:
         clients = max(federation.clients, len(federation.nodes()), federation.cohort)
@@ -155,9 +155,9 @@ def _in_send_buffer(progress: Progress) -> Progress:
     return replace(progress, weights=weights, best=best)
 
 
-def _most_of(*told: float | None) -> float | None:
+def _largest(*epsilons: float | None) -> float | None:
     """Returns the largest epsilon that any client reported; None where none reported one."""
-    return max((epsilon for epsilon in told if epsilon is not None), default=None)
+    return max((epsilon for epsilon in epsilons if epsilon is not None), default=None)
 
 
 def _record(
@@ -173,7 +173,7 @@ def _record(
         round=number,
         rounds=federation.run.federation.rounds,
         seconds=seconds,
-        cohort=tally.asked,
+        cohort=tally.selected,
         updates=tally.updates,
         declined=tally.declined,
         failed=tally.failed,

@@ -22,9 +22,9 @@ from fedcore.training.evaluate import BATCH_SIZE
 from fedcore.updates.messages import CONFIG, STATISTICS
 from fedcore.updates.replies import read_reply
 from server.cloud import CloudData
-from server.rounds.expected import SQUARES, SUM, asked_for_sums
+from server.rounds.expected import SQUARES, SUM, sums_spec
 from server.rounds.inbound import failure_of
-from server.rounds.outliers import DECIDES, FAR, LEAST
+from server.rounds.outliers import DOMINATES, MAX_SPREADS, MIN_CLIENTS
 from server.rounds.peers import Peers
 
 Sums = tuple[int, NDArray[np.float64], NDArray[np.float64]]
@@ -95,12 +95,12 @@ def _from_clients(
     for reply in sorted(replies, key=lambda reply: reply.metadata.src_node_id):
         node = reply.metadata.src_node_id
         if reply.has_error():
-            reasons.append(peers.said(node, failure_of(reply)[1]))
+            reasons.append(peers.failure_text(node, failure_of(reply)[1]))
             continue
         try:
             found.append((peers.name(node), _read_sums(reply, shape, peers.name(node))))
         except InvalidUpdate as error:
-            peers.refused(node, str(error))
+            peers.rejected(node, str(error))
             reasons.append(str(error))
     far = _outlying([sums for _, sums in found])
     kept = [sums for (_, sums), out in zip(found, far, strict=True) if not out]
@@ -132,7 +132,7 @@ def _outlying(found: Sequence[Sums]) -> NDArray[np.bool_]:
     it out would change the result much: a client may have most of the examples if they resemble the
     others'.
     """
-    if len(found) < LEAST:
+    if len(found) < MIN_CLIENTS:
         return np.zeros(len(found), np.bool_)
     counts = np.array([[count] for count, _, _ in found], np.float64)
     totals = np.array([total.ravel() for _, total, _ in found])
@@ -141,7 +141,7 @@ def _outlying(found: Sequence[Sums]) -> NDArray[np.bool_]:
     usual = np.median(sizes, axis=0)
     usual = np.where(usual > 0, usual, usual.max(initial=0.0))
     away = np.maximum(np.abs(means - np.median(means, axis=0)), sizes)
-    far = np.logical_and(away > FAR * usual, usual > 0).any(axis=1, keepdims=True)
+    far = np.logical_and(away > MAX_SPREADS * usual, usual > 0).any(axis=1, keepdims=True)
     kept = np.where(far, 0.0, counts)
     others = kept.sum() - kept
     total, squared = (np.where(far, 0.0, one) for one in (totals, squares))
@@ -150,7 +150,7 @@ def _outlying(found: Sequence[Sums]) -> NDArray[np.bool_]:
         without = (total.sum(axis=0) - total) / others
         size_without = np.sqrt(np.maximum(squared.sum(axis=0) - squared, 0.0) / others)
     moved = np.maximum(np.abs(mean - without), np.abs(size - size_without))
-    decides = np.logical_and(moved > DECIDES * usual, usual > 0).any(axis=1, keepdims=True)
+    decides = np.logical_and(moved > DOMINATES * usual, usual > 0).any(axis=1, keepdims=True)
     out: NDArray[np.bool_] = np.logical_or(far, decides)[:, 0]
     return out
 
@@ -162,7 +162,7 @@ def _read_sums(reply: Message, shape: tuple[int, ...], name: str) -> Sums:
         InvalidUpdate: no inputs of a magnitude that training supports have such sums.
     """
     where = f"sums from {name}"
-    read = read_reply(reply, asked_for_sums(shape), where=where)
+    read = read_reply(reply, sums_spec(shape), where=where)
     count, total, squares = read.num_examples, read.values(SUM), read.values(SQUARES)
     if not (squares >= 0).all() or not (squares <= count * _LARGEST_INPUT**2).all():
         raise InvalidUpdate(

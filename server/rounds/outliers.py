@@ -5,13 +5,13 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-LEAST = 3
+MIN_CLIENTS = 3
 """Smallest number of clients among which an outlier can be identified."""
-FAR = 30.0
+MAX_SPREADS = 30.0
 """Distance from the median, in spreads, beyond which a value is an outlier. No honest client of
 a federation has been observed beyond it."""
 
-DECIDES = 3.0
+DOMINATES = 3.0
 """A client that moves a mean by this many times the usual magnitude determines it by itself."""
 
 
@@ -26,13 +26,13 @@ def outlying(values: NDArray[np.float64]) -> NDArray[np.bool_]:
         values: Shape ``(N, D)``, finite.
 
     Returns:
-        Shape ``(N,)``; all False where ``N`` is less than `LEAST`.
+        Shape ``(N,)``; all False where ``N`` is less than `MIN_CLIENTS`.
     """
-    if len(values) < LEAST:
+    if len(values) < MIN_CLIENTS:
         return np.zeros(len(values), np.bool_)
     middle = np.median(values, axis=0)
     away = np.abs(values - middle)
     spread = np.median(away, axis=0) + 0.1 * np.abs(middle)
-    far = np.logical_and(away > FAR * spread, spread > 0)
+    far = np.logical_and(away > MAX_SPREADS * spread, spread > 0)
     found: NDArray[np.bool_] = np.any(far, axis=1)
     return found

@@ -21,10 +21,10 @@ class Peers(Protocol):
         None where each reply weighs the number of examples that its client reports.
         """
 
-    def said(self, node_id: int, reason: str) -> str:
+    def failure_text(self, node_id: int, reason: str) -> str:
         """Returns a node's failure reason as one line that names the node."""
 
-    def refused(self, node_id: int, reason: str) -> None:
+    def rejected(self, node_id: int, reason: str) -> None:
         """Callback when a reply of a node is rejected for ``reason``."""
 
 
@@ -42,9 +42,9 @@ class NumberedPeers:
     def weights(self, nodes: Sequence[int]) -> None:
         """Returns None: each reply weighs what its client reports."""
 
-    def said(self, node_id: int, reason: str) -> str:
+    def failure_text(self, node_id: int, reason: str) -> str:
         """Returns the reason unchanged: virtual clients name themselves in it."""
         return reason
 
-    def refused(self, node_id: int, reason: str) -> None:
+    def rejected(self, node_id: int, reason: str) -> None:
         """Does nothing: the round's own error or note reports the rejection."""

@@ -28,8 +28,8 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int, *, other
         RoundFailed: clients failed for different reasons, or did not reply.
         FedcoreError: every client replied, and all failures are of this kind.
     """
-    willing = tally.asked - tally.declined
-    needed, whole = _of(quorum, min(willing, cohort)), _of(quorum, min(tally.asked, cohort))
+    willing = tally.selected - tally.declined
+    needed, whole = _of(quorum, min(willing, cohort)), _of(quorum, min(tally.selected, cohort))
     first, left = number == 1, willing + others
     tally.over = tally.all_declined if first else bool(tally.declined and left < whole)
     if tally.over or tally.updates >= needed:

@@ -27,7 +27,7 @@ from server.rounds.checkpointing.progress import Progress
 from server.rounds.client_privacy.mechanism import Released, bound_of, draws_of, release
 from server.rounds.cohort import Cohort
 from server.rounds.endings import announce
-from server.rounds.expected import asked_to_train
+from server.rounds.expected import update_spec
 from server.rounds.federation import Federation
 from server.rounds.inbound import (
     Intake,
@@ -130,7 +130,7 @@ def _train(this: TrainingRound) -> tuple[Aggregate, Sent]:
     messages.sort(key=lambda message: message.metadata.dst_node_id)
     sent = Sent(messages[0], sum(payload_bytes(message) for message in messages))
     intake = Intake(
-        asked_to_train(run, this.layout),
+        update_spec(run, this.layout),
         checkpointer=federation.checkpointer,
         peers=federation.peers,
         base=weights if this.norm else None,
@@ -238,7 +238,7 @@ def _others(federation: Federation, progress: Progress, nodes: Sequence[int], ta
     """
     if not tally.declined or (tally.all_declined and not federation.live):
         return 0
-    there = federation.nodes()
+    connected = federation.nodes()
     if not federation.live:
-        return len(there) - len(nodes)
-    return len(set(there).difference(nodes, progress.spent))
+        return len(connected) - len(nodes)
+    return len(set(connected).difference(nodes, progress.spent))

@@ -34,7 +34,7 @@ from server.simulation.virtual.state import Choice, SimulationState
 MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB and six vectors of a strategy
 _FORMAT = 3
 _DIGEST, _STATE, _EVENTS, _PROGRESS = "sha256", "state", "events", "progress"
-Told = Noted | RoundFinished
+StoredEvent = Noted | RoundFinished
 Arrays = dict[str, NDArray[Any]]
 
 
@@ -45,7 +45,7 @@ class Checkpoint:
     identity: Mapping[str, Any]
     """Identity of the run, see `server.rounds.checkpointing.run_identity`."""
     progress: Progress
-    told: Sequence[Told]
+    events: Sequence[StoredEvent]
     """Events that rounds emitted, in order."""
     state: SimulationState
     elapsed_s: float
@@ -54,7 +54,7 @@ class Checkpoint:
     @property
     def start(self) -> Start:
         """State from which the rounds resume."""
-        rounds = (event for event in self.told if isinstance(event, RoundFinished))
+        rounds = (event for event in self.events if isinstance(event, RoundFinished))
         return Start(self.progress, tuple(decode_record(event.values) for event in rounds))
 
 
@@ -68,7 +68,7 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     arrays: Arrays = {
         **progress.arrays,
         _STATE: _json(_state(checkpoint) | {_PROGRESS: progress.doc}),
-        _EVENTS: _json([_told(event) for event in checkpoint.told]),
+        _EVENTS: _json([_encode_event(event) for event in checkpoint.events]),
     }
     arrays[_DIGEST] = _digest(arrays)
     write_atomic(path, save(arrays))
@@ -126,7 +126,7 @@ def _state(checkpoint: Checkpoint) -> dict[str, Any]:
     }
 
 
-def _told(event: Told) -> Any:
+def _encode_event(event: StoredEvent) -> Any:
     return event.text if isinstance(event, Noted) else event.values
 
 
@@ -134,11 +134,11 @@ def _checkpoint(arrays: Arrays) -> Checkpoint:
     held = json.loads(arrays[_STATE].tobytes())
     if held["format"] != _FORMAT:
         raise ValueError(f"format {held['format']}, expected {_FORMAT}")
-    told = json.loads(arrays[_EVENTS].tobytes())
+    events = json.loads(arrays[_EVENTS].tobytes())
     return Checkpoint(
         identity=held["identity"],
         progress=decode_progress(held[_PROGRESS], arrays),
-        told=[Noted(one) if isinstance(one, str) else RoundFinished(one) for one in told],
+        events=[Noted(one) if isinstance(one, str) else RoundFinished(one) for one in events],
         state=SimulationState(
             ledgers={name: _ledger(charges) for name, charges in held["ledgers"].items()},
             rounds=Counter(held["rounds"]),

@@ -18,15 +18,15 @@ from server.records import RoundRecord
 from server.report.folder import CHECKPOINT
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort
-from server.simulation.checkpoint import Checkpoint, Told, write_checkpoint
+from server.simulation.checkpoint import Checkpoint, StoredEvent, write_checkpoint
 from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import SimulationState
 
 FAILED = "failed"
 """Folder for checkpoints from before rounds in which clients failed."""
 _EVERY_S = 30.0
-_MOST_OF_TIME = 0.05  # largest share of time spent on writing
-_MOST_FAILED = 8  # checkpoints in `FAILED`
+_MAX_TIME_SHARE = 0.05  # largest share of time spent on writing
+_MAX_FAILED = 8  # checkpoints in `FAILED`
 
 
 @dataclass(frozen=True)
@@ -50,7 +50,7 @@ class FileCheckpointer:
         clients: Sequence[str],
         *,
         state: SimulationState,
-        told: Sequence[Told],
+        events: Sequence[StoredEvent],
         stopping: Asked,
         command: str,
         elapsed_s: float,
@@ -63,7 +63,7 @@ class FileCheckpointer:
             identity: Identity of the run, see `server.rounds.checkpointing.run_identity`.
             clients: Names, in the order of their nodes.
             state: State of the clients; read at each commit, as rounds change it.
-            told: Events that rounds emitted; read at each commit, as rounds append to it.
+            events: Events that rounds emitted; read at each commit, as rounds append to it.
             stopping: Whether the run should stop after the current round.
             command: Command line of this run, for advice.
             elapsed_s: Duration of the rounds before this process started.
@@ -73,25 +73,25 @@ class FileCheckpointer:
         self._identity = identity
         self._clients = clients
         self._state = state
-        self._told = told
+        self._events = events
         self._stopping = stopping
         self._command = command
         self._clock = clock
         self._began_s = clock() - elapsed_s
         self._due_s = clock()
-        self._told_before = len(told)
+        self._events_before = len(events)
         self._stop = False
         self._cohort: _Cohort | None = None
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         """Writes a checkpoint if one is due, if the run has ended, or if it should stop."""
-        self._told_before, self._cohort = len(self._told), None
+        self._events_before, self._cohort = len(self._events), None
         self._stop = self._stopping()
         if self._stop or progress.over or self._clock() >= self._due_s:
             started_s = self._clock()
             write_checkpoint(self._folder / CHECKPOINT, self._before(progress))
             took_s = self._clock() - started_s
-            self._due_s = self._clock() + max(_EVERY_S, took_s / _MOST_OF_TIME)
+            self._due_s = self._clock() + max(_EVERY_S, took_s / _MAX_TIME_SHARE)
 
     def wait_if_paused(self, progress: Progress) -> None:
         """Does nothing: nobody pauses a simulation."""
@@ -131,7 +131,7 @@ class FileCheckpointer:
         folder, number = self._folder / FAILED, progress.round + 1
         write_checkpoint(folder / f"round-{number}.safetensors", self._before(progress))
         kept = sorted(folder.glob("round-*.safetensors"), key=lambda path: path.stat().st_mtime)
-        for path in kept[:-_MOST_FAILED]:
+        for path in kept[:-_MAX_FAILED]:
             path.unlink()
         names = self._cohort.names if self._cohort else {}
         starts = {f"client {name!r}:": name for name in names.values()}
@@ -156,5 +156,5 @@ class FileCheckpointer:
             rounds.update({name: cohort.rounds[name] - rounds[name] for name in cohort.rounds})
             state = SimulationState(ledgers, +rounds, cohort.clock_s, state.choice)
         elapsed_s = self._clock() - self._began_s
-        told = self._told[: self._told_before]
-        return Checkpoint(self._identity, progress, told, state, elapsed_s)
+        events = self._events[: self._events_before]
+        return Checkpoint(self._identity, progress, events, state, elapsed_s)

@@ -11,7 +11,7 @@ from fedcore.training.evaluate import evaluate
 from server.records import ClientRecord
 from server.simulation.virtual.state import SimulationState
 
-MOST = 1000
+MAX_CLIENTS = 1000
 """Maximum number of clients evaluated; reading all clients' data again could take as long as the
 run."""
 
@@ -23,12 +23,12 @@ def client_records(
     state: SimulationState,
     data: Folder,
 ) -> tuple[ClientRecord, ...]:
-    """Returns a record per client that took part, for the first `MOST` by name.
+    """Returns a record per client that took part, for the first `MAX_CLIENTS` by name.
 
     Leaves out clients whose data cannot be read or evaluated.
     """
     records = []
-    for name in sorted(state.rounds)[:MOST]:
+    for name in sorted(state.rounds)[:MAX_CLIENTS]:
         judged = _judged(task, model, name, data)
         if judged is None:
             continue

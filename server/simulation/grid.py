@@ -95,7 +95,7 @@ class SimulatedGrid(LazyGrid):
             }
             answers, _ = self._carry_out(RoundTask(kind, content, configs), list(asked), deadline_s)
             for answer in answers:
-                message = asked[answer.asked.node]
+                message = asked[answer.client.node]
                 if answer.content is not None:
                     yield Message(answer.content, reply_to=message)
                 elif answer.error is not None:
@@ -114,14 +114,14 @@ class SimulatedGrid(LazyGrid):
         for answer in answers:
             self._tell(answer)
             if answer.ledger is not None:
-                self._state.ledgers[answer.asked.name] = answer.ledger
+                self._state.ledgers[answer.client.name] = answer.ledger
         if training:
             answers = self._advance(answers, deadline_s)
         return answers, total
 
     def _tell(self, answer: ClientOutcome) -> None:
         """Logs, once per client, that examples counted as zero: they will in each round."""
-        name = answer.asked.name
+        name = answer.client.name
         if not answer.skipped or name in self._told:
             return
         self._told.add(name)
@@ -148,7 +148,7 @@ class SimulatedGrid(LazyGrid):
             return list(answers)
         names = {one.client for one in enough}
         return [
-            one if one.error or one.asked.name in names else replace(one, content=None)
+            one if one.error or one.client.name in names else replace(one, content=None)
             for one in answers
         ]
 

@@ -9,7 +9,7 @@ from fedcore.config.run import RunConfig
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
 from server.evaluation import ClientScores
-from server.rounds.evaluation.judging import Judge, Judgement, Weigh, judges, judging_app
+from server.rounds.evaluation.judging import Judge, Judgement, MeasureOnnx, draw_judges, judging_app
 from server.simulation.evaluating import Unmeasured, answers_of, measure_clients
 from server.simulation.federate import federate
 from server.simulation.virtual.state import SimulationState
@@ -51,26 +51,26 @@ def measure_onnx_in_simulation(
     owner: OwnerPolicy,
     clients: Sequence[str],
     on_note: Callable[[str], None],
-) -> Weigh:
+) -> MeasureOnnx:
     """Returns a function that has virtual clients measure an ONNX file on their held-out data.
 
     It runs the file as devices do. A client that fails is noted once, and left out.
     """
-    names = [clients[place] for place in judges(run, range(len(clients)))]
-    told, primary = set[str](), task.primary.name
+    names = [clients[place] for place in draw_judges(run, range(len(clients)))]
+    noted, primary = set[str](), task.primary.name
 
-    def weigh(onnx: bytes) -> Mapping[str, tuple[int, float]]:
+    def measure_onnx(onnx: bytes) -> Mapping[str, tuple[int, float]]:
         answer, found = answers_of(onnx, threads=run.serving.threads), {}
         for each in measure_clients(run, task, owner, names, answer, "heldout"):
             if isinstance(each, ClientScores) and primary in each.metrics:
                 found[each.client] = (each.examples, each.metrics[primary])
                 continue
-            if each.client not in told:
+            if each.client not in noted:
                 why = f"its {primary} is not finite"
                 if isinstance(each, Unmeasured):
                     why = each.reason
-                on_note(f"client {each.client!r} weighs no candidate: {why}")
-            told.add(each.client)
+                on_note(f"client {each.client!r} did not measure a candidate: {why}")
+            noted.add(each.client)
         return found
 
-    return weigh
+    return measure_onnx

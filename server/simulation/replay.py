@@ -33,8 +33,8 @@ from server.report.folder import CHECKPOINT
 from server.rounds.checkpointing.checkpointer import NoCheckpoints
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.checkpointing.run_identity import TASK, changes, check_same, identity_of
-from server.rounds.cohort import asked_for, select
-from server.rounds.expected import asked_to_train
+from server.rounds.cohort import select, selection_size
+from server.rounds.expected import update_spec
 from server.rounds.federation import Federation
 from server.rounds.inbound import payload_bytes
 from server.rounds.instructions import instructions
@@ -166,7 +166,7 @@ def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> ReplayTarget:
         )
     nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + len(clients))
     size = run.federation.cohort or len(clients)
-    size = min(asked_for(run, size, simulated=True), len(clients))
+    size = min(selection_size(run, size, simulated=True), len(clients))
     cohort = select(nodes, size, seed=run.seed, words=("round", int(number)))
     node = FIRST_NODE_ID + clients.index(client)
     if node not in cohort:
@@ -269,7 +269,7 @@ def _train_alone(
     try:
         with one_thread():
             reply = handle(message, context)
-        asked = asked_to_train(client.run, client.resident.layout)
+        asked = update_spec(client.run, client.resident.layout)
         update = read_reply(reply, asked, where=f"update from client {wanted.client!r}")
     except (Exception, SystemExit) as error:  # any error: it is what the user asks for
         _, reason = error_of(wanted.client, error, hide=False)
@@ -327,7 +327,7 @@ def _instruction(
             cohort=len(wanted.cohort),
             metrics=tuple(task.metrics),
             randomness=Simulated(run.seed),
-            judge=None,
+            evaluate_on_cloud=None,
             on_round=lambda record: None,
             on_note=lambda note: None,
         ),

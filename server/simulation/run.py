@@ -29,7 +29,7 @@ from server.rounds.app import Listener, Outcome, outcome_of, server_app
 from server.rounds.checkpointing.checkpointer import RoundCheckpointer
 from server.rounds.checkpointing.run_identity import identity_of
 from server.rounds.evaluation.judging import clients_judge
-from server.simulation.checkpoint import Checkpoint, Told
+from server.simulation.checkpoint import Checkpoint, StoredEvent
 from server.simulation.checkpointer import FileCheckpointer
 from server.simulation.clients import client_records
 from server.simulation.federate import federate
@@ -84,9 +84,11 @@ def run_pipeline(
         "none" if run.privacy.unit == "none" else "simulated",
     )
     if clients_judge(run):
-        asked = (run, task, owner, prepared.clients, story.note)
+        arguments = (run, task, owner, prepared.clients, story.note)
         trained = replace(
-            trained, judge=judge_in_simulation(*asked), weigh=measure_onnx_in_simulation(*asked)
+            trained,
+            judge=judge_in_simulation(*arguments),
+            measure_onnx=measure_onnx_in_simulation(*arguments),
         )
     return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
 
@@ -119,12 +121,12 @@ def run_federated_part(
         FedcoreError: a round failed; a checkpoint from before it is kept.
         KeyboardInterrupt: the user stopped the run; a checkpoint is kept.
     """
-    told: list[Told] = list(resumed.told) if resumed else []
+    events: list[StoredEvent] = list(resumed.events) if resumed else []
     state = resumed.state if resumed else SimulationState()
     to_choose, hired = state.choice is None, list[int]()
 
-    def tell(event: Told) -> None:
-        told.append(event)
+    def tell(event: StoredEvent) -> None:
+        events.append(event)
         emit(event)
 
     def on_choice(choice: Choice, workers: int) -> None:
@@ -143,7 +145,7 @@ def run_federated_part(
                 identity_of(run, owner),
                 prepared.clients,
                 state=state,
-                told=told,
+                events=events,
                 stopping=stopping,
                 command=command,
                 elapsed_s=resumed.elapsed_s if resumed else 0.0,
@@ -170,7 +172,7 @@ def run_federated_part(
     if state.choice is not None:
         workers = hired[-1] if hired else None
         training = TrainingRecord(**asdict(state.choice), workers=workers)
-    notes = tuple(event.text for event in told if isinstance(event, Noted))
+    notes = tuple(event.text for event in events if isinstance(event, Noted))
     return SimulatedRounds(outcome, state, training, notes)
 
 
@@ -183,7 +185,7 @@ def run_simulated_rounds(
     state: SimulationState,
     resumed: Checkpoint | None,
     checkpointer: RoundCheckpointer,
-    tell: Callable[[Told], None],
+    tell: Callable[[StoredEvent], None],
     on_choice: Callable[[Choice, int], None],
 ) -> Outcome:
     """Runs rounds from ``resumed`` and ``state`` on, until the last or until asked to stop."""

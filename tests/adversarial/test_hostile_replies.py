@@ -34,7 +34,7 @@ from server.live.journal.journal import create
 from server.live.rounds.journaled import JournalCheckpointer
 from server.rounds.aggregation.norm_bound import NormBound
 from server.rounds.checkpointing.checkpointer import NoCheckpoints
-from server.rounds.expected import asked_for_sums, asked_to_evaluate, asked_to_train
+from server.rounds.expected import evaluation_spec, sums_spec, update_spec
 from server.rounds.inbound import Intake, Tally, accepted
 from tests.unit.server.live.journal.journals import signed
 from tests.unit.server.rounds.aggregating import fold, hold
@@ -50,12 +50,12 @@ PRIVATE = RunConfig.model_validate(
     {"name": "run", "task": "task.py", "privacy": {"unit": "both", "client": {"clip_norm": 1.0}}}
 )
 QUESTIONS = (
-    asked_to_train(RUN, LAYOUT),
-    asked_to_train(PRIVATE, LAYOUT),
-    asked_to_evaluate([ACCURACY, RMSE]),
-    asked_for_sums((2, 3)),
+    update_spec(RUN, LAYOUT),
+    update_spec(PRIVATE, LAYOUT),
+    evaluation_spec([ACCURACY, RMSE]),
+    sums_spec((2, 3)),
 )
-MOST_SAID = 2000  # characters of a line of the log
+MAX_SAID = 2000  # characters of a line of the log
 
 
 @pytest.fixture(autouse=True)
@@ -203,7 +203,7 @@ ERRORS = st.builds(
 
 
 def can_be_printed(text: str) -> bool:
-    return text.isprintable() and len(text) <= MOST_SAID and bool(text.encode())
+    return text.isprintable() and len(text) <= MAX_SAID and bool(text.encode())
 
 
 @settings(

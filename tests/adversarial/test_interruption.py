@@ -183,11 +183,11 @@ def test_a_rotation_that_is_killed_at_any_step_is_finished_or_never_was(world: A
     assert refused == 1
 
 
-def limited(work: Callable[[], object], most_bytes: int) -> Callable[[], int]:
+def limited(work: Callable[[], object], max_bytes: int) -> Callable[[], int]:
     """``work`` on a disk that takes no file above a size; 0 when it says `DiskFull`."""
 
     def run() -> int:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (most_bytes, most_bytes))
+        resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes))
         try:
             work()
         except DiskFull as error:

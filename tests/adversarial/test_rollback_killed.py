@@ -46,7 +46,7 @@ def begun(root: Path) -> None:
     with closing(create(folder, IDENTITY)) as journal:
         for number in range(6):
             journal.commit(progress(number, LARGE), record(number) if number else None)
-        journal.ask("train", Cohort([4, 7], dict.fromkeys([4, 7], 1)))
+        journal.record_cohort("train", Cohort([4, 7], dict.fromkeys([4, 7], 1)))
         journal.accept(answer(asked(4), 0.5, LARGE))
 
 
@@ -63,7 +63,7 @@ def state(root: Path) -> tuple[Any, ...]:
     journal = reopen(folder)
     assert journal is not None
     with closing(journal):
-        assert journal.mended == ""
+        assert journal.repairs == ""
         assert not [*folder.glob("*.damaged")]
         assert journal.start is not None
         now, reply = journal.start.progress, journal.reply(asked(4))
@@ -74,7 +74,7 @@ def state(root: Path) -> tuple[Any, ...]:
             now.best.tobytes(),
             journal.start.records,
             journal.rounds_kept(),
-            journal.asked("train"),
+            journal.selected_cohort("train"),
             [array.numpy().tobytes() for array in arrays],
         )
 

@@ -28,7 +28,7 @@ _GOES_ON_S = 0.5
 """How long a command goes on that has reached what it was waited for."""
 _SAID = r"damag|restored from|moved aside|(done|written|computed|created) again|not match"
 """What a command may say of a file that it mends or does without."""
-_MOST_LINE_BYTES = 2048
+_MAX_LINE_BYTES = 2048
 _CODES = frozenset(range(12)) | {130}
 _VARIES = re.compile(
     r"\d+\.\d+(e-?\d+)?|\d{4}-\d\d-\d\d[T ]\d\d:\d\d(:\d\d)?(\.\d+)?(Z| UTC)?|[0-9a-f]{16,}|"
@@ -185,7 +185,7 @@ def verdict(done: Done, usual: Done, name: str) -> tuple[str, str]:
     if "Traceback" in said or done.code not in _CODES:
         return "wrong", f"exit {done.code}: {said[-800:]!r}"
     for line in done.err.splitlines():
-        if not line.isprintable() or len(line.encode()) >= _MOST_LINE_BYTES:
+        if not line.isprintable() or len(line.encode()) >= _MAX_LINE_BYTES:
             return "wrong", f"a line that no terminal or log can take: {line[:200]!r}"
     if done.peak_bytes > usual.peak_bytes + GROWTH_BYTES:
         return "wrong", f"it took {done.peak_bytes >> 20} MiB, and {usual.peak_bytes >> 20} usually"

@@ -37,7 +37,7 @@ from fedcore.updates.pack import layout_of
 from server.live.journal.journal import create
 from server.live.operators.drained import write_drained
 from server.operator_log import AUDIT, Audit
-from server.report.folder import mark_again
+from server.report.folder import restore_mark
 from server.rounds.checkpointing.run_identity import identity_of
 from server.rounds.cohort import Cohort
 from server.rounds.strategies.flower import make_strategy
@@ -178,7 +178,7 @@ def _build_server(root: Path) -> None:
     write_drained(root / "server", ["edge-2"])
     project.server().roster()  # whose version it notes
     folder = root / "runs" / "trial"
-    mark_again(folder, run)
+    restore_mark(folder, run)
     journal = folder / "journal"
     assume_identity(1)
     task = load_task(project.task)
@@ -188,7 +188,7 @@ def _build_server(root: Path) -> None:
     with closing(create(journal, identity_of(run, OPEN_POLICY))) as begun:
         begun.commit(progress(0, size, **same), None)
         for number in (1, 2):
-            begun.ask("train", Cohort([5, 6], dict.fromkeys([5, 6], 7)))
+            begun.record_cohort("train", Cohort([5, 6], dict.fromkeys([5, 6], 7)))
             begun.accept(answer(asked(5), number, size))
             begun.commit(progress(number, size, **same), record(number))
 

@@ -99,7 +99,7 @@ def main() -> int:
     control = Control(run, identity=options.identity, results=options.runs / run.name)
     try:
         whole = run_deployment(
-            deployment, control, sys.stdout, randomness=Simulated(run.seed), reached=reached
+            deployment, control, sys.stdout, randomness=Simulated(run.seed), on_point=reached
         )
     except FedcoreError as error:
         say("refused", type(error).__name__, error)

@@ -239,7 +239,7 @@ def test_weights_that_all_are_sent_are_held_once(fleet: Fleet, tmp_path: Path) -
     (spool,) = {path.parent for path in tmp_path.rglob("*") if path.is_file()}
     assert 400_000 < sum(path.stat().st_size for path in spool.iterdir()) < 1.1 * 400_000
     assert fleet.store.get(next(spool.iterdir()).name) == next(spool.iterdir()).read_bytes()
-    fleet.forget(list(fleet.asked))
+    fleet.forget(list(fleet.pending))
     assert list(spool.iterdir()) == []
 
 
@@ -372,7 +372,7 @@ class Nobody:
     def wake(self, node_ids: Any) -> None:
         list(node_ids)
 
-    def absent_s(self, node_id: int) -> float:
+    def offline_s(self, node_id: int) -> float:
         return 60.0
 
 
@@ -383,7 +383,7 @@ def test_a_grid_waits_for_nobody_who_is_gone(fleet: Fleet) -> None:
     )
     assert list(grid.send_and_receive([ask()], timeout=30)) == []
     assert len(done) == 1
-    assert not fleet.asked
+    assert not fleet.pending
 
 
 def test_a_grid_ends_with_its_server(fleet: Fleet) -> None:
@@ -396,4 +396,4 @@ def test_a_grid_ends_with_its_server(fleet: Fleet) -> None:
         list(grid.send_and_receive([ask()]))
     with pytest.raises(ServerStopped):
         grid.get_node_ids()
-    assert not fleet.asked, "what was sent is forgotten"
+    assert not fleet.pending, "what was sent is forgotten"

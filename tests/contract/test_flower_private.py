@@ -346,7 +346,7 @@ def test_a_wrapper_takes_what_fedcore_gives_it(name: str) -> None:
 
 def test_no_parameter_that_fedcore_sets_itself_is_gone() -> None:
     taken = {name for n in strategies.strategy_names() for name in parameters(getattr(flower, n))}
-    gone = strategies._OURS - taken
+    gone = strategies._RESERVED_OPTIONS - taken
     assert not gone, (
         f"server/rounds/strategies/flower.py reserves {gone}; Flower has no such parameter"
     )

@@ -30,7 +30,7 @@ from server.rounds.federation import Federation
 from server.rounds.loop import run_rounds
 from server.rounds.strategies.flower import choose_strategy, strategy_names
 from server.rounds.strategies.state import restore_strategy
-from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
+from server.simulation.checkpoint import Checkpoint, StoredEvent, read_checkpoint, write_checkpoint
 from server.simulation.virtual.state import SimulationState
 from tests.contract.own_strategies import EXAMPLES
 
@@ -71,7 +71,7 @@ class Watching(NoCheckpoints):
     def __init__(self, last: int) -> None:
         self._last = last
         self.seen: list[Progress] = []
-        self.told: list[Told] = []
+        self.told: list[StoredEvent] = []
 
     def wait_if_paused(self, progress: Progress) -> None:
         self.seen.append(progress)
@@ -97,7 +97,7 @@ def rounds(name: str, task: Task, checkpointer: Watching, start: Start | None = 
         cohort=6,
         metrics=task.metrics,
         randomness=Simulated(0),
-        judge=None,
+        evaluate_on_cloud=None,
         on_round=lambda record: checkpointer.told.append(RoundFinished(asdict(record))),
         on_note=lambda note: None,
         checkpointer=checkpointer,
@@ -139,7 +139,7 @@ def test_a_journal_brings_back_what_a_strategy_remembers(
     with closing(create(tmp_path, {})) as journal:
         journal.commit(half.seen[0], None)
         for progress, record in zip(half.seen[1:], records, strict=True):
-            journal.ask("train", Cohort(range(10, 16), dict.fromkeys(range(10, 16), 1)))
+            journal.record_cohort("train", Cohort(range(10, 16), dict.fromkeys(range(10, 16), 1)))
             journal.commit(progress, RoundRecord(**record))
     journal = reopen(tmp_path)
     assert journal is not None

@@ -119,7 +119,7 @@ def after_three_rounds(name: str, task: Task, order: Order = list, *, folds: boo
         cohort=6,
         metrics=task.metrics,
         randomness=Simulated(0),
-        judge=None,
+        evaluate_on_cloud=None,
         on_round=lambda record: None,
         on_note=lambda note: None,
     )

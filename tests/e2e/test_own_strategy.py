@@ -101,7 +101,7 @@ def test_a_run_that_is_interrupted_goes_on_bit_for_bit(
 ) -> None:
     (folder / "run.toml").write_text(RUN.replace("WAY", way))
     assert cli.main(["simulate", "run.toml", "--runs", "whole"]) == 0
-    monkeypatch.setenv("STOP_IN", "4")  # the check before a run rehearses three rounds
+    monkeypatch.setenv("STOP_IN", "4")  # the check before a run tries three rounds
     assert cli.main(["simulate", "run.toml", "--runs", "parts"]) == INTERRUPTED
     part = folder / "parts" / "tiny"
     assert (part / CHECKPOINT).is_file()

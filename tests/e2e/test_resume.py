@@ -91,7 +91,7 @@ dropout = 0.1
 # Checkpoints are written at every round, so that there is one to lose at any moment.
 _OFTEN = """
 from server.simulation import checkpointer
-checkpointer._EVERY_S, checkpointer._MOST_OF_TIME = 0.0, 1.0
+checkpointer._EVERY_S, checkpointer._MAX_TIME_SHARE = 0.0, 1.0
 """
 _TIMES = {"seconds", "elapsed_s", "clients_per_s", "remaining_s", "memory_bytes"}
 

@@ -65,7 +65,7 @@ SHARES = {
     "journals": 0.05,
 }
 """Of all inputs. Signatures, and a journal's files, take a hundred times what JSON takes."""
-MOST_SAID = 2000
+MAX_SAID = 2000
 """Characters of an error, and bytes of a line in a log."""
 GROWTH_BYTES = 128 << 20
 """What memory may grow by while one input is read; none has more than two megabytes."""
@@ -116,7 +116,7 @@ class _Lines(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         line = self.format(record)
-        if len(line.encode(errors="surrogatepass")) >= MOST_SAID or not line.isprintable():
+        if len(line.encode(errors="surrogatepass")) >= MAX_SAID or not line.isprintable():
             self.wrong.append(f"a log line of {len(line)} characters: {line[:200]!r}")
         if record.exc_info or len(self.wrong) > 10:
             self.wrong.append(f"a traceback is logged: {line[:200]!r}")
@@ -142,7 +142,7 @@ def outcome(name: str, raw: bytes) -> tuple[str, str]:
     kind, said = type(refusal).__name__, str(refusal)
     assert said, f"{kind} says nothing"
     assert said.isprintable(), f"{kind} cannot be printed: {said[:300]!r}"
-    assert len(said) <= MOST_SAID, f"{kind} of {len(said)} characters: {said[:300]}"
+    assert len(said) <= MAX_SAID, f"{kind} of {len(said)} characters: {said[:300]}"
     return kind, said
 
 

@@ -109,8 +109,8 @@ def read(raw: bytes) -> None:
     held, tree = read_objects(rest)
     announced = AnnouncedMessage(Message(RecordDict(), 7, "train"), tree)
 
-    def pull(object_id: str, most_bytes: int) -> bytes:
-        return held[object_id][:most_bytes]
+    def pull(object_id: str, max_bytes: int) -> bytes:
+        return held[object_id][:max_bytes]
 
     content = read_content(announced, pull, limit_bytes=LIMIT_BYTES)
     instruction = read_instruction(content)

@@ -33,10 +33,10 @@ def _files() -> dict[str, bytes]:
         with closing(create(folder, IDENTITY)) as journal:
             journal.commit(progress(0), None)
             for number in (1, 2):
-                journal.ask("train", Cohort([5, 6], dict.fromkeys([5, 6], 7)))
+                journal.record_cohort("train", Cohort([5, 6], dict.fromkeys([5, 6], 7)))
                 journal.accept(answer(asked(5), 0.5))
                 journal.commit(progress(number), record(number))
-            journal.ask("train", Cohort([5, 6], dict.fromkeys([5, 6], 7)))
+            journal.record_cohort("train", Cohort([5, 6], dict.fromkeys([5, 6], 7)))
             journal.accept(answer(asked(5), 0.5))
         with closing(sqlite3.connect(folder / JOURNAL)) as database:
             database.execute("pragma journal_mode = delete")  # all of it in one file
@@ -132,10 +132,10 @@ def read(raw: bytes) -> None:
         return
     with closing(journal):
         json.dumps(journal.identity)
-        assert journal.mended.isprintable(), journal.mended
-        assert len(journal.mended) < 2000
+        assert journal.repairs.isprintable(), journal.repairs
+        assert len(journal.repairs) < 2000
         journal.rounds_kept()
-        journal.asked("train")
+        journal.selected_cohort("train")
         if journal.start is not None:
             assert journal.start.progress.weights.dtype is not None
         for node in (5, 6):

@@ -43,7 +43,7 @@ NUMBERS = (
     ),
     *(0.0, -0.0, 0.5, 1.5, 5e-324, 1e-300, 1e300, 1.7e308, -1.7e308, 3e38),
 )
-_MOST_BYTES = 200_000
+_MAX_BYTES = 200_000
 """Of what one change adds: an input shows what a limit does without being far beyond it."""
 _WRITTEN = (
     *("NaN", "Infinity", "-Infinity", "1e999", "1" * 400, "9" * 5000, "1e-999", "01", "1.", "0x1"),
@@ -168,7 +168,7 @@ def _repeat(rng: Random, held: list[Any], place: int, words: Sequence[str]) -> N
     count = rng.choice((2, 30, 300, 3000))
     name_size = len(held[place][0]) if isinstance(held, Pairs) else 0
     size = 10 + name_size + len(_written(_value(held, place)))
-    count = min(count, _MOST_BYTES // size)
+    count = min(count, _MAX_BYTES // size)
     if isinstance(held, Pairs):
         name, value = held[place]
         held += [(f"{name}{number}", copied(value)) for number in range(count)]

@@ -20,7 +20,7 @@ from fedcore.updates.messages import REFUSED
 from fedcore.updates.pack import Layout
 from fedcore.updates.replies import ReplySpec, check_structure, read_reply
 from fedcore.updates.seal import base_digest, content_digest, sign_reply, verify_reply
-from server.rounds.expected import asked_for_sums, asked_to_evaluate, asked_to_train
+from server.rounds.expected import evaluation_spec, sums_spec, update_spec
 from server.rounds.inbound import failure_of
 from tests.fuzz.mutate import NUMBERS, TEXTS, packed, unpacked
 from tests.fuzz.project import member_keys
@@ -37,10 +37,10 @@ def questions() -> tuple[ReplySpec, ...]:
     plain = {"name": "run", "task": "task.py"}
     both = plain | {"privacy": {"unit": "both", "client": {"clip_norm": 1.0}}}
     return (
-        asked_to_train(RunConfig.model_validate(plain), _LAYOUT),
-        asked_to_train(RunConfig.model_validate(both), _LAYOUT),
-        asked_to_evaluate([ACCURACY, RMSE]),
-        asked_for_sums((2, 3)),
+        update_spec(RunConfig.model_validate(plain), _LAYOUT),
+        update_spec(RunConfig.model_validate(both), _LAYOUT),
+        evaluation_spec([ACCURACY, RMSE]),
+        sums_spec((2, 3)),
     )
 
 

@@ -28,7 +28,7 @@ NAMES = (
     *("proximal-mu", "clip-norm", "\x1b[2J", "a\nb", "\u202e", "", "x" * 200, "n" * 5000, "naïve"),
 )
 
-_MOST_BYTES = 300_000
+_MAX_BYTES = 300_000
 """Of one object."""
 _SHAPES = ("1099511627776,", "-1,", "9" * 900 + ",", "1," * 60, "", "True,", "0, 5", "2**62, 4")
 _TYPES = ("'<f4'", "'|V0'", "'|O'", "'<f4,<f4'", "[('a', '<f4')]", "'<U9'", "'M8'", "None", "5")
@@ -137,7 +137,7 @@ def objects(rng: Random, content: RecordDict | Error) -> bytes:
         raw = head + b"\0" + body
         if len(parts) in wrong and rng.randrange(6) == 0:
             raw = damaged(rng, raw)
-        raw = raw[:_MOST_BYTES]
+        raw = raw[:_MAX_BYTES]
         parts.append(raw)
         known.append(hashlib.sha256(raw).hexdigest())
         return known[-1]

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor, nn
 
-from fedcore.kernels.im2col import MOST
+from fedcore.kernels.im2col import MAX_WINDOW
 from fedcore.training.per_example.chain import (
     Back,
     BatchGradients,
@@ -41,7 +41,7 @@ def kernel_run(chain: Chain, *, per_example: bool) -> Run | None:
         per_example: Whether the backward pass keeps examples separate, for per-example gradients.
     """
     windows = [layer.window for layer in chain.layers if isinstance(layer, Conv)]
-    few = all(window.pool[0] * window.pool[1] <= MOST for window in windows)
+    few = all(window.pool[0] * window.pool[1] <= MAX_WINDOW for window in windows)
     if not windows or not few or not _is_straight(chain):
         return None
     steps = [step for step in chain.steps if type(step.apply) is not nn.Identity]

@@ -29,7 +29,15 @@ from fedcore.kernels.im2col import (
 )
 from fedcore.kernels.sparse_backward import Back, compile_sparse_backward
 from fedcore.kernels.window import ConvolutionWindow
-from fedcore.kernels.winograd import LANE, MOST, PARTS, Tiling, pool_tiles, to_kernels, to_tiles
+from fedcore.kernels.winograd import (
+    LANE,
+    MAX_CHANNELS,
+    PARTS,
+    Tiling,
+    pool_tiles,
+    to_kernels,
+    to_tiles,
+)
 from fedcore.training.per_example.chain import (
     BatchGradients,
     Conv,
@@ -296,7 +304,9 @@ def _tiled(window: ConvolutionWindow, x: Tensor, outs: int) -> bool:
     fits = (window.kernel, window.stride, window.pool) == ((3, 3), (1, 1), (2, 2))
     across = window.cells(height, width)[1]
     wide = max(channels, outs)
-    return fits and min(channels, outs) >= _FEW and wide <= MOST and across * channels <= LANE
+    return (
+        fits and min(channels, outs) >= _FEW and wide <= MAX_CHANNELS and across * channels <= LANE
+    )
 
 
 def _tiles_forward(

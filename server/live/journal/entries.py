@@ -1,6 +1,6 @@
 """Storage of the journal's entries in SQLite: JSON documents with arrays, each with a digest.
 
-`JournalEntry` is one row, `new_entry` builds one, and `Entries` is the file. `as_written` and
+`JournalEntry` is one row, `new_entry` builds one, and `Entries` is the file. `format_checked` and
 `sqlite_errors` turn damage into errors of `fedcore.errors`.
 """
 
@@ -29,7 +29,14 @@ create table if not exists entry (
 _TYPES = (str, int, int, str, bytes, str)
 _LAST_ROUND = 2**63 - 1  # the largest integer of SQLite
 _FIELDS = "kind, round, node, doc, data, sha256"
-_UNLIKE = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
+_FORMAT_ERRORS = (
+    ArithmeticError,
+    AttributeError,
+    LookupError,
+    RecursionError,
+    TypeError,
+    ValueError,
+)
 
 
 @dataclass(frozen=True)
@@ -56,7 +63,7 @@ class JournalEntry:
         Raises:
             DataError: ``doc`` is not a JSON object.
         """
-        with as_written(self):
+        with format_checked(self):
             values = json.loads(self.doc)
             if not isinstance(values, dict):
                 raise TypeError(f"it is a {type(values).__name__}")
@@ -69,7 +76,7 @@ class JournalEntry:
 
 
 @contextmanager
-def as_written(entry: JournalEntry) -> Iterator[None]:
+def format_checked(entry: JournalEntry) -> Iterator[None]:
     """Context manager that turns errors from reading a malformed document into a `DataError`.
 
     A valid digest excludes damage, but not a document written by another version of fedcore, or by
@@ -82,11 +89,11 @@ def as_written(entry: JournalEntry) -> Iterator[None]:
         yield
     except FedcoreError:
         raise
-    except _UNLIKE as error:
-        raise _unlike(entry, error) from None
+    except _FORMAT_ERRORS as error:
+        raise _format_error(entry, error) from None
 
 
-def _unlike(entry: JournalEntry, error: Exception) -> DataError:
+def _format_error(entry: JournalEntry, error: Exception) -> DataError:
     return DataError(
         f"journal: entry {foreign(entry.kind, 40)!r} of round {entry.round} does not have the "
         f"format of this version ({type(error).__name__}: {foreign(error, 100)}). It was not "
@@ -121,12 +128,12 @@ def sqlite_errors(path: Path) -> Iterator[None]:
     try:
         yield
     except sqlite3.Error as error:
-        raise _as_ours(path, error) from error
+        raise _typed_error(path, error) from error
     except UnicodeDecodeError as error:  # SQLite's message quotes a name that is not valid UTF-8
         raise DataError(f"{path}: the journal is damaged (names in it are not text).") from error
 
 
-def _as_ours(path: Path, error: sqlite3.Error) -> FedcoreError:
+def _typed_error(path: Path, error: sqlite3.Error) -> FedcoreError:
     code = getattr(error, "sqlite_errorcode", 0)
     if code in (sqlite3.SQLITE_FULL, sqlite3.SQLITE_IOERR_WRITE):
         return DiskFull(

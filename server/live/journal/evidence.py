@@ -22,7 +22,7 @@ from fedcore.observability.foreign import foreign
 from fedcore.observability.words import counted
 from fedcore.updates.seal import content_digest
 from server.live.journal.blobs import Blobs
-from server.live.journal.entries import Entries, JournalEntry, as_written
+from server.live.journal.entries import Entries, JournalEntry, format_checked
 from server.live.journal.head import PURPOSES, RECORD, REPLY, SIGNATURE
 from server.live.journal.packing import content_from, signature_from
 
@@ -186,7 +186,7 @@ def _verify_reply(reply: JournalEntry, envelope: Envelope, blobs: Blobs, where: 
     if not reply.is_intact:
         raise DataError(f"{where}: its reply does not match the entry's digest")
     content = content_from(reply, blobs, where=where)
-    with as_written(reply):
+    with format_checked(reply):
         digest = content_digest(content)
     if digest != envelope.payload_sha256:
         raise SignatureInvalid(
@@ -208,7 +208,7 @@ def _revoked(entry: JournalEntry, member: Member) -> Iterator[str]:
 def _counts(records: Sequence[JournalEntry], found: Counter[int]) -> Iterator[SignatureFault]:
     """Yields a fault for each completed round with fewer or more signatures than updates."""
     for record in records:
-        with as_written(record):
+        with format_checked(record):
             updates = int(record.values["updates"])
         gap = updates - found[record.round]
         if gap:

@@ -28,7 +28,7 @@ JOURNAL = "journal.sqlite"
 RESTORED = "restored"
 """Marker file next to the journal in a backup; removed when a restored run is first resumed."""
 RUN, RECORD, COMMIT, END = "run", "record", "commit", "end"
-ASKED, REPLY, SIGNATURE = "asked/", "reply/", "signature/"
+COHORT, REPLY, SIGNATURE = "asked/", "reply/", "signature/"
 """Kinds of entries; the type of the message is appended to these three."""
 PURPOSES = ("train", "evaluate")
 """The types of message that a round sends."""
@@ -36,14 +36,14 @@ SIGNATURES = tuple(SIGNATURE + purpose for purpose in PURPOSES)
 _HISTORY = (RECORD, *SIGNATURES)
 """Kinds of entries of which the journal keeps those of every round."""
 _DAMAGED, _NEW = ".damaged", ".new"
-_BESIDE = ("-wal", "-shm")
+_SQLITE_SUFFIXES = ("-wal", "-shm")
 """Suffixes of the files that SQLite keeps next to a database, and replays onto it."""
 _TRACES = (HEAD, RECORDS, JOURNAL + _DAMAGED)
 """Files that exist only once a run has been written to the journal."""
 _MAX_BYTES = 1 << 30
 _MAX_HISTORY_BYTES, _MAX_LINE_BYTES = 1 << 35, 1 << 20
 """Limits of ``records.jsonl``, which has a line of some 600 bytes for each reply of a run."""
-_NEVER = 2**62
+_AFTER_ALL_ROUNDS = 2**62
 """A round number above all others."""
 _COPY = "the journal's copy"
 _UNREADABLE = (ValueError, TypeError, ArithmeticError, RecursionError)
@@ -114,7 +114,7 @@ def _place(entry: JournalEntry) -> tuple[int, str, int]:
     return entry.round, entry.kind, entry.node
 
 
-def _write_commits(folder: Path, entries: Entries, last: int = _NEVER) -> None:
+def _write_commits(folder: Path, entries: Entries, last: int = _AFTER_ALL_ROUNDS) -> None:
     kept = [one for kind in (RUN, COMMIT, END) for one in entries.of(kind) if one.round <= last]
     write_atomic(folder / HEAD, json.dumps([*map(_row, kept)]).encode(), mode=0o600)
 
@@ -188,7 +188,7 @@ def settle_restored(folder: Path) -> None:
     if not mark.is_file():
         return
     with disk_errors(mark):
-        for suffix in _BESIDE:
+        for suffix in _SQLITE_SUFFIXES:
             (folder / (JOURNAL + suffix)).unlink(missing_ok=True)
         sync_folder(folder)  # before the marker goes, so that a crash in between is harmless
         mark.unlink()
@@ -209,7 +209,7 @@ def open_repaired(folder: Path) -> tuple[Entries, str]:
     """
     path, copy = folder / JOURNAL, _read_head(folder)
     head = None if copy is None else copy.entries
-    if found := _unlike_a_file(path):  # SQLite would create an empty file, or block on a pipe
+    if found := _not_a_file(path):  # SQLite would create an empty file, or block on a pipe
         return _rebuilt(folder, head, found)
     try:
         entries = Entries(path)
@@ -233,18 +233,18 @@ def open_repaired(folder: Path) -> tuple[Entries, str]:
             entries.write(drop=[(entry.kind, entry.round, entry.round) for entry in damaged])
         if copy is None or copied < kept or copy.history != _history(entries):
             write_head(folder, entries)  # a crash before the copy was written, or a damaged copy
-        told = f"{path}: replies were damaged; those nodes will be asked again."
-        return entries, told if damaged else ""
+        repairs = f"{path}: replies were damaged; those nodes will be asked again."
+        return entries, repairs if damaged else ""
     entries.close()
     return _rebuilt(folder, head, why)
 
 
-def _unlike_a_file(path: Path) -> str:
+def _not_a_file(path: Path) -> str:
     """Returns why a journal's path is not a file, in a sentence; empty if it is one.
 
     Checks SQLite's files next to it, too.
     """
-    for each in (path, *(path.with_name(path.name + suffix) for suffix in _BESIDE)):
+    for each in (path, *(path.with_name(path.name + suffix) for suffix in _SQLITE_SUFFIXES)):
         if each.is_symlink() and not each.exists():
             return f"{each}: expected a file of the journal, found a broken link."
         if each.exists() and not each.is_file():
@@ -263,7 +263,7 @@ def _rebuilt(folder: Path, head: Sequence[JournalEntry] | None, why: str) -> tup
     # Complete the new file first: a crash leaves the old journal, the new one, or the copy.
     new = path.with_name(path.name + _NEW)
     with disk_errors(path):
-        for suffix in ("", *_BESIDE):
+        for suffix in ("", *_SQLITE_SUFFIXES):
             new.with_name(new.name + suffix).unlink(missing_ok=True)
     with closing(Entries(new)) as entries:
         entries.write(head)
@@ -274,7 +274,7 @@ def _rebuilt(folder: Path, head: Sequence[JournalEntry] | None, why: str) -> tup
         )
     put_aside = False
     with disk_errors(path):
-        for suffix in ("", *_BESIDE):
+        for suffix in ("", *_SQLITE_SUFFIXES):
             part = path.with_name(path.name + suffix)
             if os.path.lexists(part):
                 part.replace(part.with_name(part.name + _DAMAGED))

@@ -5,7 +5,7 @@ leaves a run that can be resumed: a committed round stays committed, and an acce
 neither requested again nor counted twice.
 
 `create` starts a journal, `reopen` opens and repairs an existing one, and `Journal` has the
-operations of a round: `ask`, `accept`, `commit`.
+operations of a round: `record_cohort`, `accept`, `commit`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from fedcore.updates.seal import signature_of
 from server.live.journal.blobs import Blobs
 from server.live.journal.entries import Entries, JournalEntry, new_entry
 from server.live.journal.head import (
-    ASKED,
+    COHORT,
     COMMIT,
     END,
     JOURNAL,
@@ -64,18 +64,18 @@ ACCEPTING, ACCEPTED = "accepting", "accepted"
 COMMITTING, COMMITTED, COPIED = "committing", "committed", "copied"
 POINTS = (SELECTING, SELECTED, ACCEPTING, ACCEPTED, COMMITTING, COMMITTED, COPIED)
 """Names of the moments just before a change is written and just after it is durable."""
-Reached = Callable[[str], None]
+OnPoint = Callable[[str], None]
 """Callback with the name of each of `POINTS` as execution reaches it."""
 
 VALUES = "values"
 """Subfolder for values that are too large for the database."""
 _FIRST, _LAST = 0, 2**62
-_OF_ROUND = tuple(kind + purpose for kind in (ASKED, REPLY) for purpose in PURPOSES)
+_OF_ROUND = tuple(kind + purpose for kind in (COHORT, REPLY) for purpose in PURPOSES)
 """Kinds of entries that are dropped when their round is committed."""
 
 
-def nothing(point: str) -> None:
-    """Ignores a point: the default `Reached` callback."""
+def ignore_point(point: str) -> None:
+    """Ignores a point: the default `OnPoint` callback."""
 
 
 class Journal:
@@ -87,17 +87,17 @@ class Journal:
     """
 
     def __init__(
-        self, folder: Path, entries: Entries, mended: str, *, reached: Reached = nothing
+        self, folder: Path, entries: Entries, repairs: str, *, on_point: OnPoint = ignore_point
     ) -> None:
         """Wraps an opened database; call `create` or `reopen` instead of this."""
         self._folder = folder
         self._entries = entries
-        self._reached = reached
+        self._on_point = on_point
         self._blobs = Blobs(folder / VALUES)
-        self._told = read_run(entries)
-        self.mended = mended
+        self._run_values = read_run(entries)
+        self.repairs = repairs
         """Description of the damage that was repaired, in a sentence; empty if there was none."""
-        self.start = start = self._last_whole()
+        self.start = start = self._last_intact()
         """The state from which this process resumes; None if no commit was made before."""
         self._begun = start is not None
         self.round = start.progress.round if start else 0
@@ -114,13 +114,13 @@ class Journal:
     @property
     def identity(self) -> Mapping[str, Any]:
         """What a resumed run must share, see `server.rounds.checkpointing.run_identity`."""
-        identity: Mapping[str, Any] = self._told["identity"]
+        identity: Mapping[str, Any] = self._run_values["identity"]
         return identity
 
     @property
     def instance(self) -> str:
         """Random identifier of the run, constant across restarts."""
-        return str(self._told["instance"])
+        return str(self._run_values["instance"])
 
     @property
     def ended(self) -> bool:
@@ -155,11 +155,11 @@ class Journal:
         stale += [(kind, _FIRST, progress.round) for kind in _OF_ROUND]
         if record is not None:  # signatures of replies that the round did not use
             stale += [(kind, record.round, record.round) for kind in SIGNATURES]
-        self._reached(COMMITTING)
+        self._on_point(COMMITTING)
         self._entries.write([commit, *history], drop=stale)
-        self._reached(COMMITTED)
+        self._on_point(COMMITTED)
         add_to_head(self._folder, self._entries, history)
-        self._reached(COPIED)
+        self._on_point(COPIED)
         self._begun, self.round, self._over = True, progress.round, progress.over
         self._replies.clear()
         self._sweep()
@@ -177,25 +177,25 @@ class Journal:
         ]
         return [new_entry(RECORD, record.round, 0, asdict(record)), *used]
 
-    def asked(self, kind: str) -> Cohort | None:
+    def selected_cohort(self, kind: str) -> Cohort | None:
         """Cohort of the current round for messages of ``kind``; None if none was drawn yet."""
-        entry = self._entries.one(ASKED + kind, self.round + 1, 0)
+        entry = self._entries.one(COHORT + kind, self.round + 1, 0)
         return None if entry is None else cohort_from(entry)
 
-    def ask(self, kind: str, cohort: Cohort) -> None:
+    def record_cohort(self, kind: str, cohort: Cohort) -> None:
         """Records the current round's cohort for ``kind``, before any node is sent a message.
 
         Fixes the weights of its replies, too: one rule holds for the whole round, even if the
         member list changes meanwhile.
         """
-        self._reached(SELECTING)
+        self._on_point(SELECTING)
         self._entries.write([cohort_entry(kind, self.round + 1, cohort)])
-        self._reached(SELECTED)
+        self._on_point(SELECTED)
 
-    def drop(self) -> None:
+    def drop_cohorts(self) -> None:
         """Drops the current round's cohorts, so that it selects new ones; keeps its replies."""
         number = self.round + 1
-        self._entries.write(drop=[(ASKED + purpose, number, number) for purpose in PURPOSES])
+        self._entries.write(drop=[(COHORT + purpose, number, number) for purpose in PURPOSES])
 
     def accept(self, *replies: Message) -> Sequence[Message]:
         """Makes verified replies of the current round durable, with their signatures. Idempotent.
@@ -218,11 +218,11 @@ class Journal:
             for entries, doc in (self._reply_entries(reply),)
         ]
         for _ in new:
-            self._reached(ACCEPTING)
+            self._on_point(ACCEPTING)
         if new:
             self._entries.write([entry for _, entries, _ in new for entry in entries])
         for reply, _, doc in new:
-            self._reached(ACCEPTED)
+            self._on_point(ACCEPTED)
             self._replies.add((reply.metadata.message_type, reply.metadata.src_node_id))
             for name, key, dtype, shape, stype, (first, _) in doc["arrays"]:
                 record = reply.content[name]
@@ -273,7 +273,7 @@ class Journal:
         self._replies.add((purpose, node))
         return Message(content, reply_to=message)
 
-    def _last_whole(self) -> Start | None:
+    def _last_intact(self) -> Start | None:
         """Returns the state of the last commit whose values are intact; drops later commits."""
         commits = self._entries.of(COMMIT)
         records = [record_from(entry) for entry in self._entries.of(RECORD)]
@@ -281,15 +281,15 @@ class Journal:
             try:
                 progress = progress_from(entry, self._blobs)
             except DataError as error:
-                self.mended = " ".join(filter(None, (self.mended, str(error))))
+                self.repairs = " ".join(filter(None, (self.repairs, str(error))))
                 continue
             if entry is not commits[-1]:
-                self._go_back(entry.round)
+                self._return_to(entry.round)
             whole = tuple(record for record in records if record.round <= entry.round)
             return Start(progress, whole, cohort=self._cohort(entry.round, whole))
         if commits:
             raise DataError(
-                f"{self.mended} No round's weights are intact. Nothing was run; restore the "
+                f"{self.repairs} No round's weights are intact. Nothing was run; restore the "
                 "folder from a backup and continue with --resume, or start the run over with "
                 "--fresh."
             )
@@ -318,10 +318,10 @@ class Journal:
         progress_from(commit, self._blobs)
         self._drop_after(number)
 
-    def _go_back(self, number: int) -> None:
+    def _return_to(self, number: int) -> None:
         """Drops everything after a round. Devices send again the updates that they still have."""
         self._drop_after(number)
-        self.mended += f" The run continues after round {number}, whose weights are intact."
+        self.repairs += f" The run continues after round {number}, whose weights are intact."
 
     def _drop_after(self, number: int) -> None:
         after = (number + 1, _LAST)
@@ -331,7 +331,7 @@ class Journal:
         write_head(self._folder, self._entries)
 
     def _cohort(self, number: int, records: Sequence[RoundRecord]) -> int | None:
-        entry = self._entries.one(ASKED + MessageType.TRAIN, number + 1, 0)
+        entry = self._entries.one(COHORT + MessageType.TRAIN, number + 1, 0)
         if entry is not None:
             return len(cohort_from(entry).nodes)
         return records[-1].cohort if records else None
@@ -347,16 +347,18 @@ def values_of(entries: Entries) -> set[str]:
     return {digest for kind in kinds for one in entries.of(kind) for digest in digests_of(one)}
 
 
-def create(folder: Path, identity: Mapping[str, Any], *, reached: Reached = nothing) -> Journal:
+def create(
+    folder: Path, identity: Mapping[str, Any], *, on_point: OnPoint = ignore_point
+) -> Journal:
     """Creates the journal of a new run in ``folder``, which must not contain one."""
     entries = Entries(folder / JOURNAL)
     values = {"format": FORMAT, "identity": identity, "instance": secrets.token_hex(8)}
     entries.write([new_entry(RUN, 0, 0, values)])
     write_head(folder, entries)
-    return Journal(folder, entries, "", reached=reached)
+    return Journal(folder, entries, "", on_point=on_point)
 
 
-def reopen(folder: Path, *, reached: Reached = nothing) -> Journal | None:
+def reopen(folder: Path, *, on_point: OnPoint = ignore_point) -> Journal | None:
     """Opens the journal in ``folder`` and repairs it if damaged; returns None if no run began.
 
     Raises:
@@ -365,13 +367,13 @@ def reopen(folder: Path, *, reached: Reached = nothing) -> Journal | None:
     if not is_begun(folder):
         return None
     settle_restored(folder)
-    entries, mended = open_repaired(folder)
+    entries, repairs = open_repaired(folder)
     run = entries.one(RUN, 0, 0)
     if run is None:  # the process died before it had written the run's entry
         entries.close()
         return None
     try:
-        return Journal(folder, entries, mended, reached=reached)
+        return Journal(folder, entries, repairs, on_point=on_point)
     except BaseException:
         entries.close()
         raise

@@ -21,8 +21,8 @@ from fedcore.updates.messages import ENVELOPE
 from fedcore.updates.pieces import CutFileArray, PathArray, pieces, size_of
 from fedcore.updates.seal import ReplySignature
 from server.live.journal.blobs import Blobs, Pieces
-from server.live.journal.entries import Entries, JournalEntry, as_written, new_entry
-from server.live.journal.head import ASKED, RUN, SIGNATURE
+from server.live.journal.entries import Entries, JournalEntry, format_checked, new_entry
+from server.live.journal.head import COHORT, RUN, SIGNATURE
 from server.records import RoundRecord
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.checkpointing.progress_codec import (
@@ -82,7 +82,7 @@ def _unpacked(place: Sequence[Any], data: bytes, blobs: Blobs) -> bytes:
 def digests_of(entry: JournalEntry) -> list[str]:
     """Returns the names of the files that an entry refers to."""
     values = entry.values
-    with as_written(entry):
+    with format_checked(entry):
         places = [described[-1] for described in values.get("arrays", ())]
         return [place[0] for place in places if isinstance(place[0], str)]
 
@@ -122,7 +122,7 @@ def signature_from(entry: JournalEntry) -> ReplySignature:
         DataError: the document is malformed.
     """
     values = entry.values
-    with as_written(entry):
+    with format_checked(entry):
         signer, verified_at_s = values["signer"], values["verified_at_s"]
         if not isinstance(signer, str) or not isinstance(verified_at_s, float):
             raise TypeError("it does not tell who signed, and when it was verified")
@@ -146,7 +146,7 @@ def progress_from(entry: JournalEntry, blobs: Blobs) -> Progress:
         DataError: the document is malformed, or an array is missing or damaged.
     """
     values, raw, arrays = entry.values, dict[str, bytes](), dict[str, NDArray[Any]]()
-    with as_written(entry):
+    with format_checked(entry):
         for name, dtype, shape, place in values["arrays"]:
             key = json.dumps(place)  # the latest weights may be the best ones: read them once
             if key not in raw:
@@ -166,7 +166,7 @@ def content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDict
     Raises:
         DataError: the document is malformed, or an array is missing or damaged.
     """
-    with as_written(entry):
+    with format_checked(entry):
         return _content_from(entry, blobs, where=where)
 
 
@@ -196,7 +196,7 @@ def read_run(entries: Entries) -> dict[str, Any]:
     if entry is None:
         raise DataError(f"{entries.path}: no run is in this journal.")
     values = entry.values
-    with as_written(entry):
+    with format_checked(entry):
         found = values["format"]
         if found != FORMAT:
             raise DataError(
@@ -215,7 +215,7 @@ def record_from(entry: JournalEntry) -> RoundRecord:
         DataError: the document is malformed.
     """
     values = entry.values
-    with as_written(entry):
+    with format_checked(entry):
         record = decode_record(values)
         if record.round != entry.round:
             raise ValueError(f"it is of round {record.round!r}")
@@ -228,7 +228,7 @@ def cohort_entry(purpose: str, number: int, cohort: Cohort) -> JournalEntry:
     values: dict[str, list[int] | None] = {"nodes": nodes, "weights": None}
     if weights is not None:
         values["weights"] = [weights[node] for node in nodes]
-    return new_entry(ASKED + purpose, number, 0, values)
+    return new_entry(COHORT + purpose, number, 0, values)
 
 
 def cohort_from(entry: JournalEntry) -> Cohort:
@@ -238,7 +238,7 @@ def cohort_from(entry: JournalEntry) -> Cohort:
         DataError: the document is malformed.
     """
     values = entry.values
-    with as_written(entry):
+    with format_checked(entry):
         nodes, weights = _numbers(values["nodes"]), values["weights"]
         if weights is None:
             return Cohort(nodes)

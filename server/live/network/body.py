@@ -18,7 +18,7 @@ _READ_BYTES = 2**18
 _FED_BYTES = 2**16
 """Bytes passed to OpenSSL at a time; small, as OpenSSL's buffer grows and never shrinks."""
 _RECORD_BYTES = 2**14  # maximum size of a TLS record, decrypted
-_AGAIN = (ssl.SSLWantReadError, ssl.SSLSyscallError)
+_NEEDS_MORE = (ssl.SSLWantReadError, ssl.SSLSyscallError)
 
 Take = Callable[[memoryview], bool]
 """Consumer of a piece, whose memory is reused after it returns; returns whether more must follow.
@@ -63,7 +63,7 @@ class BodyReader(asyncio.BufferedProtocol):
         if size:
             goes_on = self._take(self._buffers.plain[:size]) and goes_on
         if not goes_on or not self._reads():
-            self._give_back(encrypted[fed:])
+            self._unread(encrypted[fed:])
         elif tls._outgoing.pending:  # TLS itself answers, for example a key update
             tls._process_outgoing()
 
@@ -87,12 +87,12 @@ class BodyReader(asyncio.BufferedProtocol):
                 if not count:
                     return size, False
                 size += count
-        except _AGAIN:
+        except _NEEDS_MORE:
             return size, True
         except ssl.SSLError:
             return size, False
 
-    def _give_back(self, encrypted: memoryview) -> None:
+    def _unread(self, encrypted: memoryview) -> None:
         """Reinstalls asyncio's TLS protocol and feeds it the remaining ``encrypted`` bytes.
 
         It meets there, too, any error that ended the reading here.

@@ -17,10 +17,10 @@ from typing import Any, Protocol
 
 from server.live.network.limits import Limits, Refusals
 
-_MOST_DESCRIPTORS = 65_536
-_KEPT_BACK = 256
+_MAX_DESCRIPTORS = 65_536
+_RESERVED_DESCRIPTORS = 256
 """Descriptors reserved for other uses: journal, log, sockets of operators."""
-_EACH = 3
+_PER_DEVICE = 3
 """Descriptors per device: its connection, its wake-up stream, and a file while a body arrives."""
 _FRESH_S = 3.0
 """Age in seconds up to which a non-member's connection stays open: its owner learns only from the
@@ -75,12 +75,12 @@ def grant_descriptors() -> int:
     """
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     unlimited = resource.RLIM_INFINITY
-    wanted = _MOST_DESCRIPTORS if hard == unlimited else min(hard, _MOST_DESCRIPTORS)
+    wanted = _MAX_DESCRIPTORS if hard == unlimited else min(hard, _MAX_DESCRIPTORS)
     if soft != unlimited and soft < wanted:
         resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
         soft = wanted
     granted = wanted if soft == unlimited else soft
-    return max(granted - min(_KEPT_BACK, granted // 4), _EACH) // _EACH
+    return max(granted - min(_RESERVED_DESCRIPTORS, granted // 4), _PER_DEVICE) // _PER_DEVICE
 
 
 class Connections:
@@ -96,7 +96,7 @@ class Connections:
         limits: Limits,
         refusals: Refusals,
         *,
-        most: int,
+        max_connections: int,
         name_of: Callable[[bytes], str | None],
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
@@ -105,14 +105,14 @@ class Connections:
         Args:
             limits: Limits per identity, and timeouts.
             refusals: Log of closed connections.
-            most: Maximum number of open connections.
+            max_connections: Maximum number of open connections.
             name_of: Returns the name of the member with a key, or None.
             clock: Returns monotonic seconds.
         """
         self._limits = limits
         self._refusals = refusals
-        self._most = most
-        self._most_half = max(min(limits.half_open, most // 2), 1)
+        self._max = max_connections
+        self._max_half = max(min(limits.half_open, max_connections // 2), 1)
         self._name_of = name_of
         self._clock = clock
         self._half: dict[int, _Open] = {}
@@ -132,10 +132,10 @@ class Connections:
 
     def has_room(self) -> bool:
         """Returns whether a connection may be accepted now; if not, closes one to make room."""
-        if len(self._half) >= self._most_half:
-            self._crowd_out(self._half.values())
-        elif len(self) >= self._most:
-            self._crowd_out(self._whole.values())
+        if len(self._half) >= self._max_half:
+            self._evict(self._half.values())
+        elif len(self) >= self._max:
+            self._evict(self._whole.values())
         else:
             return True
         return False
@@ -145,7 +145,7 @@ class Connections:
         one = _Open(connection, address, _network(address), self._clock())
         self._half[connection.fileno()] = one
 
-    def proved(self, descriptor: int, peer: Peer) -> None:
+    def handshake_done(self, descriptor: int, peer: Peer) -> None:
         """Registers the end of a connection's handshake; enforces the limit per identity."""
         one = self._half.pop(descriptor)
         one.peer, one.since = peer, self._clock()
@@ -154,9 +154,11 @@ class Connections:
         self._owned.setdefault(peer.public, {})[descriptor] = one
         own = [each for each in self._owned[peer.public].values() if not each.dropped]
         if len(own) > self._limits.connections_each:
-            most = self._limits.connections_each
-            self._tell(
-                one, _TOO_MANY, f"more than {most} connections; the longest idle one was closed"
+            limit = self._limits.connections_each
+            self._log(
+                one,
+                _TOO_MANY,
+                f"more than {limit} connections; the longest idle one was closed",
             )
             _idlest(own).drop()
 
@@ -180,7 +182,7 @@ class Connections:
 
     def refused(self, descriptor: int, status: int, text: str) -> None:
         """Logs a rejection on a connection before there was a valid request."""
-        self._tell(self._whole[descriptor], status, text)
+        self._log(self._whole[descriptor], status, text)
 
     def sweep(self, members: Collection[bytes]) -> None:
         """Closes connections that exceed a timeout, or whose key is not among ``members``."""
@@ -191,22 +193,22 @@ class Connections:
                 continue
             if peer is None:
                 if now - one.since > limits.handshake_s:
-                    self._tell(one, _LATE, f"no handshake within {limits.handshake_s:g} s")
+                    self._log(one, _LATE, f"no handshake within {limits.handshake_s:g} s")
                     one.drop()
             elif peer.public not in members:
                 if now - one.since > _FRESH_S:
-                    self._tell(one, 403, "closed: its peer is no longer a member")
+                    self._log(one, 403, "closed: its peer is no longer a member")
                     one.drop()
             elif peer.due is not None and now > peer.due:
-                self._tell(one, _LATE, f"no complete request within {limits.headers_s:g} s")
+                self._log(one, _LATE, f"no complete request within {limits.headers_s:g} s")
                 one.drop()
             elif peer.stuck is not None and now - peer.stuck > limits.body_s:
-                self._tell(
+                self._log(
                     one, _LATE, f"the peer read nothing of the response within {limits.body_s:g} s"
                 )
                 one.drop()
 
-    def _crowd_out(self, among: Iterable[_Open]) -> None:
+    def _evict(self, among: Iterable[_Open]) -> None:
         groups: dict[Hashable, list[_Open]] = {}
         for one in among:
             if one.dropped:
@@ -214,10 +216,10 @@ class Connections:
             groups.setdefault(one.peer.public if one.peer else one.network, []).append(one)
         if groups:
             one = _idlest(max(groups.values(), key=len))
-            self._tell(one, _TOO_MANY, "closed in favour of a newer one: too many connections")
+            self._log(one, _TOO_MANY, "closed in favour of a newer one: too many connections")
             one.drop()
 
-    def _tell(self, one: _Open, status: int, text: str) -> None:
+    def _log(self, one: _Open, status: int, text: str) -> None:
         name = self._name_of(one.peer.public) if one.peer is not None else None
         self._refusals.note(name or one.address, status, f"connection: {text}")
 

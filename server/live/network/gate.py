@@ -108,7 +108,7 @@ class Gate:
             member = self._member(scope)
             peer = member.name
             if member.role != "device" and self.operate is not None:
-                self._keep_to_rate(node_id_of(member.public))
+                self._check_rate(node_id_of(member.public))
                 return await self.operate(scope, receive, sent, member)
             answer = await self._answer(scope, receive, member)
         except _Refusal as refusal:
@@ -119,7 +119,7 @@ class Gate:
             status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
             await self._refuse(send, peer, scope["path"], _Refusal(status, str(error)))
         except Exception as error:  # an unforeseen input must not break the connection
-            self.refusals.note(peer, 500, f"{scope['path']}: {_place(error)}")
+            self.refusals.note(peer, 500, f"{scope['path']}: {_describe(error)}")
             if not begun:
                 text = f"the request failed ({type(error).__name__})"
                 await _respond(
@@ -145,10 +145,10 @@ class Gate:
             raise _Refusal(403, f"{member.name!r} is not a device but {member.role!r}")
         return member
 
-    def _grants(self, node_id: int, calls: int) -> bool:
+    def _has_tokens(self, node_id: int, calls: int) -> bool:
         return self.rates.wait_s(node_id, calls) == 0.0
 
-    def _keep_to_rate(self, node_id: int, calls: int = 1) -> None:
+    def _check_rate(self, node_id: int, calls: int = 1) -> None:
         wait_s = self.rates.wait_s(node_id, calls)
         if wait_s > 0:
             raise _Refusal(429, "too many requests", retry_after_s=wait_s)
@@ -156,14 +156,14 @@ class Gate:
     async def _answer(self, scope: Scope, receive: Receive, member: Member) -> bytes | FileResponse:
         path, route = scope["path"], ROUTES.get(scope["path"])
         if path == PING and scope["method"] == "GET":
-            self._keep_to_rate(node_id_of(member.public))
+            self._check_rate(node_id_of(member.public))
             return b""
         if route is None or scope["method"] != "POST":
             raise _Refusal(404, "no such endpoint")
         node_id = node_id_of(member.public)
-        grant = partial(self._grants, node_id)
+        grant = partial(self._has_tokens, node_id)
         caller = Caller(node_id, member.public, member.name, grant)
-        self._keep_to_rate(caller.node_id)
+        self._check_rate(caller.node_id)
         headers = {
             key.decode("latin-1"): value.decode("latin-1") for key, value in scope["headers"]
         }
@@ -185,7 +185,7 @@ class Gate:
             with closing(body):
                 return bytes(body.finish().SerializeToString())
         if isinstance(body, bytes):
-            await self._before(path, caller, instance, body)
+            await self._prepare(path, caller, instance, body)
             return call(self.fleet, caller, route, body)
         with body:
             if path == PUSH_OBJECT:
@@ -195,7 +195,7 @@ class Gate:
                 self.fleet.report_storage_error(None)
                 return answer
             raw = body.read()
-            await self._before(path, caller, instance, raw)
+            await self._prepare(path, caller, instance, raw)
             return await asyncio.to_thread(call, self.fleet, caller, route, raw)
 
     def _begin(self, caller: Caller, raw: bytes) -> ChunkUpload | None:
@@ -211,7 +211,7 @@ class Gate:
             raise
         return arrival
 
-    async def _before(self, path: str, caller: Caller, instance: str, body: bytes) -> None:
+    async def _prepare(self, path: str, caller: Caller, instance: str, body: bytes) -> None:
         """Updates presence, admission and the log before Flower's handlers get a call."""
         if path == ACTIVATE:
             if self.presence.arrive(caller.node_id, instance, caller.name, caller.public_key):
@@ -227,17 +227,17 @@ class Gate:
 
     async def _admit(self, caller: Caller, path: str, body: bytes) -> None:
         if more := len(body) // self.limits.call_bytes:
-            self._keep_to_rate(caller.node_id, more)
+            self._check_rate(caller.node_id, more)
         if path == PUSH_BUNDLE:
             bundle = read_bundle(body)
-            self._keep_to_rate(caller.node_id, len(bundle.objects))
+            self._check_rate(caller.node_id, len(bundle.objects))
             body = bundle.call
         upload = upload_of(self.fleet, caller, body)
         if upload is None:
             return
         if not await self.uploads.enter(caller.node_id, upload):
             raise _Refusal(503, "the server is busy receiving other updates", retry_after_s=1.0)
-        if upload.message_id not in self.fleet.asked:  # its round ended while it waited
+        if upload.message_id not in self.fleet.pending:  # its round ended while it waited
             self.uploads.leave(upload.message_id)
 
     async def _body(
@@ -264,17 +264,17 @@ class Gate:
             async with asyncio.timeout(self.limits.body_s):
                 read = await _read(receive, route.max_bytes, self.spool, begin)
                 if isinstance(read, ChunkUpload) and not read.is_whole:
-                    await self._rest(read, scope, receive, _length(headers))
+                    await self._receive_rest(read, scope, receive, _length(headers))
                 return read
         except TimeoutError:
             raise _Refusal(408, f"the request took longer than {self.limits.body_s:g} s") from None
 
-    async def _rest(
+    async def _receive_rest(
         self, arrival: ChunkUpload, scope: Scope, receive: Receive, length: int | None
     ) -> None:
         """Receives the rest of a chunk, in a request whose body has ``length`` bytes if known."""
         divert = divert_of(scope["state"])
-        left_bytes = None if length is None else length - arrival.came_bytes
+        left_bytes = None if length is None else length - arrival.received_bytes
         try:
             ended = divert(scope, arrival.write, left_bytes) if divert is not None else None
             if ended is not None:
@@ -304,7 +304,7 @@ class Gate:
         await _respond(send, refusal.status, b"application/json", body, headers)
 
 
-def _place(error: Exception) -> str:
+def _describe(error: Exception) -> str:
     """Describes an unexpected error in a line: type, message and source location."""
     frame = traceback.extract_tb(error.__traceback__)[-1:]
     where = "".join(f" at {Path(one.filename).name}:{one.lineno}" for one in frame)

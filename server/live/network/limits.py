@@ -11,13 +11,13 @@ from dataclasses import dataclass
 
 from fedcore.flower.fleet_api import Upload
 from fedcore.observability.foreign import foreign
-from fedcore.observability.throttle import TOLD_S, Throttle, omitted_suffix, take_token
+from fedcore.observability.throttle import LOG_INTERVAL_S, Throttle, omitted_suffix, take_token
 
 log = logging.getLogger("fedcore.server")
 
 STREAM_S, STREAM_BURST = 1.0, 20
 """Token bucket of a device's stream openings: seconds per token, and capacity."""
-_MOST_TOLD = 10_000
+_MAX_LOGGED = 10_000
 
 
 @dataclass(frozen=True)
@@ -100,25 +100,25 @@ class Rates:
 
 
 class Refusals:
-    """Log of rejected requests: at most one line per peer and status every `TOLD_S` seconds.
+    """Log of rejected requests: at most one line per peer and status in `LOG_INTERVAL_S`.
 
     Each line states how many were suppressed since the last.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         self._clock = clock
-        self._told: dict[tuple[str, int], tuple[float, int]] = {}
+        self._logged: dict[tuple[str, int], tuple[float, int]] = {}
 
     def note(self, peer: str, status: int, text: str) -> None:
-        """Logs a rejection, unless one with its peer and status was logged within `TOLD_S`."""
+        """Logs a rejection, unless its peer and status were logged within `LOG_INTERVAL_S`."""
         now, key = self._clock(), (peer, status)
-        last, silent = self._told.get(key, (-TOLD_S, 0))
-        if now - last < TOLD_S:
-            self._told[key] = (last, silent + 1)
+        last, silent = self._logged.get(key, (-LOG_INTERVAL_S, 0))
+        if now - last < LOG_INTERVAL_S:
+            self._logged[key] = (last, silent + 1)
             return
-        if len(self._told) >= _MOST_TOLD:
-            self._told.clear()
-        self._told[key] = (now, 0)
+        if len(self._logged) >= _MAX_LOGGED:
+            self._logged.clear()
+        self._logged[key] = (now, 0)
         shown = foreign(peer, 100), status, foreign(text, 1000), omitted_suffix(silent)
         log.warning("refused %s: %d: %s%s", *shown)
 
@@ -127,11 +127,11 @@ class PeerLines:
     """Log of peers' actions, throttled per peer and action."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._told: Throttle[tuple[str, str]] = Throttle(clock=clock)
+        self._logged: Throttle[tuple[str, str]] = Throttle(clock=clock)
 
     def tell(self, peer: str, what: str, more: str = "") -> None:
         """Logs that ``peer`` did ``what``, with details ``more``, unless throttled."""
-        silent = self._told.admit((peer, what))
+        silent = self._logged.admit((peer, what))
         if silent is not None:
             shown = f" ({foreign(more, 100)})" if more else ""
             log.info("device %s: %s%s%s", foreign(peer, 100), what, shown, omitted_suffix(silent))
@@ -195,14 +195,14 @@ class Uploads:
             return True
         try:
             async with asyncio.timeout(self._limits.upload_wait_s), self._turn:
-                while not self._fits(upload.most_bytes):
+                while not self._fits(upload.max_bytes):
                     self._freed.clear()
                     self._evict()
                     if not self._freed.is_set():
                         await self._wait()
-                self._held[upload.message_id] = _Held(node_id, upload.most_bytes, self._clock())
+                self._held[upload.message_id] = _Held(node_id, upload.max_bytes, self._clock())
                 self._of[node_id].add(upload.message_id)
-                self._held_bytes += upload.most_bytes
+                self._held_bytes += upload.max_bytes
                 return True
         except TimeoutError:
             return False
@@ -232,14 +232,14 @@ class Uploads:
         """Releases an upload's room; may be called from any thread."""
         self._loop.call_soon_threadsafe(self.leave, message_id)
 
-    def gone(self, node_id: int) -> None:
+    def disconnected(self, node_id: int) -> None:
         """Drops the incomplete uploads of a device that disconnected, and releases their room."""
         for message_id in list(self._of.get(node_id, ())):
             if self._abandon(message_id):
                 self.leave(message_id)
 
-    def _fits(self, most_bytes: int) -> bool:
-        return not self._held or self._held_bytes + most_bytes <= self._limits.uploads_bytes
+    def _fits(self, max_bytes: int) -> bool:
+        return not self._held or self._held_bytes + max_bytes <= self._limits.uploads_bytes
 
     def _evict(self) -> None:
         before = self._clock() - self._limits.stall_s

@@ -19,7 +19,7 @@ PUBLIC_KEY = "fedcore.public_key"
 DIVERT = "fedcore.divert"
 """Key of a scope's state for its connection's `PeerProtocol.divert`."""
 _MAX_HEADER_BYTES = 2**15
-_MOST_AHEAD = 8
+_MAX_AHEAD = 8
 """Maximum number of pipelined requests. Devices do not pipeline, but a large answer ends for the
 device a moment before it ends for the server."""
 _WAITING_BYTES = 2**16
@@ -85,7 +85,7 @@ class PeerProtocol(HttpConnection):
         self.share({PUBLIC_KEY: public, DIVERT: self.divert})
         self.public = public or b""
         self._descriptor = transport.get_extra_info("socket").fileno()
-        self._known.proved(self._descriptor, self)
+        self._known.handshake_done(self._descriptor, self)
 
     def data_received(self, data: bytes) -> None:
         """Feeds the parser; aborts the connection if its headers or pipeline exceed the limits."""
@@ -102,8 +102,8 @@ class PeerProtocol(HttpConnection):
         super().data_received(data)
         if self._in_headers and self._header_bytes > _MAX_HEADER_BYTES:
             self._refuse(f"headers of more than {_MAX_HEADER_BYTES} bytes")
-        elif self.requests_ahead() > _MOST_AHEAD:  # uvicorn resumes reading after each answer
-            self._refuse(f"more than {_MOST_AHEAD} calls before the first was answered")
+        elif self.requests_ahead() > _MAX_AHEAD:  # uvicorn resumes reading after each answer
+            self._refuse(f"more than {_MAX_AHEAD} calls before the first was answered")
 
     def _refuse(self, text: str) -> None:
         if not self.transport.is_closing():

@@ -14,13 +14,13 @@ from dataclasses import dataclass
 
 from fedcore.errors import TrustError
 
-BEATS_S = 30.0
+MAX_SILENCE_S = 30.0
 """Maximum seconds that a device without a stream counts as online after a call, even if it
 announces a longer polling interval."""
-FIRST_S = 5.0
+INITIAL_SILENCE_S = 5.0
 """Seconds that a device counts as online after a call, before it has opened a stream or announced
 a polling interval; short, so that a device that dies in between does not delay a round."""
-LATE_S = 3.0
+POLL_GRACE_S = 3.0
 """Seconds by which a device may miss its announced polling time."""
 
 _REPLACED = 64
@@ -41,7 +41,7 @@ class _Session:
     """Event of the open stream, set when there is work; None if no stream is open."""
     left: float | None = None
     """Time at which its stream ended or it signed off; None if neither."""
-    silent_s: float = FIRST_S
+    silent_s: float = INITIAL_SILENCE_S
     """Seconds that it counts as online after its last call, without a stream."""
     replaced: tuple[str, ...] = ()
     """Identifiers of earlier processes of this device."""
@@ -53,7 +53,7 @@ class DeviceStatus:
 
     node_id: int
     name: str
-    there: bool
+    online: bool
     """Whether it is online."""
     awake: bool
     """Whether its stream is open; an online device without a stream polls."""
@@ -99,23 +99,23 @@ class Presence:
             session = _Session(instance, name, public_key, now)
             if old is not None:
                 session.replaced = (*old.replaced, old.instance)[-_REPLACED:]
-                _ring(self._loop, old.stream)
+                _set_event(self._loop, old.stream)
             self._sessions[node_id] = session
         self._on_change()
         return True
 
-    def call(self, node_id: int, instance: str, again_s: float | None = None) -> bool:
+    def call(self, node_id: int, instance: str, next_call_s: float | None = None) -> bool:
         """Records a call; returns False if it is not from the device's active process.
 
-        ``again_s`` is the announced number of seconds until its next call, if any.
+        ``next_call_s`` is the announced number of seconds until its next call, if any.
         """
         with self._lock:
             session = self._sessions.get(node_id)
             if session is None or session.instance != instance:
                 return False
             session.seen = self._clock()
-            if again_s is not None:
-                session.silent_s = min(again_s + LATE_S, BEATS_S)
+            if next_call_s is not None:
+                session.silent_s = min(next_call_s + POLL_GRACE_S, MAX_SILENCE_S)
             if session.stream is None:
                 session.left = None
             return True
@@ -129,7 +129,7 @@ class Presence:
             session = self._sessions.get(node_id)
             if session is None or session.instance != instance:
                 return None
-            _ring(self._loop, session.stream)
+            _set_event(self._loop, session.stream)
             session.stream, session.left = asyncio.Event(), None
             stream = session.stream
         self._on_change()
@@ -147,7 +147,9 @@ class Presence:
             if session is None or session.stream is not stream:
                 return
             session.stream, session.left = None, self._clock()
-            session.silent_s = LATE_S  # a device that is still online calls, and opens another
+            session.silent_s = (
+                POLL_GRACE_S  # a device that is still online calls, and opens another
+            )
         self._on_change()
 
     def leave(self, node_id: int) -> None:
@@ -156,7 +158,7 @@ class Presence:
             session = self._sessions.get(node_id)
             if session is not None:
                 session.left = self._clock()
-                _ring(self._loop, session.stream)
+                _set_event(self._loop, session.stream)
                 session.stream = None
         self._on_change()
 
@@ -165,7 +167,7 @@ class Presence:
         with self._lock:
             session = self._sessions.pop(node_id, None)
             if session is not None:
-                _ring(self._loop, session.stream)
+                _set_event(self._loop, session.stream)
         self._on_change()
 
     def close(self) -> None:
@@ -219,7 +221,7 @@ class Presence:
 
         self._loop.call_soon_threadsafe(ring)
 
-    def absent_s(self, node_id: int) -> float:
+    def offline_s(self, node_id: int) -> float:
         """Returns the seconds since a node went offline; 0 if online, infinity if it never was."""
         with self._lock:
             session = self._sessions.get(node_id)
@@ -238,6 +240,6 @@ class Presence:
         return until if self._clock() > until else None
 
 
-def _ring(loop: asyncio.AbstractEventLoop, stream: asyncio.Event | None) -> None:
+def _set_event(loop: asyncio.AbstractEventLoop, stream: asyncio.Event | None) -> None:
     if stream is not None:
         loop.call_soon_threadsafe(stream.set)

@@ -44,7 +44,7 @@ from server.process.signals import exit_immediately
 log = logging.getLogger("fedcore.server")
 
 _ENDING = (signal.SIGTERM, signal.SIGINT)
-_TOGETHER_S = 1.0
+_SAME_SIGNAL_S = 1.0
 """Signals that arrive within so many seconds count as one."""
 Result = TypeVar("Result")
 _ROSTER_S = 1.0
@@ -128,8 +128,7 @@ async def listen(
         ResourceError: a port is in use, or may not be used.
     """
     return_freed_blocks()
-    limits = limits or Limits()
-    clock = SteadyClock()
+    limits, clock = limits or Limits(), SteadyClock()
     roster = identity.roster(clock=clock)
     with disk_errors(spool):
         shutil.rmtree(spool, ignore_errors=True)
@@ -139,8 +138,10 @@ async def listen(
     presence, uploads, refusals = Presence(fleet.wake), Uploads(limits, fleet.abandon), Refusals()
     digest, key_of, now = run_digest(settings), fleet.key_of, clock.seconds
     checks = SignatureChecks(roster, key_of, run_id=digest, refusals=refusals, clock=now)
-    most = min(limits.connections, grant_descriptors())
-    connections = Connections(limits, refusals, most=most, name_of=partial(_name, roster))
+    max_connections = min(limits.connections, grant_descriptors())
+    connections = Connections(
+        limits, refusals, max_connections=max_connections, name_of=partial(_name, roster)
+    )
     listener = connections.listener(bind(address.host, address.port))
     with _closed_on_error(listener):
         wake, wake_port = await serve_wakeups(
@@ -148,7 +149,7 @@ async def listen(
             identity,
             host=address.host,
             port=address.wake_port,
-            connections=most,
+            connections=max_connections,
             handshake_s=limits.handshake_s,
         )
     gate = Gate(
@@ -165,8 +166,7 @@ async def listen(
         refusals=refusals,
         operate=operate,
     )
-    http = http_server(gate, identity, connections)
-    peers = DevicePeers(roster, key_of, refusals)
+    http, peers = http_server(gate, identity, connections), DevicePeers(roster, key_of, refusals)
     bound = Address(address.host, listener.getsockname()[1], wake_port)
     listening = Listening(fleet, presence, uploads, checks, peers, bound, threading.Event())
     watching = asyncio.create_task(
@@ -229,7 +229,7 @@ async def run_beside(work: Callable[[Grid], Result], listening: Listening) -> Re
         FedcoreError: ``work`` raised it.
     """
     loop = asyncio.get_running_loop()
-    asked_s: float | None = None
+    signalled_s: float | None = None
     works = True
 
     def ignore() -> None:
@@ -237,12 +237,12 @@ async def run_beside(work: Callable[[Grid], Result], listening: Listening) -> Re
             signal.signal(each, signal.SIG_IGN)
 
     def stop(number: int, frame: object) -> None:
-        nonlocal asked_s
+        nonlocal signalled_s
         listening.interrupted.append(number)
-        before_s, asked_s = asked_s, time.monotonic()
+        before_s, signalled_s = signalled_s, time.monotonic()
         if not works:
             ignore()
-        elif before_s is not None and asked_s - before_s > _TOGETHER_S:
+        elif before_s is not None and signalled_s - before_s > _SAME_SIGNAL_S:
             exit_immediately()
         with suppress(RuntimeError):  # the loop is closed: the server has stopped already
             loop.call_soon_threadsafe(listening.stop)
@@ -256,5 +256,5 @@ async def run_beside(work: Callable[[Grid], Result], listening: Listening) -> Re
             return None
         finally:
             works = False
-            if asked_s is not None:
+            if signalled_s is not None:
                 ignore()

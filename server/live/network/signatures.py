@@ -159,11 +159,11 @@ class DevicePeers:
         public = self.key_of(node_id)
         return self.roster.member(public) if public is not None else None
 
-    def said(self, node_id: int, reason: str) -> str:
+    def failure_text(self, node_id: int, reason: str) -> str:
         """Prefixes a device's reason with its name, as the reason may claim to be another's."""
         name = self.name(node_id)
         return reason if reason.startswith(f"{name}: ") else f"{name}: {reason}"
 
-    def refused(self, node_id: int, reason: str) -> None:
+    def rejected(self, node_id: int, reason: str) -> None:
         """Logs that a device's reply was rejected, throttled per device."""
         self.refusals.note(self.name(node_id), 409, reason)

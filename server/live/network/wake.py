@@ -101,7 +101,7 @@ class Wakeups(WakeServicer):
             if self.presence.watched_by(node_id, stream):
                 self.lines.tell(member.name, "stream closed")
                 self.presence.unwatch(node_id, stream)
-                self.uploads.gone(node_id)
+                self.uploads.disconnected(node_id)
 
 
 def _request(raw: bytes) -> WatchRequest:
@@ -202,4 +202,4 @@ async def disconnect_revoked(
             if public not in members:
                 log.warning("device %s: no longer a member; disconnected", node_id)
                 presence.remove(node_id)
-                uploads.gone(node_id)
+                uploads.disconnected(node_id)

@@ -71,18 +71,18 @@ def check_place(file: Path) -> None:
         )
 
 
-def check_wanted(name: str, *, gone: bool, ends: bool) -> None:
+def check_wanted(name: str, *, disconnected: bool, ends: bool) -> None:
     """Aborts a backup that is no longer wanted.
 
     Args:
         name: The run's name, for the error message.
-        gone: Whether the client has disconnected.
+        disconnected: Whether the client has disconnected.
         ends: Whether the run is ending.
 
     Raises:
-        ResourceError: ``gone`` or ``ends`` is set.
+        ResourceError: ``disconnected`` or ``ends`` is set.
     """
-    if gone:
+    if disconnected:
         raise ResourceError(
             "backup: the operator disconnected before it was complete. No file was left."
         )

@@ -114,14 +114,14 @@ def reachable(path: Path) -> Iterator[str]:
 def _read(raw: bytes, *, where: str) -> dict[str, Any]:
     try:
         answer = json.loads(raw)
-        told = answer.pop("ok")
+        succeeded = answer.pop("ok")
     except (ValueError, KeyError, AttributeError):
         raise DataError(
             f"{where}: cannot read the server's response of {len(raw)} bytes. `fedcore server "
             "status` shows whether it carried out the request; use the same version of fedcore "
             "as the server."
         ) from None
-    if not told:
+    if not succeeded:
         kind = getattr(errors, str(answer.get("error")), None)
         if not (isinstance(kind, type) and issubclass(kind, FedcoreError)):
             kind = ResourceError

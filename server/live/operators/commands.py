@@ -45,7 +45,7 @@ def _backup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="file to write, e.g. orchard.tar")
 
 
-def _ask(options: argparse.Namespace, shown: Shown, **request: Any) -> int:
+def _send(options: argparse.Namespace, shown: Shown, **request: Any) -> int:
     from server.live.operators.client import ask_local, ask_remote
 
     if options.kit is None:
@@ -59,26 +59,27 @@ def _ask(options: argparse.Namespace, shown: Shown, **request: Any) -> int:
 
 
 def _status(options: argparse.Namespace) -> int:
-    return _ask(options, _shown_status, verb="status")
+    return _send(options, _shown_status, verb="status")
 
 
-def _shown_status(told: Mapping[str, Any]) -> str:
-    devices, last = told["devices"], told["last"]
-    state = f"{told['state']}: {told['stage']}" if told["stage"] else told["state"]
-    listens = f"{told['listens']}, wakes on {told['wakes']}" if told["listens"] else "no more"
+def _shown_status(answer: Mapping[str, Any]) -> str:
+    devices, last = answer["devices"], answer["last"]
+    rounds = counted(answer["rounds"], "round")
+    state = f"{answer['state']}: {answer['stage']}" if answer["stage"] else answer["state"]
+    listens = f"{answer['listens']}, wakes on {answer['wakes']}" if answer["listens"] else "no more"
     lines = [
-        f"Run:     {told['run']}, {state}; {told['round']} of {counted(told['rounds'], 'round')}",
+        f"Run:     {answer['run']}, {state}; {answer['round']} of {rounds}",
         f"Devices: {devices['there']} connected of {counted(devices['members'], 'member')}; "
         f"{devices['drained']} drained",
-        f"Listens: {listens}; up {told['up_s']:.0f} s",
-        f"Project: {told['project']}, fedcore {told['version']}; certificate until "
-        f"{told['certificate_not_after'][:10]}, roster version {told['roster']['version']}",
+        f"Listens: {listens}; up {answer['up_s']:.0f} s",
+        f"Project: {answer['project']}, fedcore {answer['version']}; certificate until "
+        f"{answer['certificate_not_after'][:10]}, roster version {answer['roster']['version']}",
     ]
     if last:
         lines.insert(1, f"Last:    {_shown_round(last)}")
-    if told["roster"]["damage"]:
-        lines.append(f"Roster:  could not be reloaded: {told['roster']['damage']}")
-    return "\n".join([*lines, *(f"Note:    {note}" for note in told["notes"])])
+    if answer["roster"]["damage"]:
+        lines.append(f"Roster:  could not be reloaded: {answer['roster']['damage']}")
+    return "\n".join([*lines, *(f"Note:    {note}" for note in answer["notes"])])
 
 
 def _shown_round(one: Mapping[str, Any]) -> str:
@@ -90,20 +91,22 @@ def _shown_round(one: Mapping[str, Any]) -> str:
 
 
 def _rounds(options: argparse.Namespace) -> int:
-    return _ask(
+    return _send(
         options,
-        lambda told: "\n".join(map(_shown_round, told["rounds"])) or "No round is complete yet.",
+        lambda answer: (
+            "\n".join(map(_shown_round, answer["rounds"])) or "No round is complete yet."
+        ),
         verb="rounds",
     )
 
 
 def _devices(options: argparse.Namespace) -> int:
-    return _ask(options, _shown_devices, verb="devices")
+    return _send(options, _shown_devices, verb="devices")
 
 
-def _shown_devices(told: Mapping[str, Any]) -> str:
+def _shown_devices(answer: Mapping[str, Any]) -> str:
     lines = []
-    for one in told["devices"]:
+    for one in answer["devices"]:
         there = "awake" if one["awake"] else "polls" if one["there"] else "away"
         drained = ", drained" if one["drained"] else ""
         until = one["certificate_not_after"][:10]
@@ -113,15 +116,17 @@ def _shown_devices(told: Mapping[str, Any]) -> str:
 
 def _steer(verb: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
-        return _ask(options, lambda told: f"{told['run']}: {told['state']}", verb=verb)
+        return _send(options, lambda answer: f"{answer['run']}: {answer['state']}", verb=verb)
 
     return run
 
 
 def _drain(options: argparse.Namespace) -> int:
-    return _ask(
+    return _send(
         options,
-        lambda told: f"{told['device']}: {'drained' if told['drained'] else 'selected again'}",
+        lambda answer: (
+            f"{answer['device']}: {'drained' if answer['drained'] else 'selected again'}"
+        ),
         verb="drain",
         device=options.device,
         undo=options.undo,
@@ -129,10 +134,10 @@ def _drain(options: argparse.Namespace) -> int:
 
 
 def _backup(options: argparse.Namespace) -> int:
-    return _ask(
+    return _send(
         options,
-        lambda told: (
-            f"Backup: {told['file']}, {counted(told['files'], 'file')}, {told['bytes']} bytes"
+        lambda answer: (
+            f"Backup: {answer['file']}, {counted(answer['files'], 'file')}, {answer['bytes']} bytes"
         ),
         verb="backup",
         file=str(options.file.absolute()),

@@ -23,7 +23,7 @@ from fedcore.observability.events import Event, Noted, RoundFinished, StageStart
 from server.live.network.serve import Listening
 from server.live.operators.backup import back_up, check_place, check_wanted
 from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
-from server.live.operators.protocol import LOOKING, OperatorRequest, Requester, named, parse_request
+from server.live.operators.protocol import READING, OperatorRequest, Requester, named, parse_request
 from server.live.operators.status import devices_answer, status_answer
 from server.live.rounds.steered import SteeredCheckpointer
 from server.operator_log import AUDIT, Audit
@@ -31,14 +31,13 @@ from server.rounds.checkpointing.checkpointer import RoundCheckpointer
 from server.rounds.checkpointing.progress import Progress
 
 _ROUNDS_SHOWN = 1000
-_LOOK_S = 0.25
+_POLL_S = 0.25
 """Interval at which waiting code checks whether the server stops, in seconds."""
 _THREADS = 4
 """Threads that answer requests; at most one of them waits for the end of a round."""
 _STAGES = {"finetune": "fine-tuning", "compress": "compression"}
-Gone = Callable[[], bool]
+Disconnected = Callable[[], bool]
 """Returns whether the client that sent a request has disconnected."""
-
 _State = Literal["waiting", "running", "paused", "finishing", "ended"]
 
 
@@ -83,7 +82,7 @@ class Control:
         self._pause = self._stop = False
         self._hold = False
         """Whether a backup waits for the end of the round, or is being written."""
-        self._resting = False
+        self._awaits_devices = False
         """Whether the current round waits for devices, so that a backup may be taken meanwhile."""
         self._answering = 0
         self.threads = ThreadPoolExecutor(_THREADS, thread_name_prefix="operators")
@@ -159,21 +158,23 @@ class Control:
         """
         with self._changed:
             self._check_stopped()
-            self._resting = True
+            self._awaits_devices = True
             self._changed.notify_all()
             try:
                 while self._hold:
-                    self._changed.wait(_LOOK_S)
+                    self._changed.wait(_POLL_S)
                     self._check_stopped()
             finally:
-                self._resting = False
+                self._awaits_devices = False
 
-    def answer(self, raw: bytes, asker: Requester, gone: Gone = lambda: False) -> dict[str, Any]:
+    def answer(
+        self, raw: bytes, sender: Requester, disconnected: Disconnected = lambda: False
+    ) -> dict[str, Any]:
         """Executes a request and returns the answer; errors are returned in it, not raised."""
         with self._changed:
             self._answering += 1
         try:
-            return {"ok": True, **self._answer(parse_request(raw), asker, gone)}
+            return {"ok": True, **self._answer(parse_request(raw), sender, disconnected)}
         except FedcoreError as error:
             return {"ok": False, "error": type(error).__name__, "message": str(error)}
         finally:
@@ -181,36 +182,38 @@ class Control:
                 self._answering -= 1
                 self._changed.notify_all()
 
-    def _answer(self, request: OperatorRequest, asker: Requester, gone: Gone) -> dict[str, Any]:
+    def _answer(
+        self, request: OperatorRequest, sender: Requester, disconnected: Disconnected
+    ) -> dict[str, Any]:
         site = self._site
         if site is None:
             raise ResourceError("the server is still starting. Nothing was done; try again.")
-        if request.verb in LOOKING:
-            return self._look(request, site)
+        if request.verb in READING:
+            return self._read_state(request, site)
         more = request.model_dump(exclude={"verb"}, exclude_defaults=True)
 
-        def told(outcome: str) -> None:
-            site.audit.record(by=asker.by, action=request.verb, outcome=outcome, **more)
+        def record(outcome: str) -> None:
+            site.audit.record(by=sender.by, action=request.verb, outcome=outcome, **more)
 
         try:
-            if asker.role != "operator":
+            if sender.role != "operator":
                 raise TrustError(
-                    f"{asker.by}: a {asker.role} may only read, an operator may {request.verb}. "
+                    f"{sender.by}: a {sender.role} may only read, an operator may {request.verb}. "
                     "Nothing was done; ask an operator."
                 )
             with named(request):
-                act = self._act(request, asker, site, gone)
-            told("accepted")  # on disk before the request is executed
+                act = self._act(request, sender, site, disconnected)
+            record("accepted")  # on disk before the request is executed
             with named(request):
                 answer = act()
         except FedcoreError as error:
-            told(f"refused: {error}")
+            record(f"refused: {error}")
             raise
         if request.verb == "backup":
-            told("done")
+            record("done")
         return answer
 
-    def _look(self, request: OperatorRequest, site: _Site) -> dict[str, Any]:
+    def _read_state(self, request: OperatorRequest, site: _Site) -> dict[str, Any]:
         if request.verb == "devices":
             return {"devices": devices_answer(site.roster, self._drained, site.listening)}
         with self._changed:
@@ -242,14 +245,14 @@ class Control:
             return self._state
 
     def _act(
-        self, request: OperatorRequest, asker: Requester, site: _Site, gone: Gone
+        self, request: OperatorRequest, sender: Requester, site: _Site, disconnected: Disconnected
     ) -> Callable[[], dict[str, Any]]:
         """Validates a request and returns the function that executes it, without calling it."""
         listening = site.listening
         if listening is None:
             return self._finishing(request)
         if request.verb == "backup":
-            return self._backup(request, asker, site, gone)
+            return self._backup(request, sender, site, disconnected)
         if request.verb == "drain":
             return self._drain(request, site.roster, listening)
         if self._state == "ended":
@@ -276,9 +279,9 @@ class Control:
             )
 
         def stop() -> dict[str, Any]:
-            told = self._set(pause=False, stop=True)
+            answer = self._set(pause=False, stop=True)
             signal.pthread_kill(threading.main_thread().ident or 0, signal.SIGTERM)
-            return told
+            return answer
 
         return stop
 
@@ -286,9 +289,8 @@ class Control:
         with self._changed:
             self._pause, self._stop = pause, stop
             self._changed.notify_all()
-        if not pause and not stop:
-            with self._changed:
-                self._changed.wait_for(lambda: self._state != "paused", timeout=2 * _LOOK_S)
+            if not pause and not stop:
+                self._changed.wait_for(lambda: self._state != "paused", timeout=2 * _POLL_S)
         return {"run": self._run.name, "state": self._described()}
 
     def _drain(
@@ -305,8 +307,8 @@ class Control:
             with self._changed:
                 last = self._rounds[-1] if self._rounds else None
             needed = self._run.federation.cohort or (last["cohort"] if last else 1)
-            there = [one.name for one in listening.presence.devices() if one.there]
-            check_enough(self._run.name, there, self._drained | {name}, needed=needed)
+            connected = [one.name for one in listening.presence.devices() if one.online]
+            check_enough(self._run.name, connected, self._drained | {name}, needed=needed)
 
         def act() -> dict[str, Any]:
             with self._changed:  # another operator may drain at the same time
@@ -319,28 +321,27 @@ class Control:
         return act
 
     def _backup(
-        self, request: OperatorRequest, asker: Requester, site: _Site, gone: Gone
+        self, request: OperatorRequest, sender: Requester, site: _Site, disconnected: Disconnected
     ) -> Callable[[], dict[str, Any]]:
         file = Path(request.file or "")
-        if not asker.local:
+        if not sender.local:
             raise ConfigError(
-                "backup: it can only be requested on the server's own machine, where it is "
-                "written. Nothing was written; log in there, and pass the server's folder with "
-                "--identity."
+                "backup: it can only be requested on the server's own machine. Nothing was "
+                "written; log in there, and pass the server's folder with --identity."
             )
         check_place(file)
 
         def act() -> dict[str, Any]:
             def wanted() -> None:
-                check_wanted(self._run.name, gone=gone(), ends=site.stopping)
+                check_wanted(self._run.name, disconnected=disconnected(), ends=site.stopping)
 
-            with self._between_rounds(site, gone):
+            with self._between_rounds(site, disconnected):
                 return asdict(back_up(self._results, file, now=datetime.now(UTC), wanted=wanted))
 
         return act
 
     @contextmanager
-    def _between_rounds(self, site: _Site, gone: Gone) -> Iterator[None]:
+    def _between_rounds(self, site: _Site, disconnected: Disconnected) -> Iterator[None]:
         """Waits until no round is active, or it waits for devices; blocks rounds until exit.
 
         Raises:
@@ -355,19 +356,19 @@ class Control:
             self._hold = True
         try:
             with self._changed:
-                self._check_waited_for(site, gone)
-                while self._state == "running" and not self._resting:
-                    self._changed.wait(_LOOK_S)
-                    self._check_waited_for(site, gone)
+                self._check_waited_for(site, disconnected)
+                while self._state == "running" and not self._awaits_devices:
+                    self._changed.wait(_POLL_S)
+                    self._check_waited_for(site, disconnected)
             yield
         finally:
             with self._changed:
                 self._hold = False
                 self._changed.notify_all()
 
-    def _check_waited_for(self, site: _Site, gone: Gone) -> None:
+    def _check_waited_for(self, site: _Site, disconnected: Disconnected) -> None:
         ends = self._stop or self._state == "ended" or site.stopping
-        check_wanted(self._run.name, gone=gone(), ends=ends)
+        check_wanted(self._run.name, disconnected=disconnected(), ends=ends)
 
     def _check_stopped(self) -> None:
         if self._site is None or self._site.stopping:
@@ -387,7 +388,7 @@ class Control:
                 return
             while self._hold or (self._pause and not self._stop):
                 self._show("paused")
-                self._changed.wait(_LOOK_S)
+                self._changed.wait(_POLL_S)
                 self._check_stopped()
             self._check_stopped()
             self._show("running")

@@ -72,7 +72,7 @@ def write_drained(folder: Path, names: Collection[str]) -> None:
 
 
 def check_enough(
-    name: str, there: Collection[str], drained: Collection[str], *, needed: int
+    name: str, connected: Collection[str], drained: Collection[str], *, needed: int
 ) -> None:
     """Checks that enough devices stay available for a round's cohort once ``drained`` are left out.
 
@@ -80,15 +80,15 @@ def check_enough(
 
     Args:
         name: The run's name, for the error message.
-        there: Names of the connected devices.
+        connected: Names of the connected devices.
         drained: Names of all drained devices, including the one to drain now.
         needed: Size of a round's cohort.
 
     Raises:
         ConfigError: fewer than ``needed`` devices would be left.
     """
-    left = len(set(there) - set(drained))
-    if left < needed <= len(there):
+    left = len(set(connected) - set(drained))
+    if left < needed <= len(connected):
         raise ConfigError(
             f"drain: {counted(left, 'device')} would be left, and each round of {name!r} needs "
             f"{needed}. Nothing was done; stop the run, and start it with a lower "

@@ -31,13 +31,13 @@ from server.live.operators.control import Control
 from server.live.operators.protocol import MAX_REQUEST_BYTES, Requester
 from server.process.signals import signals_blocked
 
-_ASK_S = 10.0
+_REQUEST_S = 10.0
 """Timeout in seconds for receiving a request, and for sending the answer."""
 _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 
 
 @contextmanager
-def sole(folder: Path) -> Iterator[None]:
+def server_lock(folder: Path) -> Iterator[None]:
     """Context manager that locks a server's folder against a second server.
 
     Raises:
@@ -152,21 +152,21 @@ def operator_handler(control: Control) -> Operate:
             return await _respond(send, 404, {"detail": "no such endpoint"})
         raw = b""
         try:
-            async with asyncio.timeout(_ASK_S):
+            async with asyncio.timeout(_REQUEST_S):
                 more = True
                 while more and len(raw) <= MAX_REQUEST_BYTES:
                     event = await receive()
                     raw += event.get("body", b"")
                     more = event["type"] == "http.request" and event.get("more_body", False)
         except TimeoutError:
-            return await _respond(send, 408, {"detail": f"it took longer than {_ASK_S:g} s"})
+            return await _respond(send, 408, {"detail": f"it took longer than {_REQUEST_S:g} s"})
         if len(raw) > MAX_REQUEST_BYTES:
             return await _respond(send, 413, {"detail": f"more than {MAX_REQUEST_BYTES} bytes"})
         peer = (scope.get("client") or ("?",))[0]
-        asker = Requester(f"{member.name} ({member.fingerprint[:16]}, {peer})", member.role, False)
+        sender = Requester(f"{member.name} ({member.fingerprint[:16]}, {peer})", member.role, False)
         loop = asyncio.get_running_loop()
-        told = await loop.run_in_executor(control.threads, control.answer, raw, asker)
-        return await _respond(send, 200, told)
+        answer = await loop.run_in_executor(control.threads, control.answer, raw, sender)
+        return await _respond(send, 200, answer)
 
     return operate
 
@@ -211,9 +211,9 @@ async def _request(
     The sender is None if it is not authorized.
     """
     try:
-        asker = _asker(writer.get_extra_info("socket"))
-        async with asyncio.timeout(_ASK_S):
-            return await reader.readline(), asker
+        sender = _peer_of(writer.get_extra_info("socket"))
+        async with asyncio.timeout(_REQUEST_S):
+            return await reader.readline(), sender
     except (TimeoutError, ValueError, ConnectionError):  # ValueError: a line past the limit
         return None
 
@@ -221,41 +221,41 @@ async def _request(
 async def _answer(
     control: Control,
     raw: bytes,
-    asker: Requester | None,
+    sender: Requester | None,
     reader: asyncio.StreamReader,
     writer: asyncio.StreamWriter,
 ) -> None:
     """Executes a request and writes the answer, one line of JSON."""
-    if asker is None:
-        told: dict[str, Any] = {
+    if sender is None:
+        answer: dict[str, Any] = {
             "ok": False,
             "error": "TrustError",
             "message": "only the server's own user and root may connect. Nothing was done.",
         }
     else:
-        gone = threading.Event()
-        watching = asyncio.create_task(_watch(reader, gone))
+        disconnected = threading.Event()
+        watching = asyncio.create_task(_watch(reader, disconnected))
         try:
-            told = await asyncio.get_running_loop().run_in_executor(
-                control.threads, control.answer, raw, asker, gone.is_set
+            answer = await asyncio.get_running_loop().run_in_executor(
+                control.threads, control.answer, raw, sender, disconnected.is_set
             )
         finally:
             watching.cancel()
     with suppress(ConnectionError, TimeoutError):  # the client may have disconnected
-        writer.write(json.dumps(told).encode() + b"\n")
-        async with asyncio.timeout(_ASK_S):
+        writer.write(json.dumps(answer).encode() + b"\n")
+        async with asyncio.timeout(_REQUEST_S):
             await writer.drain()
 
 
-async def _watch(reader: asyncio.StreamReader, gone: threading.Event) -> None:
-    """Sets ``gone`` when the client disconnects; discards anything that it still sends."""
+async def _watch(reader: asyncio.StreamReader, disconnected: threading.Event) -> None:
+    """Sets ``disconnected`` when the client disconnects; discards anything that it still sends."""
     with suppress(ConnectionError):
         while await reader.read(MAX_REQUEST_BYTES):
             pass
-    gone.set()
+    disconnected.set()
 
 
-def _asker(connection: socket.socket) -> Requester | None:
+def _peer_of(connection: socket.socket) -> Requester | None:
     """Identifies the peer by its kernel credentials; returns None if not this user or root."""
     option = getattr(socket, "SO_PEERCRED", None)
     if option is None:  # not Linux: the socket's mode admits only its owner and root

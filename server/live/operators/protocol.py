@@ -17,7 +17,7 @@ from fedcore.observability.faults import first_fault
 MAX_REQUEST_BYTES = 4096
 
 Verb = Literal["status", "rounds", "devices", "pause", "resume", "stop", "drain", "backup"]
-LOOKING: frozenset[Verb] = frozenset({"status", "rounds", "devices"})
+READING: frozenset[Verb] = frozenset({"status", "rounds", "devices"})
 """Read-only verbs, which viewers may use, too."""
 
 

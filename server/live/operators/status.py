@@ -83,7 +83,7 @@ def devices_answer(
             {
                 "name": member.name,
                 "node_id": node_id,
-                "there": device is not None and device.there,
+                "there": device is not None and device.online,
                 "awake": device is not None and device.awake,
                 "drained": member.name in drained,
                 "num_examples": member.num_examples,

@@ -18,7 +18,7 @@ from fedcore.flower.grid import ForwardingGrid, reply_batches
 from fedcore.observability.patience import Reminder
 from fedcore.updates.messages import DECLINES, REFUSED
 from server.live.journal.journal import Journal
-from server.live.rounds.waiting import Awaited, Tell, so_far
+from server.live.rounds.waiting import Awaited, OnWait, so_far
 from server.records import RoundRecord
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort
@@ -26,7 +26,7 @@ from server.rounds.cohort import Cohort
 REJOIN_S = 40.0
 """Seconds after a restart during which the server waits for devices that it asked before. They
 try to reconnect at least every 30 s."""
-_LOOK_S = 0.2
+_POLL_S = 0.2
 Admit = Callable[[Collection[int]], Collection[int]]
 """Registers nodes with the underlying grid, as after a restart they may not have called yet.
 Returns those that are still members."""
@@ -44,7 +44,7 @@ class JournalCheckpointer:
         deadline_s: float,
         evaluated: int = 0,
         rejoin_s: float = 0.0,
-        waits: Tell = lambda text: None,
+        on_wait: OnWait = lambda text: None,
     ) -> None:
         """Continues from the last commit of ``journal``.
 
@@ -55,11 +55,11 @@ class JournalCheckpointer:
             evaluated: Wanted number of devices to evaluate; at most the number that trained.
             rejoin_s: Seconds from now on during which a draw waits for the wanted number. Later
                 draws wait for `GRACE_S`. After that it uses the devices that are connected.
-            waits: Called from time to time while a round waits for devices.
+            on_wait: Called from time to time while a round waits for devices.
         """
         self._journal = journal
         self._report = report
-        self._waits = waits
+        self._on_wait = on_wait
         self._deadline_s = deadline_s
         self._evaluated = evaluated
         self._rejoin_until = time.monotonic() + rejoin_s
@@ -83,14 +83,14 @@ class JournalCheckpointer:
         Raises:
             RoundFailed: too few devices were connected until the deadline.
         """
-        known = self._journal.asked(kind)
+        known = self._journal.selected_cohort(kind)
         if known is not None:
             return known
-        trained = self._journal.asked(MessageType.TRAIN)
+        trained = self._journal.selected_cohort(MessageType.TRAIN)
         most = len(trained.nodes) if trained is not None else 0
         wanted = min(self._evaluated, most) if kind == MessageType.EVALUATE else 0
-        cohort = self._drawn(draw, wanted)
-        self._journal.ask(kind, cohort)
+        cohort = self._draw_enough(draw, wanted)
+        self._journal.record_cohort(kind, cohort)
         return cohort
 
     def begin(self, nodes: Sequence[int]) -> None:
@@ -112,7 +112,7 @@ class JournalCheckpointer:
     def fail(self, progress: Progress) -> None:
         """Does nothing: earlier rounds and accepted replies stay in the journal."""
 
-    def _drawn(self, draw: Callable[[], Cohort], wanted: int) -> Cohort:
+    def _draw_enough(self, draw: Callable[[], Cohort], wanted: int) -> Cohort:
         """Repeats ``draw`` until it returns ``wanted`` nodes, or the time to rejoin has passed.
 
         ``draw`` raises `RoundFailed` while there are too few devices; at the deadline that error
@@ -126,14 +126,14 @@ class JournalCheckpointer:
                 cohort = draw()
                 if len(cohort.nodes) >= wanted or time.monotonic() >= until:
                     return cohort
-                time.sleep(_LOOK_S)
+                time.sleep(_POLL_S)
             except RoundFailed as error:
                 if time.monotonic() > end:
                     raise
                 if (lasted_s := reminder.due()) is not None:
                     why, _, _ = str(error).partition(". ")
-                    self._waits(f"{why}: {so_far(lasted_s, end)}")
-                time.sleep(_LOOK_S)
+                    self._on_wait(f"{why}: {so_far(lasted_s, end)}")
+                time.sleep(_POLL_S)
 
 
 class JournalGrid(ForwardingGrid):
@@ -146,47 +146,47 @@ class JournalGrid(ForwardingGrid):
 
     def __init__(
         self,
-        behind: Grid,
+        grid: Grid,
         journal: Journal,
         *,
         admit: Admit,
         quorum: float,
         rejoin_s: float = 0.0,
-        lacks: Callable[[], None] = lambda: None,
-        waits: Tell = lambda text: None,
+        on_missing: Callable[[], None] = lambda: None,
+        on_wait: OnWait = lambda text: None,
         name: Callable[[int], str] = str,
     ) -> None:
         """Creates a grid for the run of ``journal``.
 
         Args:
-            behind: The underlying grid, which reaches the devices.
+            grid: The underlying grid, which reaches the devices.
             journal: Stores the replies of rounds.
             admit: Called with the nodes of a round before they are sent messages.
             quorum: Share of a cohort whose updates a round needs, from 0 to 1.
             rejoin_s: Seconds from now on during which a round waits for devices not seen yet.
-            lacks: Called at each check for disconnected devices; an exception from it ends the
+            on_missing: Called at each check for disconnected devices; an exception from it ends the
                 round.
-            waits: Called from time to time with a line on the devices that a round waits for.
+            on_wait: Called from time to time with a line on the devices that a round waits for.
             name: Returns a node's name for that line.
         """
-        super().__init__(behind)
+        super().__init__(grid)
         self._journal = journal
         self._admit = admit
         self._quorum = quorum
-        self._lacks = lacks
+        self._on_missing = on_missing
         self._rejoin_until = time.monotonic() + rejoin_s
         self._seen: set[int] = set()
-        self._waits = waits
+        self._on_wait = on_wait
         self._name = name
         self._awaited: Awaited | None = None
-        if isinstance(behind, FleetGrid):
-            behind.waits = self._remind
+        if isinstance(grid, FleetGrid):
+            grid.on_wait = self._remind
 
     def get_node_ids(self) -> Iterable[int]:
         """Returns the connected nodes, sorted."""
-        there = set(self._behind.get_node_ids())
-        self._seen |= there
-        return sorted(there)
+        connected = set(self._grid.get_node_ids())
+        self._seen |= connected
+        return sorted(connected)
 
     def send_and_receive(
         self, messages: Iterable[Message], *, timeout: float | None = None
@@ -213,11 +213,11 @@ class JournalGrid(ForwardingGrid):
         kinds = {message.metadata.message_type for message in waiting.values()}
         self._awaited = None
         if not kinds <= {*_ROUNDS}:
-            yield from reply_batches(self._behind, [*waiting.values()], timeout=timeout)
+            yield from reply_batches(self._grid, [*waiting.values()], timeout=timeout)
             return
         assert len(kinds) <= 1, "a round sends the same request to all"
         kind = next(iter(kinds), MessageType.TRAIN)
-        asked, came = len(waiting), 0
+        expected, accepted_total = len(waiting), 0
         for node in list(waiting):
             kept = self._journal.reply(waiting[node])
             if kept is not None:
@@ -225,50 +225,52 @@ class JournalGrid(ForwardingGrid):
                 del kept
                 if self._journal.holds(kind, node):
                     del waiting[node]
-                    came += 1
+                    accepted_total += 1
         members = self._admit(waiting)
         waiting = {node: message for node, message in waiting.items() if node in members}
-        all_asked = came + len(waiting)
-        self._awaited = Awaited(self._journal.round + 1, kind, all_asked, waiting.keys(), end)
+        selected = accepted_total + len(waiting)
+        self._awaited = Awaited(self._journal.round + 1, kind, selected, waiting.keys(), end)
         while waiting:
             left_s = end - time.monotonic() if timeout is not None else None
-            for batch in reply_batches(self._behind, [*waiting.values()], timeout=left_s):
+            for batch in reply_batches(self._grid, [*waiting.values()], timeout=left_s):
                 nodes = [reply.metadata.src_node_id for reply in batch]
                 for node in nodes:
                     del waiting[node]
-                yield [_of_no_kind(reply) if reply.has_error() else reply for reply in batch]
+                yield [_without_code(reply) if reply.has_error() else reply for reply in batch]
                 del batch  # free it: the next one is read while this frame is suspended
                 accepted = sum(self._journal.holds(kind, node) for node in nodes)
-                came += accepted
+                accepted_total += accepted
                 # The others declined, failed or were rejected: they are asked again only after a
                 # restart.
-                asked -= len(nodes) - accepted
-            if not self._back(waiting, end, enough=came >= self._quorum * asked):
+                expected -= len(nodes) - accepted
+            if not self._wait_for_rejoin(
+                waiting, end, enough=accepted_total >= self._quorum * expected
+            ):
                 return
             for node, message in waiting.items():  # a grid sends the same message only once
                 waiting[node] = Message(message.content, node, message.metadata.message_type)
 
-    def _back(self, waiting: Iterable[int], end: float, *, enough: bool) -> bool:
+    def _wait_for_rejoin(self, waiting: Iterable[int], end: float, *, enough: bool) -> bool:
         """Waits until a disconnected node is back; returns False if the round ends without it."""
-        gone = set(waiting)
-        while gone and time.monotonic() < end:
-            there = gone & set(self.get_node_ids())
-            if there:
+        missing = set(waiting)
+        while missing and time.monotonic() < end:
+            connected = missing & set(self.get_node_ids())
+            if connected:
                 return True
-            if enough and (not gone - self._seen or time.monotonic() >= self._rejoin_until):
+            if enough and (not missing - self._seen or time.monotonic() >= self._rejoin_until):
                 return False
-            self._lacks()
+            self._on_missing()
             self._remind()
-            time.sleep(_LOOK_S)
+            time.sleep(_POLL_S)
         return False
 
     def _remind(self) -> None:
         if self._awaited is not None:
-            there = self._behind.get_node_ids
-            self._awaited.remind(self._waits, name=self._name, there=lambda: set(there()))
+            connected = self._grid.get_node_ids
+            self._awaited.remind(self._on_wait, name=self._name, connected=lambda: set(connected()))
 
 
-def _of_no_kind(reply: Message) -> Message:
+def _without_code(reply: Message) -> Message:
     """Replaces the error code that a device reports, so that no device can fake a server's error.
 
     Keeps the codes by which a device declines because its privacy budget is spent.

@@ -25,11 +25,11 @@ def device_settings(run: RunConfig, *, instance: str) -> dict[str, str]:
         federation = federation.model_copy(
             update={"strategy": plain.strategy, "strategy_options": options}
         )
-    told = RunConfig(
+    settings = RunConfig(
         name=run.name,
         task=PurePath(run.task).name,
         federation=federation,
         client=run.client,
         privacy=run.privacy,
     )
-    return {SETTINGS: told.model_dump_json(exclude_defaults=True), INSTANCE: instance}
+    return {SETTINGS: settings.model_dump_json(exclude_defaults=True), INSTANCE: instance}

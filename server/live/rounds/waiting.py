@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from fedcore.observability.patience import Reminder
 from fedcore.observability.words import counted, seconds_text
 
-Tell = Callable[[str], None]
+OnWait = Callable[[str], None]
 """Callback with a line that describes what the round waits for."""
 _NAMED = 5  # devices listed by name in a line
 
@@ -21,8 +21,8 @@ class Awaited:
     round: int
     kind: str
     """Type of the messages that they received: train or evaluate."""
-    asked: int
-    """Number of nodes asked, including those that have answered."""
+    selected: int
+    """Number of nodes selected, including those that have answered."""
     nodes: Collection[int]
     """Nodes that have not answered yet; a live view, which shrinks as they answer."""
     end: float
@@ -30,28 +30,32 @@ class Awaited:
     reminder: Reminder = field(default_factory=Reminder)
 
     def remind(
-        self, tell: Tell, *, name: Callable[[int], str], there: Callable[[], Collection[int]]
+        self,
+        on_wait: OnWait,
+        *,
+        name: Callable[[int], str],
+        connected: Callable[[], Collection[int]],
     ) -> None:
         """Reports the outstanding nodes if a reminder is due.
 
         Args:
-            tell: Callback with the line.
+            on_wait: Callback with the line.
             name: Returns a node's name.
-            there: Returns the nodes that are connected now.
+            connected: Returns the nodes that are connected now.
         """
         lasted_s = self.reminder.due()
         if lasted_s is None or not self.nodes:
             return
-        here = set(there())
+        here = set(connected())
         named = [
             name(node) + ("" if node in here else " (not connected)")
             for node in sorted(self.nodes)[:_NAMED]
         ]
         more = len(self.nodes) - len(named)
         others = f" and {counted(more, 'other')}" if more > 0 else ""
-        tell(
+        on_wait(
             f"round {self.round} ({self.kind}) waits for {', '.join(named)}{others}: "
-            f"{self.asked - len(self.nodes)} of {self.asked} have answered, "
+            f"{self.selected - len(self.nodes)} of {self.selected} have answered, "
             f"{so_far(lasted_s, self.end)}"
         )
 
@@ -59,5 +63,5 @@ class Awaited:
 def so_far(lasted_s: float, end: float) -> str:
     """Formats the elapsed time and the time left until ``end``, in monotonic seconds."""
     left_s = max(end - time.monotonic(), 0.0)
-    most = f", {seconds_text(left_s)} left" if left_s < float("inf") else ""
-    return f"{seconds_text(lasted_s)} so far{most}"
+    remaining = f", {seconds_text(left_s)} left" if left_s < float("inf") else ""
+    return f"{seconds_text(lasted_s)} so far{remaining}"

@@ -50,18 +50,18 @@ class BoundedMean:
         for update, early in self._held:
             scale = self._scale(update, limit)
             if early and scale < 1.0:
-                self._total.take_back(update)
+                self._total.subtract(update)
             if scale < 1.0 or not early:
                 late.append((update, scale))
-        for update, scale in late:  # after every `take_back`: the sum may take more limbs now
+        for update, scale in late:  # after every `subtract`: the sum may take more limbs now
             self._add(update, scale)
         found = self._total.result()
         return replace(found, clipped=self._clipped, median_norm=self._bound.measure(lengths))
 
     def _add(self, update: WeightedUpdate, scale: float) -> None:
         if scale < 1.0:
-            moved = partial(self._bound.moved, update.found.parts, scale)
-            self._total.add_clipped(update, moved)
+            clipped_parts = partial(self._bound.clipped_parts, update.found.parts, scale)
+            self._total.add_clipped(update, clipped_parts)
         else:
             self._total.add(update)
 

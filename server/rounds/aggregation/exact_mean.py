@@ -10,7 +10,7 @@ from numpy.typing import NDArray
 from fedcore.errors import InvalidUpdate
 from fedcore.finite import all_finite, largest_magnitude
 from fedcore.updates.pack import Vector
-from server.rounds.aggregation.limbs import MOST, UNIT, add_whole, carry, to_floats, whole_parts
+from server.rounds.aggregation.limbs import MAX_LIMB, UNIT, add_whole, carry, to_floats, whole_parts
 
 STEP = 2.0**-36
 """Unit of the fixed-point format: 1.5e-11, far below float32's spacing at usual weights."""
@@ -106,18 +106,18 @@ class ExactMean:
         """Whether a vector with these peaks can be added without allocating a further limb."""
         (factor, *more) = _factors(weight)
         bound = max(peaks, default=0.0) * factor
-        return not more and bound < MOST // 4 and self._bounds[0] + int(bound) + 1 < MOST
+        return not more and bound < MAX_LIMB // 4 and self._bounds[0] + int(bound) + 1 < MAX_LIMB
 
-    def take_back(self, parts: Parts, weight: int, *, peaks: Sequence[float]) -> None:
+    def subtract(self, parts: Parts, weight: int, *, peaks: Sequence[float]) -> None:
         """Subtracts a vector that `add_parts` added while `has_room` was true.
 
         Guarantee:
             The sum is the one without the vector. No vector without room may have been added since.
         """
         (factor,) = _factors(weight)
-        most = max(peaks, default=0.0) * factor
-        self._add_ordinary(parts, -factor, most)
-        self._bounds[0] -= int(most) + 1
+        peak = max(peaks, default=0.0) * factor
+        self._add_ordinary(parts, -factor, peak)
+        self._bounds[0] -= int(peak) + 1
         self.weight, self.count = self.weight - weight, self.count - 1
 
     def add_rows(
@@ -139,7 +139,7 @@ class ExactMean:
         peaks = np.maximum(rows.max(axis=1, initial=0.0), -rows.min(axis=1, initial=0.0))
         factors = np.array(weights, np.float64) * _SCALE
         products = peaks * factors
-        ordinary = (products < MOST // 4) & (factors <= _EXACT_WEIGHT * _SCALE)
+        ordinary = (products < MAX_LIMB // 4) & (factors <= _EXACT_WEIGHT * _SCALE)
         for place in map(int, np.flatnonzero(~ordinary)):
             self.add(rows[place], weights[place])
         if not ordinary.all():
@@ -155,28 +155,28 @@ class ExactMean:
         self.count += len(taken)
 
     def _add(self, parts: Parts, peaks: Sequence[float], factor: float) -> None:
-        ordinary = [peak * factor for peak in peaks if peak * factor < MOST // 4]
+        ordinary = [peak * factor for peak in peaks if peak * factor < MAX_LIMB // 4]
         wide = max(peaks, default=0.0) * factor if len(ordinary) < len(peaks) else 0.0
         for limb in range(whole_parts(wide) if wide else 0):
             self._make_room(limb, UNIT)
-        most = max(ordinary, default=0.0)
-        self._make_room(0, int(most) + 1)
+        peak = max(ordinary, default=0.0)
+        self._make_room(0, int(peak) + 1)
         if not wide:
-            self._add_ordinary(parts, factor, most)
+            self._add_ordinary(parts, factor, peak)
             return
         start = 0
         for part, peak in zip(parts(), peaks, strict=True):
             place = slice(start, start + len(part))
             scaled = np.multiply(part, factor, dtype=np.float64)
             np.rint(scaled, out=scaled)
-            if peak * factor < MOST // 4:
+            if peak * factor < MAX_LIMB // 4:
                 self._limbs[0][place] += scaled.astype(np.int64)
             else:
                 add_whole([limb[place] for limb in self._limbs], scaled)
             start += len(part)
 
-    def _add_ordinary(self, parts: Parts, factor: float, most: float) -> None:
-        """Adds a vector to the first limb, which has room for products of magnitude ``most``."""
+    def _add_ordinary(self, parts: Parts, factor: float, peak: float) -> None:
+        """Adds a vector to the first limb, which has room for products of magnitude ``peak``."""
         start = 0
         # Allocated once: otherwise the kernel maps and zeroes new pages for each part.
         products = np.empty(min(_CHUNK, len(self._limbs[0])), np.float64)
@@ -187,7 +187,7 @@ class ExactMean:
                 scaled, added = products[: len(piece)], whole[: len(piece)]
                 np.copyto(scaled, piece)
                 np.multiply(scaled, factor, out=scaled)
-                if most < _ROUNDS_BELOW:
+                if peak < _ROUNDS_BELOW:
                     np.add(scaled, _ROUNDER, out=scaled)
                     np.subtract(added, _ROUNDER_BITS, out=added)
                 else:
@@ -259,7 +259,7 @@ class ExactMean:
             own = base[part]
             peak = largest_magnitude(own) * _SCALE + 1
             scaled = np.rint(np.multiply(own, _SCALE, dtype=np.float64))
-            if len(self._limbs) == 1 and self._bounds[0] + peak * self.count < MOST:
+            if len(self._limbs) == 1 and self._bounds[0] + peak * self.count < MAX_LIMB:
                 whole = self._limbs[0][part] - self.count * scaled.astype(np.int64)
                 np.multiply(whole, STEP, out=found[part])
                 continue
@@ -279,7 +279,7 @@ class ExactMean:
         if place == len(self._limbs):
             self._limbs.append(np.zeros(len(self._limbs[0]), np.int64))  # no memory until written
             self._bounds.append(0)
-        if self._bounds[place] + bound >= MOST:
+        if self._bounds[place] + bound >= MAX_LIMB:
             carried = (self._bounds[place] >> 32) + 1
             self._make_room(place + 1, carried)
             if not self._limbs[place].flags.writeable:
@@ -307,7 +307,7 @@ def _factors(weight: int) -> list[float]:
 
 def _batches(products: NDArray[np.float64]) -> Iterator[slice]:
     """Yields slices of rows whose sum stays within a limb."""
-    if float(products.sum()) + len(products) < MOST // 2:
+    if float(products.sum()) + len(products) < MAX_LIMB // 2:
         yield slice(0, len(products))
         return
     yield from (slice(place, place + 1) for place in range(len(products)))

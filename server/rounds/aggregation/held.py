@@ -56,7 +56,7 @@ class HeldUpdates:
         for one in held:
             weights = one.update.weights
             if bound is not None and (scale := bound.scale(one.length, limit)) < 1.0:
-                weights = np.concatenate([*bound.moved(partial(iter, (weights,)), scale)])
+                weights = np.concatenate([*bound.clipped_parts(partial(iter, (weights,)), scale)])
                 clipped.append((one.reply.metadata.src_node_id, one.length))
             metrics = {name: found for name, found in one.update.metrics.items() if name in common}
             one.reply.content = update_content(Update(weights, one.update.num_examples, metrics))

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 Limb = NDArray[np.int64]
 UNIT = 2**32
 """Value of 1 in a limb, in units of the limb below."""
-MOST = 2**62
+MAX_LIMB = 2**62
 """Magnitudes of a limb stay below this, plus one `UNIT`."""
 _BITS = 32
 _MASK = UNIT - 1

@@ -44,11 +44,11 @@ class StreamedMean:
         with update.readable():
             self.total.add_parts(parts, update.weight)
 
-    def take_back(self, update: WeightedUpdate) -> None:
+    def subtract(self, update: WeightedUpdate) -> None:
         """Subtracts an update that was added before. Sums are exact, so nothing of it is left."""
         assert update.found.peaks is not None
         with update.readable():
-            self.total.take_back(update.found.parts, update.weight, peaks=update.found.peaks)
+            self.total.subtract(update.found.parts, update.weight, peaks=update.found.peaks)
 
     def has_room(self, update: WeightedUpdate) -> bool:
         """Whether the sum takes no more memory with an update that is not clipped."""

@@ -20,16 +20,16 @@ from fedcore.updates.pack import Vector
 from server.records import RoundRecord
 from server.rounds.aggregation.exact_mean import Parts
 
-FACTOR = 10.0
+MEDIAN_FACTOR = 10.0
 """Bound on an update's length, in medians. Devices with much more data take more steps and send
 longer updates, seldom longer than this. It bounds a single round: updates that lengthen the
 others' next updates raise their median, too."""
-GROWTH = 2.0
+MAX_GROWTH = 2.0
 """Most that a round's median counts for, in medians of all earlier rounds. That median rises
 only after half of all rounds were longer, so the bound can double once in twice as many rounds,
 not between consecutive rounds, even if devices collude. Honest updates are longest in the first
 rounds; one that grows later can grow by a factor of 20 before it is clipped."""
-LEAST = 3
+MIN_UPDATES = 3
 """Smallest number of updates among which a false one can be identified."""
 _CHUNK = 1 << 16
 _NAMED = 5  # names shown in a note
@@ -43,43 +43,43 @@ class NormBound:
     """The weights that were sent, shape ``(D,)``."""
     fixed: float | None
     """The bound as set in the configuration; None where it follows from medians."""
-    usual: float | None = None
+    earlier_median: float | None = None
     """Median of the `measure` of earlier rounds; None where none has one."""
 
     def limit(self, lengths: Sequence[float]) -> float | None:
         """Returns the bound for updates of these lengths; None where none can be derived."""
         if self.fixed is not None:
             return self.fixed
-        measure = self._most if len(lengths) < LEAST else self.measure(lengths)
-        return None if measure is None else FACTOR * measure
+        measure = self._largest_measure if len(lengths) < MIN_UPDATES else self.measure(lengths)
+        return None if measure is None else MEDIAN_FACTOR * measure
 
     def measure(self, lengths: Sequence[float]) -> float | None:
-        """Returns the round's median update length, capped at `GROWTH` times the usual one.
+        """Returns the round's median update length, capped at `MAX_GROWTH` times `earlier_median`.
 
-        None where the bound is fixed, where there are fewer than `LEAST` updates, or where all are
-        zero; 0 where only one is not zero.
+        None where the bound is fixed, where there are fewer than `MIN_UPDATES` updates, or where
+        all are zero; 0 where only one is not zero.
         """
         some = sorted(length for length in lengths if length > 0)
-        if self.fixed is not None or len(lengths) < LEAST or not some:
+        if self.fixed is not None or len(lengths) < MIN_UPDATES or not some:
             return None
         # Where most updates are zero, use the shortest other one, if there are two or more.
         least = some[0] if len(some) > 1 else 0.0
         found = statistics.median_low(lengths) or least  # robust: up to half of them may be false
-        return found if self._most is None else min(found, self._most)
+        return found if self._largest_measure is None else min(found, self._largest_measure)
 
     def scale(self, length: float, limit: float | None) -> float:
-        """Returns the factor for `moved` that clips an update of this length to ``limit``."""
+        """Returns the factor by which `clipped_parts` clips an update to ``limit``."""
         return 1.0 if limit is None or length <= limit else limit / length
 
     @property
-    def _most(self) -> float | None:
-        return None if self.usual is None else GROWTH * self.usual
+    def _largest_measure(self) -> float | None:
+        return None if self.earlier_median is None else MAX_GROWTH * self.earlier_median
 
-    def lacks(self, updates: int) -> bool:
+    def is_undetermined(self, updates: int) -> bool:
         """Whether no bound can be derived for this many updates."""
-        return 0 < updates < LEAST and self.fixed is None and self.usual is None
+        return 0 < updates < MIN_UPDATES and self.fixed is None and self.earlier_median is None
 
-    def moved(self, parts: Parts, scale: float) -> Iterator[Vector]:
+    def clipped_parts(self, parts: Parts, scale: float) -> Iterator[Vector]:
         """Yields weights part by part, moved towards the base.
 
         Guarantee:
@@ -98,7 +98,7 @@ class NormBound:
         """Returns a note on the clients whose updates were clipped, with the updates' lengths."""
         shown = [f"{name} ({length:.3g})" for name, length in sorted(clipped)[:_NAMED]]
         more = ", ..." if len(clipped) > _NAMED else ""
-        why = f"{FACTOR:g} times the median of the round, or of rounds so far"
+        why = f"{MEDIAN_FACTOR:g} times the median of the round, or of rounds so far"
         if self.fixed is not None:
             why = f"federation.max_update_norm = {self.fixed:g}"
         return (

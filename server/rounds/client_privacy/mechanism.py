@@ -33,8 +33,8 @@ from server.rounds.cohort import select
 _LEAST_DELTA_SHARE = 0.1
 _FIRST_CLIP_NORM, _QUANTILE, _CLIP_RATE = 0.1, 0.5, 0.2  # Andrew et al. 2021, section 3
 _BIT_DEVIATION = 1 / 20  # noise on the count of unclipped updates, per expected client
-_FAR = 100.0  # in deviations: a bound that no earlier round's noise reaches
-_Kept = TypeVar("_Kept")
+_FAR_DEVIATIONS = 100.0  # in deviations: a bound that no earlier round's noise reaches
+_Value = TypeVar("_Value")
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def allows(run: RunConfig, protection: Protection, *, rounds: int) -> bool:
 
 
 def draw(
-    run: RunConfig, protection: Protection, there: Sequence[int], draws: Draws, *, number: int
+    run: RunConfig, protection: Protection, connected: Sequence[int], draws: Draws, *, number: int
 ) -> list[int]:
     """Draws the nodes that a round asks.
 
@@ -136,8 +136,8 @@ def draw(
         RoundFailed: too few clients are connected.
     """
     plan = protection.plan
-    lately = {node for nodes in protection.asked for node in nodes}
-    free = there if not lately else [node for node in there if node not in lately]
+    lately = {node for nodes in protection.recent_cohorts for node in nodes}
+    free = connected if not lately else [node for node in connected if node not in lately]
     if len(free) < plan.expected:
         rested = (
             ""
@@ -203,11 +203,11 @@ def release(
         matrix = factor(run, plan.separation)
         bands, total = len(matrix.column), noised.copy()
         noised -= matrix.carried(len(noised), protection.noise)
-        most += _FAR * bands * deviation
+        most += _FAR_DEVIATIONS * bands * deviation
         draws.add_noise([torch.from_numpy(noised)], deviation=deviation, bound=most)
         after = replace(
             protection,
-            asked=_last((*protection.asked, tuple(nodes)), plan.separation - 1),
+            recent_cohorts=_last((*protection.recent_cohorts, tuple(nodes)), plan.separation - 1),
             noise=_last((*protection.noise, noised - total), bands - 1),
         )
     if adaptive:
@@ -250,7 +250,7 @@ def noise_beside_bits(noise_multiplier: float, bit_deviation: float) -> float:
     return 1 / math.sqrt(noise_multiplier**-2 - (2 * bit_deviation) ** -2)
 
 
-def _last(values: tuple[_Kept, ...], count: int) -> tuple[_Kept, ...]:
+def _last(values: tuple[_Value, ...], count: int) -> tuple[_Value, ...]:
     return values[-count:] if count else ()
 
 

@@ -40,7 +40,7 @@ class Protection:
     plan: ClientPlan
     clip_norm: float
     """Bound on the next round's updates."""
-    asked: tuple[tuple[int, ...], ...] = ()
+    recent_cohorts: tuple[tuple[int, ...], ...] = ()
     """Nodes of the last ``separation - 1`` rounds, the latest last."""
     noise: tuple[NDArray[np.float64], ...] = field(default=(), compare=False)
     """Correlated noise that recent rounds added, the latest last."""
@@ -57,7 +57,7 @@ def protection_doc(protection: Protection | None) -> dict[str, Any] | None:
         "noise_multiplier": plan.noise_multiplier,
         "separation": plan.separation,
         "clip_norm": protection.clip_norm,
-        "asked": [list(nodes) for nodes in protection.asked],
+        "asked": [list(nodes) for nodes in protection.recent_cohorts],
         "noise": len(protection.noise),
     }
 

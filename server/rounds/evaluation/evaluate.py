@@ -22,7 +22,7 @@ from server.records import RoundRecord
 from server.rounds.checkpointing.checkpointer import RoundCheckpointer
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort, select
-from server.rounds.expected import asked_to_evaluate
+from server.rounds.expected import evaluation_spec
 from server.rounds.inbound import Intake, Tally, accepted
 from server.rounds.outliers import outlying
 from server.rounds.peers import Peers
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 _NAMED = 5  # names shown in a note
 
 
-def judge_round(
+def evaluate_round(
     federation: Federation, model: FullModel, layout: Layout, progress: Progress, weights: Vector
 ) -> tuple[dict[str, float], str]:
     """Evaluates ``weights``, the result of the round after ``progress``.
@@ -44,9 +44,9 @@ def judge_round(
     size = federation.run.federation.evaluate_cohort
     if size:
         return _evaluate_on_clients(federation, weights, layout, progress, size), "clients"
-    if federation.judge:
+    if federation.evaluate_on_cloud:
         unpack(weights, model.model)
-        return federation.judge(model), "cloud"
+        return federation.evaluate_on_cloud(model), "cloud"
     return {}, "nothing"
 
 
@@ -57,15 +57,15 @@ def _evaluate_on_clients(
     run, number = federation.run, progress.round + 1
 
     def draw() -> Cohort:
-        there = list(federation.grid.get_node_ids())
-        if not there:
+        connected = list(federation.grid.get_node_ids())
+        if not connected:
             raise RoundFailed(
                 f"round {number}: no client is connected to evaluate it, but "
                 f"federation.evaluate_cohort needs {size}. The round does not count; start "
                 "clients, then continue the run or start it again."
             )
         words = ("evaluation", number)
-        nodes = select(there, min(size, len(there)), seed=run.seed, words=words)
+        nodes = select(connected, min(size, len(connected)), seed=run.seed, words=words)
         return Cohort(nodes, federation.peers.weights(nodes))
 
     answers = ask_to_evaluate(
@@ -112,7 +112,7 @@ def ask_to_evaluate(
     record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
     messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
     intake = Intake(
-        asked_to_evaluate(metrics),
+        evaluation_spec(metrics),
         checkpointer=checkpointer,
         peers=peers,
         on_note=on_note,

@@ -61,7 +61,7 @@ Raises:
     RoundFailed: no client measured both."""
 
 
-Weigh = Callable[[bytes], Mapping[str, tuple[int, float]]]
+MeasureOnnx = Callable[[bytes], Mapping[str, tuple[int, float]]]
 """Has clients measure an ONNX file; returns number of examples and primary metric by client."""
 
 
@@ -70,15 +70,15 @@ def clients_judge(run: RunConfig) -> bool:
     return bool(run.federation.evaluate_cohort) and run.finetune.judge != "cloud"
 
 
-def judges(run: RunConfig, there: Sequence[int]) -> list[int]:
-    """Draws the nodes that judge: at most ``federation.evaluate_cohort`` of ``there``.
+def draw_judges(run: RunConfig, connected: Sequence[int]) -> list[int]:
+    """Draws the nodes that judge: at most ``federation.evaluate_cohort`` of ``connected``.
 
     Args:
         run: Configuration of the run; its seed fixes the draw.
-        there: Connected nodes.
+        connected: Connected nodes.
     """
-    size = min(run.federation.evaluate_cohort, len(there))
-    return select(there, size, seed=run.seed, words=("judging",))
+    size = min(run.federation.evaluate_cohort, len(connected))
+    return select(connected, size, seed=run.seed, words=("judging",))
 
 
 def judgement(measured: Sequence[tuple[int, float, float]]) -> Judgement:
@@ -146,7 +146,7 @@ def judging_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         wait(grid, run.federation.evaluate_cohort)
-        nodes, known = judges(run, sorted(grid.get_node_ids())), peers or NumberedPeers()
+        nodes, known = draw_judges(run, sorted(grid.get_node_ids())), peers or NumberedPeers()
         found: list[dict[int, tuple[int, float]]] = []
         # A round number each: a client answers one evaluation request per round.
         for number, model in enumerate(models, run.federation.rounds + 1):

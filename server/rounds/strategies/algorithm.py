@@ -26,8 +26,8 @@ from fedcore.updates.messages import (
 from fedcore.updates.pack import Vector
 from server.rounds.strategies.checked import AlgorithmRefused, CheckedAlgorithm, State
 
-_REHEARSED = 3  # rounds: errors in handling returned state show in the second
-_MADE_UP = 2  # clients with made-up updates
+_DRY_RUN_ROUNDS = 3  # rounds: errors in handling returned state show in the second
+_SYNTHETIC_CLIENTS = 2  # clients with synthetic updates
 
 
 class AlgorithmStrategy(Strategy):
@@ -52,7 +52,7 @@ class AlgorithmStrategy(Strategy):
         self._sent: Vector | None = None
         self.state: State | None = None
 
-    def tell(
+    def content_of_round(
         self, number: int, arrays: ArrayRecord, config: ConfigRecord, nodes: Sequence[int]
     ) -> tuple[RecordDict, Mapping[int, ConfigRecord]]:
         """Returns the content of a round's messages, and configurations of nodes with their own.
@@ -65,23 +65,25 @@ class AlgorithmStrategy(Strategy):
         try:
             if self.state is None:
                 self.state = self.checked.initial(self._sent)
-            told = self.checked.configure(number, tuple(names), self.state)
+            chosen = self.checked.configure(number, tuple(names), self.state)
         except AlgorithmRefused as error:
             raise self._failed(number, error) from error.__cause__
         base = {**config, "server-round": number}
         made: dict[ClientSettings, ConfigRecord] = {}
-        for settings in told.own.values():
+        for settings in chosen.own.values():
             if settings not in made:
                 made[settings] = ConfigRecord({**base, **settings.sent()})
-        content = RecordDict({ARRAYS: arrays, CONFIG: ConfigRecord({**base, **told.common.sent()})})
-        return content, {names[name]: made[one] for name, one in told.own.items()}
+        content = RecordDict(
+            {ARRAYS: arrays, CONFIG: ConfigRecord({**base, **chosen.common.sent()})}
+        )
+        return content, {names[name]: made[one] for name, one in chosen.own.items()}
 
     def configure_train(
         self, server_round: int, arrays: ArrayRecord, config: ConfigRecord, grid: Grid
     ) -> Iterable[Message]:
         """Returns one message per node; nodes with the same settings share one content."""
         nodes = list(grid.get_node_ids())
-        content, configs = self.tell(server_round, arrays, config, nodes)
+        content, configs = self.content_of_round(server_round, arrays, config, nodes)
         contents = {id(one): RecordDict({**content, CONFIG: one}) for one in configs.values()}
         return [
             Message(
@@ -100,7 +102,7 @@ class AlgorithmStrategy(Strategy):
         Raises:
             RoundFailed: the algorithm failed, or returned invalid weights or state.
         """
-        assert self._sent is not None  # `tell` comes first
+        assert self._sent is not None  # `content_of_round` comes first
         assert self.state is not None
         updates = [self._update(reply) for reply in replies]
         if not updates:
@@ -155,10 +157,8 @@ class AlgorithmStrategy(Strategy):
         )
 
 
-def rehearse(
-    checked: CheckedAlgorithm, label: str, weights: Vector, clients: Sequence[str]
-) -> None:
-    """Runs an algorithm on made-up updates, to find its mistakes before a run starts.
+def dry_run(checked: CheckedAlgorithm, label: str, weights: Vector, clients: Sequence[str]) -> None:
+    """Runs an algorithm on synthetic updates, to find its mistakes before a run starts.
 
     Args:
         checked: The algorithm.
@@ -174,16 +174,17 @@ def rehearse(
     known = clients or checked.run.client_private  # then it never sees clients' names
     try:
         state = checked.initial(weights)
-        for number in range(1, min(rounds, _REHEARSED) + 1):
+        for number in range(1, min(rounds, _DRY_RUN_ROUNDS) + 1):
             if known:
                 checked.configure(number, clients, state)
-            synthetic_examples = [
-                _made_up(checked, weights, number, place) for place in range(_MADE_UP)
+            updates = [
+                _synthetic_update(checked, weights, number, place)
+                for place in range(_SYNTHETIC_CLIENTS)
             ]
             if checked.algorithm.folds:
-                _, state = checked.step(number, weights, synthetic_examples[0].weights, state)
+                _, state = checked.step(number, weights, updates[0].weights, state)
             else:
-                _, state = checked.aggregate(number, weights, synthetic_examples, state)
+                _, state = checked.aggregate(number, weights, updates, state)
         if known:
             _check_last(checked, rounds, clients, state)
     except AlgorithmRefused as error:
@@ -204,8 +205,10 @@ def _check_last(
             raise AlgorithmRefused(f"in the last round, {rounds}, {error}") from None
 
 
-def _made_up(checked: CheckedAlgorithm, weights: Vector, number: int, place: int) -> ClientUpdate:
+def _synthetic_update(
+    checked: CheckedAlgorithm, weights: Vector, number: int, place: int
+) -> ClientUpdate:
     moved = numpy_rng(0, "rehearsal", number, place).normal(0.0, 1e-3, len(weights))
     metrics = {} if checked.run.privacy.unit != "none" else {"train_loss": 0.5}
     made = (weights + moved).astype(np.float32)
-    return ClientUpdate(f"made-up-{place}", made, 1 + place, metrics)
+    return ClientUpdate(f"synthetic-{place}", made, 1 + place, metrics)

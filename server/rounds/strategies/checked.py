@@ -69,28 +69,30 @@ class CheckedAlgorithm:
     def configure(self, number: int, clients: Sequence[str], state: State) -> RoundSettings:
         """Returns the settings of a round's clients, checked against the bounds of ``[client]``."""
         shown = () if self.run.client_private else tuple(clients)
-        asked = self._call("configure", self.round(number), shown, _read_only_copy(state))
-        if isinstance(asked, ClientSettings):
-            self._check(asked, "configure asks for")
-            return RoundSettings(asked, {})
-        if not isinstance(asked, Mapping):
+        settings = self._call("configure", self.round(number), shown, _read_only_copy(state))
+        if isinstance(settings, ClientSettings):
+            self._check(settings, "configure asks for")
+            return RoundSettings(settings, {})
+        if not isinstance(settings, Mapping):
             raise AlgorithmRefused(
-                f"configure returned {_kind(asked)}, expected ClientSettings, or a mapping of "
+                f"configure returned {_kind(settings)}, expected ClientSettings, or a mapping of "
                 "clients' names to ClientSettings"
             )
-        if asked and self.run.client_private:
+        if settings and self.run.client_private:
             raise AlgorithmRefused(
                 "configure returned settings of single clients, expected one ClientSettings for "
                 "all: under client-level privacy the noise hides one client's update, but not "
                 "its effect on the settings of others"
             )
-        for name, one in asked.items():
+        for name, one in settings.items():
             if not isinstance(one, ClientSettings):
                 raise AlgorithmRefused(
                     f"configure returned {_kind(one)} for client {name!r}, expected ClientSettings"
                 )
             self._check(one, f"configure asks client {name!r} for")
-        return RoundSettings(RUN_SETTINGS, {name: asked[name] for name in clients if name in asked})
+        return RoundSettings(
+            RUN_SETTINGS, {name: settings[name] for name in clients if name in settings}
+        )
 
     def step(
         self, number: int, weights: Vector, mean: Vector, state: State
@@ -108,9 +110,9 @@ class CheckedAlgorithm:
         result = self._call("aggregate", self.round(number), *given)
         return _next(result, weights, "aggregate")
 
-    def _check(self, asked: ClientSettings, what: str) -> None:
+    def _check(self, settings: ClientSettings, what: str) -> None:
         try:
-            settings_with(self.run.client, asked, private=self.run.private)
+            settings_with(self.run.client, settings, private=self.run.private)
         except ValueError as error:
             raise AlgorithmRefused(f"{what} {error}") from None
 

@@ -18,7 +18,7 @@ from fedcore.task.algorithm import Algorithm
 from fedcore.updates.messages import ARRAYS, CONFIG, NUM_EXAMPLES
 from server.rounds.strategies.algorithm import AlgorithmStrategy
 from server.rounds.strategies.checked import CheckedAlgorithm
-from server.rounds.strategies.own import Own, names_user_strategy, own_strategy
+from server.rounds.strategies.own import UserStrategy, names_user_strategy, user_strategy
 
 FOLDING = (
     flower.FedAvg,
@@ -38,7 +38,12 @@ _CLIENT_DP = (
     flower.DifferentialPrivacyServerSideAdaptiveClipping,
     flower.DifferentialPrivacyServerSideFixedClipping,
 )
-_OURS = {"fraction_train", "fraction_evaluate", "min_train_nodes", "min_evaluate_nodes"} | {
+_RESERVED_OPTIONS = {
+    "fraction_train",
+    "fraction_evaluate",
+    "min_train_nodes",
+    "min_evaluate_nodes",
+} | {
     *("min_available_nodes", "weighted_by_key", "arrayrecord_key", "configrecord_key"),
     *("train_metrics_aggr_fn", "evaluate_metrics_aggr_fn", "selection_rule", "accountant"),
 }
@@ -77,7 +82,7 @@ class ChosenStrategy:
 
 def choose_strategy(
     run: RunConfig,
-    given: Own | type[Own] | None = None,
+    given: UserStrategy | type[UserStrategy] | None = None,
     *,
     cohort: int,
     size: int,
@@ -100,7 +105,7 @@ def choose_strategy(
         return make_strategy(
             federation.strategy, federation.strategy_options, cohort=cohort, size=size
         )
-    own, label = own_strategy(run, given), federation.strategy
+    own, label = user_strategy(run, given), federation.strategy
     folds = getattr(own, "folds", False) is True
     if run.client_private and not (isinstance(own, Algorithm) and folds):
         raise ConfigError(
@@ -109,7 +114,7 @@ def choose_strategy(
             "strategy reads in a round. Nothing was run; make it a fedcore.Algorithm that folds, "
             f"or choose one of {', '.join(SUMMED)}."
         )
-    notes = [] if folds or not size else [_takes_all(label, cohort, size)]
+    notes = [] if folds or not size else [_memory_note(label, cohort, size)]
     if isinstance(own, Algorithm):
         adapted = AlgorithmStrategy(CheckedAlgorithm(own, run), label, name_of=name_of)
         return ChosenStrategy(adapted, folds, False, notes, label=label)
@@ -119,13 +124,13 @@ def choose_strategy(
             "from one whose clients run their own code, which a file on the server cannot "
             "install on devices. Nothing was run; derive it from another strategy."
         )
-    for name, value in _ALL_OF_THEM.items():
+    for name, value in _WHOLE_COHORT.items():
         if hasattr(own, name):
             setattr(own, name, value)
     return ChosenStrategy(own, folds, False, notes, in_place=False, label=label)
 
 
-_ALL_OF_THEM: Mapping[str, Any] = {
+_WHOLE_COHORT: Mapping[str, Any] = {
     "fraction_train": 1.0,
     "fraction_evaluate": 1.0,
     "min_train_nodes": 1,  # they get only the cohort, and use all of it
@@ -180,14 +185,14 @@ def make_strategy(
             "not include."
         )
     else:
-        arguments |= _ALL_OF_THEM
+        arguments |= _WHOLE_COHORT
     folds = cls in FOLDING
     if not folds and size:
-        notes.append(_takes_all(name, cohort, size))
+        notes.append(_memory_note(name, cohort, size))
     return ChosenStrategy(_construct(cls, arguments, options), folds, cls in _MEANS, notes)
 
 
-def _takes_all(name: str, cohort: int, size: int) -> str:
+def _memory_note(name: str, cohort: int, size: int) -> str:
     return (
         f"{name} needs every update of a round at once: {cohort} x {size:,} parameters take "
         f"{cohort * size * 4 / 1e6:,.1f} MB, and up to three times that while it aggregates."
@@ -212,7 +217,7 @@ def _construct(
     cls: type[Strategy], arguments: Mapping[str, Any], options: Mapping[str, Any]
 ) -> Strategy:
     known = set(inspect.signature(cls).parameters)
-    allowed = sorted(known - _OURS - {"num_sampled_clients"})
+    allowed = sorted(known - _RESERVED_OPTIONS - {"num_sampled_clients"})
     unknown = sorted(set(options) - set(allowed))
     if unknown:
         near = difflib.get_close_matches(unknown[0], allowed, n=1)

@@ -19,7 +19,7 @@ from fedcore.files import sha256_hex
 from fedcore.observability.words import a_or_an
 from fedcore.task.algorithm import Algorithm
 
-Own = Algorithm | Strategy
+UserStrategy = Algorithm | Strategy
 """An `Algorithm`, or an instance of a user's subclass of Flower's ``Strategy``."""
 _EXPECTED = "a subclass of fedcore.Algorithm or of flwr.serverapp.strategy.Strategy"
 
@@ -35,13 +35,13 @@ def file_of(run: RunConfig) -> Path | None:
     return run.path(file) if separator and file.endswith(".py") else None
 
 
-def label_of(own: Own | type[Own]) -> str:
+def label_of(own: UserStrategy | type[UserStrategy]) -> str:
     """Returns the display name of a strategy that was passed in from Python: ``MODULE:CLASS``."""
     cls = own if isinstance(own, type) else type(own)
     return f"{cls.__module__}:{cls.__qualname__}"
 
 
-def own_strategy(run: RunConfig, given: Own | type[Own] | None) -> Own:
+def user_strategy(run: RunConfig, given: UserStrategy | type[UserStrategy] | None) -> UserStrategy:
     """Returns a new instance of the run's own strategy.
 
     Args:
@@ -66,16 +66,16 @@ def own_strategy(run: RunConfig, given: Own | type[Own] | None) -> Own:
                 "give its class, with federation.strategy_options."
             ) from error
     if given is None:
-        given = _class(run, where)
-        check_own(given, where)
+        given = _load_class(run, where)
+        check_user_strategy(given, where)
     if isinstance(given, type):
-        given = _made(given, federation.strategy_options, where)
+        given = _construct(given, federation.strategy_options, where)
     if isinstance(given, Algorithm):
         _check_algorithm(given, where)
     return given
 
 
-def _class(run: RunConfig, where: str) -> type[Own]:
+def _load_class(run: RunConfig, where: str) -> type[UserStrategy]:
     _, _, name = run.federation.strategy.rpartition(":")
     path = file_of(run)
     if path is None or not name.isidentifier():
@@ -88,17 +88,17 @@ def _class(run: RunConfig, where: str) -> type[Own]:
             f"{where}: there is no file {path}. Nothing was run; a relative path is relative to "
             "the folder of the run's file."
         )
-    found = vars(_module(path, where))
+    found = vars(_load_module(path, where))
     if name not in found:
         classes = [one for one, value in found.items() if isinstance(value, type)]
         near = difflib.get_close_matches(name, classes, n=1)
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(f"{where}: {path} has no class {name!r}.{hint} Nothing was run.")
-    cls: type[Own] = found[name]
+    cls: type[UserStrategy] = found[name]
     return cls
 
 
-def _module(path: Path, where: str) -> Any:
+def _load_module(path: Path, where: str) -> Any:
     name = f"fedcore_strategy_{sha256_hex(str(path).encode())[:12]}"
     spec = importlib.util.spec_from_file_location(name, path)
     assert spec is not None  # the name ends in .py
@@ -119,7 +119,7 @@ def _module(path: Path, where: str) -> Any:
     return module
 
 
-def check_own(given: object, where: str = "strategy") -> None:
+def check_user_strategy(given: object, where: str = "strategy") -> None:
     """Rejects an object that is neither a strategy nor a strategy's class.
 
     Raises:
@@ -133,7 +133,7 @@ def check_own(given: object, where: str = "strategy") -> None:
         raise ConfigError(f"{where}: it is {kind}{without}, expected {_EXPECTED}. Nothing was run.")
 
 
-def _made(cls: type[Own], options: Mapping[str, Any], where: str) -> Own:
+def _construct(cls: type[UserStrategy], options: Mapping[str, Any], where: str) -> UserStrategy:
     try:
         inspect.signature(cls).bind(**options)
     except TypeError as error:

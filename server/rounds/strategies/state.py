@@ -41,7 +41,7 @@ def strategy_state_of(strategy: Strategy) -> StrategyState:
         ConfigError: an attribute cannot be stored. Nothing is left out silently.
     """
     arrays: list[NDArray[Any]] = []
-    tree = _taken(strategy, type(strategy).__name__, arrays)
+    tree = _encode(strategy, type(strategy).__name__, arrays)
     if not type(strategy).__module__.startswith("flwr."):
         arrays = [array.copy() for array in arrays]
     return StrategyState(tree, tuple(arrays))
@@ -53,32 +53,35 @@ def restore_strategy(strategy: Strategy, what: StrategyState) -> None:
     Raises:
         DataError: the two are not the same strategy.
     """
-    _put_back(strategy, what.tree, what.arrays, type(strategy).__name__)
+    _restore(strategy, what.tree, what.arrays, type(strategy).__name__)
 
 
-def _taken(value: Any, where: str, arrays: list[NDArray[Any]]) -> Any:
+def _encode(value: Any, where: str, arrays: list[NDArray[Any]]) -> Any:
     kind = type(value)
     if kind in _PLAIN:
         return value
     if kind is dict:
-        pairs = [[key, _taken(item, f"{where}[{key!r}]", arrays)] for key, item in value.items()]
+        pairs = [[key, _encode(item, f"{where}[{key!r}]", arrays)] for key, item in value.items()]
         if all(type(key) in _PLAIN for key in value):
             return {"dict": pairs}
     elif kind in (list, tuple):
-        return {kind.__name__: [_taken(item, f"{where}[]", arrays) for item in value]}
+        return {kind.__name__: [_encode(item, f"{where}[]", arrays) for item in value]}
     elif isinstance(value, np.ndarray | np.generic) and value.dtype.kind in _STORED_KINDS:
         # A NumPy number is not a Python one: the type decides in which precision it multiplies.
         form = "scalar" if isinstance(value, np.generic) else "array"
-        return {form: _kept(np.asarray(value, order="C"), arrays)}
+        return {form: _store_array(np.asarray(value, order="C"), arrays)}
     elif kind is Array:
         data = np.frombuffer(value.data, np.uint8)
-        return {"Array": [value.dtype, list(value.shape), value.stype, _kept(data, arrays)]}
+        return {"Array": [value.dtype, list(value.shape), value.stype, _store_array(data, arrays)]}
     elif kind is ArrayRecord:
-        items = [[name, _taken(array, where, arrays)] for name, array in value.items()]
+        items = [[name, _encode(array, where, arrays)] for name, array in value.items()]
         return {"ArrayRecord": items}
     elif isinstance(value, Strategy):
-        held = [[name, _taken(v, f"{where}.{name}", arrays)] for name, v in _memory(value).items()]
-        return {"strategy": kind.__name__, "holds": held}
+        stored = [
+            [name, _encode(v, f"{where}.{name}", arrays)]
+            for name, v in _stored_attributes(value).items()
+        ]
+        return {"strategy": kind.__name__, "holds": stored}
     elif inspect.isroutine(value):
         return {"function": _name(value)}
     raise ConfigError(
@@ -88,14 +91,14 @@ def _taken(value: Any, where: str, arrays: list[NDArray[Any]]) -> Any:
     )
 
 
-def _memory(strategy: Strategy) -> dict[str, Any]:
+def _stored_attributes(strategy: Strategy) -> dict[str, Any]:
     """Returns the attributes to store: all, unless the class names them in ``REMEMBERS``."""
     names: Sequence[str] | None = getattr(type(strategy), "REMEMBERS", None)
-    held = vars(strategy)
-    return held if names is None else {name: held[name] for name in names}
+    stored = vars(strategy)
+    return stored if names is None else {name: stored[name] for name in names}
 
 
-def _kept(array: NDArray[Any], arrays: list[NDArray[Any]]) -> int:
+def _store_array(array: NDArray[Any], arrays: list[NDArray[Any]]) -> int:
     arrays.append(array)
     return len(arrays) - 1
 
@@ -104,29 +107,27 @@ def _name(function: Any) -> str:
     return f"{function.__module__}.{function.__qualname__}"
 
 
-def _put_back(
-    strategy: Strategy, tree: Any, arrays: Sequence[NDArray[Any]], where: str
-) -> Strategy:
+def _restore(strategy: Strategy, tree: Any, arrays: Sequence[NDArray[Any]], where: str) -> Strategy:
     if tree["strategy"] != type(strategy).__name__:
-        raise _other(where, tree["strategy"], type(strategy).__name__)
-    held, has = dict(tree["holds"]), _memory(strategy)
-    if set(held) != set(has):
-        raise _other(where, f"attributes {sorted(held)}", f"attributes {sorted(has)}")
-    for name, item in held.items():
-        setattr(strategy, name, _made(item, has[name], arrays, f"{where}.{name}"))
+        raise _mismatch(where, tree["strategy"], type(strategy).__name__)
+    stored, current = dict(tree["holds"]), _stored_attributes(strategy)
+    if set(stored) != set(current):
+        raise _mismatch(where, f"attributes {sorted(stored)}", f"attributes {sorted(current)}")
+    for name, item in stored.items():
+        setattr(strategy, name, _decode(item, current[name], arrays, f"{where}.{name}"))
     return strategy
 
 
-def _made(tree: Any, has: Any, arrays: Sequence[NDArray[Any]], where: str) -> Any:
-    """Returns the value that ``tree`` encodes; ``has`` is the new strategy's value in its place."""
+def _decode(tree: Any, current: Any, arrays: Sequence[NDArray[Any]], where: str) -> Any:
+    """Returns the value that ``tree`` encodes; ``current`` is the new strategy's own."""
     match tree:
         case {"dict": pairs}:
-            held = has if isinstance(has, dict) else {}
-            return {key: _made(item, held.get(key), arrays, where) for key, item in pairs}
+            stored = current if isinstance(current, dict) else {}
+            return {key: _decode(item, stored.get(key), arrays, where) for key, item in pairs}
         case {"list": items} | {"tuple": items}:
-            given = list(has) if isinstance(has, list | tuple) else []
+            given = list(current) if isinstance(current, list | tuple) else []
             given += [None] * (len(items) - len(given))
-            made = [_made(item, given[at], arrays, where) for at, item in enumerate(items)]
+            made = [_decode(item, given[at], arrays, where) for at, item in enumerate(items)]
             return made if "list" in tree else tuple(made)
         case {"array": place}:
             return arrays[place].copy()
@@ -135,19 +136,19 @@ def _made(tree: Any, has: Any, arrays: Sequence[NDArray[Any]], where: str) -> An
         case {"Array": [dtype, shape, stype, place]}:
             return Array(dtype, tuple(shape), stype, arrays[place].tobytes())
         case {"ArrayRecord": items}:
-            return ArrayRecord({name: _made(item, None, arrays, where) for name, item in items})
+            return ArrayRecord({name: _decode(item, None, arrays, where) for name, item in items})
         case {"strategy": name}:
-            if not isinstance(has, Strategy):
-                raise _other(where, name, type(has).__name__)
-            return _put_back(has, tree, arrays, where)
+            if not isinstance(current, Strategy):
+                raise _mismatch(where, name, type(current).__name__)
+            return _restore(current, tree, arrays, where)
         case {"function": name}:  # never looked up by name: the new strategy has it
-            if not inspect.isroutine(has) or _name(has) != name:
-                raise _other(where, name, repr(has))
-            return has
+            if not inspect.isroutine(current) or _name(current) != name:
+                raise _mismatch(where, name, repr(current))
+            return current
     return tree
 
 
-def _other(where: str, got: str, expected: str) -> DataError:
+def _mismatch(where: str, got: str, expected: str) -> DataError:
     return DataError(
         f"checkpoint: {where}: got {got}, expected {expected}: it was written by another "
         "strategy or another version of Flower. Nothing was run; resume with the version that "

@@ -35,7 +35,7 @@ def forced(method: Method) -> Choice:
 
 
 def attempts(
-    worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, clock: Clock
+    worker: Worker, order: RoundTask, clients: Sequence[ClientRef], *, clock: Clock
 ) -> list[ClientOutcome]:
     """Trains clients one after the other, until enough of them have trained for a comparison.
 
@@ -44,13 +44,13 @@ def attempts(
     Args:
         worker: An idle worker.
         order: Task of the first round.
-        asked: Clients of that round whose updates arrive in time.
+        clients: Clients of that round whose updates arrive in time.
         clock: Returns seconds.
     """
     worker.start_task(replace(order, method="loop", fold=False))
     found: list[ClientOutcome] = []
     trained = 0
-    for one in asked:
+    for one in clients:
         started = clock()
         found += worker.work([one])
         trained += found[-1].content is not None
@@ -59,7 +59,9 @@ def attempts(
     return found
 
 
-def choose(worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, clock: Clock) -> Choice:
+def choose(
+    worker: Worker, order: RoundTask, clients: Sequence[ClientRef], *, clock: Clock
+) -> Choice:
     """Measures both methods on the first clients; returns the faster one.
 
     Discards all results; ledgers are unchanged. Where the times are about equal, it chooses one
@@ -68,7 +70,7 @@ def choose(worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, cloc
     Args:
         worker: An idle worker.
         order: Task of the first round.
-        asked: Clients of that round, at least one; the first ones are trained.
+        clients: Clients of that round, at least one; the first ones are trained.
         clock: Returns seconds.
     """
 
@@ -78,14 +80,14 @@ def choose(worker: Worker, order: RoundTask, asked: Sequence[ClientRef], *, cloc
         worker.work(clients)
         return (clock() - started) / len(clients)
 
-    worker.prepare(order, asked[:_TOGETHER_CLIENTS])
-    loop_s = seconds("loop", asked[:1])
+    worker.prepare(order, clients[:_TOGETHER_CLIENTS])
+    loop_s = seconds("loop", clients[:1])
     if loop_s < _ENOUGH_S:  # the first measurement includes setup
-        loop_s = seconds("loop", asked[:_LOOP_CLIENTS])
+        loop_s = seconds("loop", clients[:_LOOP_CLIENTS])
     try:
-        vectorised_s = seconds("vectorised", asked[:_TOGETHER_CLIENTS])
+        vectorised_s = seconds("vectorised", clients[:_TOGETHER_CLIENTS])
         if vectorised_s < _ENOUGH_S:
-            vectorised_s = seconds("vectorised", asked[:_TOGETHER_CLIENTS])
+            vectorised_s = seconds("vectorised", clients[:_TOGETHER_CLIENTS])
     except ConfigError as error:
         reason = str(error).removeprefix("simulation.training = 'vectorised': ").split(". ")[0]
         return Choice("loop", loop_s, None, reason)
@@ -109,11 +111,11 @@ def difference(worker: Worker, order: RoundTask, alone: Sequence[ClientOutcome])
         alone: Outcomes of the same clients, trained one after the other, from `attempts`.
     """
     worker.start_task(replace(order, method="vectorised", fold=False))
-    together = worker.work([one.asked for one in alone])
+    together = worker.work([one.client for one in alone])
     start = _weights(order.content)
     found = ""
     for by_itself, beside in zip(alone, together, strict=True):
-        name = by_itself.asked.name
+        name = by_itself.client.name
         if by_itself.content is None or beside.content is None:
             if (by_itself.content is None) != (beside.content is None):
                 return f"client {name!r} fails with only one of the two training methods"

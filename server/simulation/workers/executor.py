@@ -23,12 +23,12 @@ class Executor(Protocol):
         """Number of workers that compute at the same time."""
 
     def run_task(
-        self, order: RoundTask, asked: Sequence[ClientRef]
+        self, order: RoundTask, clients: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
-        """Runs a task for the clients ``asked``.
+        """Runs a task for each of ``clients``.
 
         Returns:
-            Outcomes in the order of ``asked``, and the sum of folded updates. Neither depends on
+            Outcomes in the order of ``clients``, and the sum of folded updates. Neither depends on
             the number of workers or on how clients are split among them.
         """
 
@@ -45,18 +45,18 @@ class LocalExecutor:
         self.worker = worker
 
     def run_task(
-        self, order: RoundTask, asked: Sequence[ClientRef]
+        self, order: RoundTask, clients: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
         """Runs the task in this process; returns the outcomes and the sum of folded updates."""
         self.worker.start_task(order)
-        return self.worker.work(asked), self.worker.partial_sum()
+        return self.worker.work(clients), self.worker.partial_sum()
 
     def close(self) -> None:
         """Does nothing: there are no processes to stop."""
 
 
 def pieces(
-    order: RoundTask, asked: Sequence[ClientRef], workers: int
+    order: RoundTask, clients: Sequence[ClientRef], workers: int
 ) -> Iterator[Sequence[ClientRef]]:
     """Yields a task's clients in chunks; for clients trained one by one, chunks get smaller.
 
@@ -66,20 +66,20 @@ def pieces(
         Polychronopoulos and Kuck 1987, doi:10.1109/TC.1987.5009495 (guided self-scheduling).
     """
     start = 0
-    while start < len(asked):
-        left = len(asked) - start
+    while start < len(clients):
+        left = len(clients) - start
         whole = order.method == "vectorised"
-        size = -(-len(asked) // workers) if whole else -(-left // (2 * workers))
-        yield asked[start : start + size]
+        size = -(-len(clients) // workers) if whole else -(-left // (2 * workers))
+        yield clients[start : start + size]
         start += size
 
 
 def gathered(
-    answers: Sequence[ClientOutcome], sums: Sequence[ExactMean], asked: Sequence[ClientRef]
+    answers: Sequence[ClientOutcome], sums: Sequence[ExactMean], clients: Sequence[ClientRef]
 ) -> tuple[list[ClientOutcome], ExactMean]:
     """Merges the workers' outcomes and sums; the result is that of a single worker."""
     total = sums[0]
     for one in sums[1:]:
         total.merge(one)
-    places = {one.node: place for place, one in enumerate(asked)}
-    return sorted(answers, key=lambda answer: places[answer.asked.node]), total
+    places = {one.node: place for place, one in enumerate(clients)}
+    return sorted(answers, key=lambda answer: places[answer.client.node]), total

@@ -51,7 +51,7 @@ class RoundTask:
 class ClientOutcome:
     """Result of a round's task for one client."""
 
-    asked: ClientRef
+    client: ClientRef
     content: RecordDict | None = None
     """The reply; None where it was folded into a sum, failed or arrives too late."""
     num_examples: int = 0

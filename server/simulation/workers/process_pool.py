@@ -66,7 +66,7 @@ class ProcessPool:
         return len(self._processes)
 
     def run_task(
-        self, order: RoundTask, asked: Sequence[ClientRef]
+        self, order: RoundTask, clients: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
         """Sends clients to workers in chunks; returns outcomes and the sum of folded updates.
 
@@ -74,7 +74,7 @@ class ProcessPool:
             RoundFailed: a worker died, or had an error that is not a client's.
             FedcoreError: a worker raised it.
         """
-        waiting = list(pieces(order, asked, self.size))[::-1]
+        waiting = list(pieces(order, clients, self.size))[::-1]
         answers: list[ClientOutcome] = []
         sums: list[ExactMean] = []
         held: dict[Connection, Sequence[ClientRef]] = {}
@@ -93,7 +93,7 @@ class ProcessPool:
                     self._send(connection, held, None, waiting.pop())
                 else:
                     self._send(connection, held, None, ())
-        return gathered(answers, sums, asked)
+        return gathered(answers, sums, clients)
 
     def close(self) -> None:
         """Stops the processes."""

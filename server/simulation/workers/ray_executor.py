@@ -57,7 +57,7 @@ class RayExecutor:
         return len(self._actors)
 
     def run_task(
-        self, order: RoundTask, asked: Sequence[ClientRef]
+        self, order: RoundTask, clients: Sequence[ClientRef]
     ) -> tuple[list[ClientOutcome], ExactMean]:
         """Sends clients to actors in chunks; returns outcomes and the sum of folded updates.
 
@@ -67,7 +67,7 @@ class RayExecutor:
         """
         ray = self._ray
         shared = ray.put(order)
-        waiting = list(pieces(order, asked, self.size))[::-1]
+        waiting = list(pieces(order, clients, self.size))[::-1]
         try:
             ray.get([actor.start_task.remote(shared) for actor in self._actors])
             busy: dict[Any, Any] = {}
@@ -93,7 +93,7 @@ class RayExecutor:
                 f"simulation: a Ray actor died: {error}. The round was dropped. `fedcore simulate "
                 "--resume` continues from the last checkpoint."
             ) from None
-        return gathered(answers, sums, asked)
+        return gathered(answers, sums, clients)
 
     def close(self) -> None:
         """Stops the actors, and the cluster if it was started here."""
@@ -115,8 +115,8 @@ class _Actor:
     def start_task(self, order: RoundTask) -> None:
         self._worker.start_task(order)
 
-    def work(self, asked: Sequence[ClientRef]) -> list[ClientOutcome]:
-        return self._worker.work(asked)
+    def work(self, clients: Sequence[ClientRef]) -> list[ClientOutcome]:
+        return self._worker.work(clients)
 
     def partial_sum(self) -> ExactMean:
         return self._worker.partial_sum()

@@ -50,18 +50,18 @@ class WorkerScheduler:
         self._state = state
 
     def executor_for(
-        self, order: RoundTask, asked: Sequence[ClientRef]
+        self, order: RoundTask, clients: Sequence[ClientRef]
     ) -> tuple[Executor, RoundTask]:
         """Returns the executor for a task, and the task with its training method set."""
         if order.kind != MessageType.TRAIN:
             return self._executor or self._here, order
         choice = self._state.choice
         if choice is None:
-            choice = self._state.choice = self._choose(order, asked)
+            choice = self._state.choice = self._choose(order, clients)
         if choice is None:
             return self._here, order
         if self._executor is None:
-            self._executor = self._start_executor(choice, len(asked))
+            self._executor = self._start_executor(choice, len(clients))
             self._on_choice(choice, self._executor.size)
         return self._executor, replace(order, method=choice.method, chosen=True)
 
@@ -70,18 +70,18 @@ class WorkerScheduler:
         if self._executor is not None:
             self._executor.close()
 
-    def _choose(self, order: RoundTask, asked: Sequence[ClientRef]) -> Choice | None:
+    def _choose(self, order: RoundTask, clients: Sequence[ClientRef]) -> Choice | None:
         """Chooses the training method; None where no client trained, so that none was measured."""
         wanted, worker = self._settings.training, self._here.worker
         if wanted == "loop":
             return forced(wanted)
-        there = worker.clients_in_time(order, asked)
-        alone = attempts(worker, order, there, clock=self._clock)
-        train = [one.asked for one in alone if one.content is not None]
+        active = worker.clients_in_time(order, clients)
+        alone = attempts(worker, order, active, clock=self._clock)
+        train = [one.client for one in alone if one.content is not None]
         if not train:
             return None
         if wanted == "auto":
-            rest = there[len(alone) :]
+            rest = active[len(alone) :]
             choice = choose(worker, order, [*train, *rest], clock=self._clock)
         else:
             choice = forced(wanted)

@@ -53,7 +53,7 @@ from server.simulation.workers.messages import (
 class Ready:
     """A client that is about to be trained in a batch."""
 
-    asked: ClientRef
+    client: ClientRef
     fate: Fate | None
     work: LocalWork
     ledger: Ledger | None
@@ -89,41 +89,41 @@ class Worker:
         if order.fold:
             self._sum = ExactMean(self._client.resident.layout.size)
 
-    def prepare(self, order: RoundTask, asked: Sequence[ClientRef]) -> None:
+    def prepare(self, order: RoundTask, clients: Sequence[ClientRef]) -> None:
         """Computes and caches clients' noise multipliers, before training times are measured."""
         if self._client.run.private:
             self.start_task(order)
-            for one in asked:
+            for one in clients:
                 with suppress(Exception, SystemExit):  # reported when the client trains
                     examples, _ = local_data(self._client, one.name)
                     asked_of = self._instruction_of(order, one)
                     self._spend(one, examples, asked_of, settings_of(self._client, asked_of))
 
-    def work(self, asked: Sequence[ClientRef]) -> list[ClientOutcome]:
+    def work(self, clients: Sequence[ClientRef]) -> list[ClientOutcome]:
         """Runs the task for these clients; returns outcomes in the same order."""
         order = self._order
         assert order is not None
         if order.kind != MessageType.TRAIN:
-            return [self._run_app(order, one, None) for one in asked]
-        there, lost = [], []
+            return [self._run_app(order, one, None) for one in clients]
+        active, lost = [], []
         self._skipped.clear()
-        for one in asked:
+        for one in clients:
             found = self._fate(order, one)
             if found is None or counts(found, deadline_s=order.deadline_s):
-                there.append((one, found))
+                active.append((one, found))
             else:
                 lost.append(self._lost_outcome(order, one, found))
         if order.method == "vectorised":
-            answers = list(self._train_batched(order, there))
+            answers = list(self._train_batched(order, active))
         else:
-            answers = [self._train_one(order, one, found) for one, found in there]
-        places = {one.node: place for place, one in enumerate(asked)}
-        answers = [replace(one, skipped=self._skipped.get(one.asked.name, 0)) for one in answers]
-        return sorted(answers + lost, key=lambda answer: places[answer.asked.node])
+            answers = [self._train_one(order, one, found) for one, found in active]
+        places = {one.node: place for place, one in enumerate(clients)}
+        answers = [replace(one, skipped=self._skipped.get(one.client.name, 0)) for one in answers]
+        return sorted(answers + lost, key=lambda answer: places[answer.client.node])
 
-    def clients_in_time(self, order: RoundTask, asked: Sequence[ClientRef]) -> list[ClientRef]:
-        """Returns the clients in ``asked`` whose updates arrive in time on the virtual clock."""
-        fates = ((one, self._fate(order, one)) for one in asked)
+    def clients_in_time(self, order: RoundTask, clients: Sequence[ClientRef]) -> list[ClientRef]:
+        """Returns the clients in ``clients`` whose updates arrive in time on the virtual clock."""
+        fates = ((one, self._fate(order, one)) for one in clients)
         return [
             one
             for one, found in fates
@@ -214,14 +214,14 @@ class Worker:
         return ClientOutcome(one, content=reply.content, ledger=ledger, fate=found)
 
     def _train_batched(
-        self, order: RoundTask, asked: Sequence[tuple[ClientRef, Fate | None]]
+        self, order: RoundTask, clients: Sequence[tuple[ClientRef, Fate | None]]
     ) -> Iterator[ClientOutcome]:
         """Trains clients in batches; each has the result of training by itself.
 
         Clients are grouped by their settings, and groups are trained in turn.
         """
         groups: dict[tuple[Settings, float], list[Ready]] = {}
-        for one, found in asked:
+        for one, found in clients:
             try:
                 instruction = self._instruction_of(order, one)
                 settings = settings_of(self._client, instruction)
@@ -257,7 +257,7 @@ class Worker:
         except InsufficientMemory:
             raise
         except (Exception, SystemExit):  # a client's error: found when each trains by itself
-            yield from (self._train_one(order, one.asked, one.fate) for one in ready)
+            yield from (self._train_one(order, one.client, one.fate) for one in ready)
             return
         for places, trained in groups:
             some = [ready[place] for place in places]
@@ -290,8 +290,8 @@ class Worker:
         for place, one in enumerate(ready):
             wrong, ledger = errors[place], one.ledger
             if wrong is not None:
-                code = error_of(one.asked.name, wrong, hide=False)
-                yield ClientOutcome(one.asked, error=code, ledger=ledger, fate=one.fate)
+                code = error_of(one.client.name, wrong, hide=False)
+                yield ClientOutcome(one.client, error=code, ledger=ledger, fate=one.fate)
                 continue
             loss = trained.losses[place]
             metrics = {} if loss is None else {TRAIN_LOSS: loss}
@@ -299,7 +299,7 @@ class Worker:
                 metrics[EPSILON] = ledger.epsilon(self._client.run.privacy)
             if order.fold:
                 yield ClientOutcome(
-                    one.asked,
+                    one.client,
                     num_examples=sizes[place],
                     metrics=metrics,
                     ledger=ledger,
@@ -307,7 +307,7 @@ class Worker:
                 )
             else:
                 content = update_content(Update(rows[place], sizes[place], metrics))
-                yield ClientOutcome(one.asked, content=content, ledger=ledger, fate=one.fate)
+                yield ClientOutcome(one.client, content=content, ledger=ledger, fate=one.fate)
 
     def _bounded(
         self,
@@ -323,10 +323,10 @@ class Worker:
             weights = row if error is None else instruction.weights
             update = bounded(privacy, instruction, weights, spent)
             if order.fold:
-                yield self._folded(order, one.asked, update, one.ledger, one.fate)
+                yield self._folded(order, one.client, update, one.ledger, one.fate)
             else:
                 content = update_content(update)
-                yield ClientOutcome(one.asked, content=content, ledger=one.ledger, fate=one.fate)
+                yield ClientOutcome(one.client, content=content, ledger=one.ledger, fate=one.fate)
 
     def _folded(
         self,
@@ -357,8 +357,8 @@ class Worker:
 
     def _model(self, instruction: Instruction) -> FullModel:
         model = model_of(self._client, instruction)
-        there = next(model.parameters()).device == self._device  # `to` walks every module
-        return model if there else model.to(self._device)
+        on_device = next(model.parameters()).device == self._device  # `to` walks every module
+        return model if on_device else model.to(self._device)
 
     def _spend(
         self, one: ClientRef, examples: Examples, instruction: Instruction, settings: Settings

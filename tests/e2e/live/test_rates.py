@@ -24,7 +24,7 @@ NAMES = ("edge-0", "edge-1")
 def answered(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
     """Calls that came in, and those that were refused by their rate."""
     seen: Counter[str] = Counter()
-    answer, keep = Gate._answer, Gate._keep_to_rate
+    answer, keep = Gate._answer, Gate._check_rate
 
     async def answering(self: Gate, scope: Any, *rest: Any) -> Any:
         seen["calls"] += 1
@@ -38,7 +38,7 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
             raise
 
     monkeypatch.setattr(Gate, "_answer", answering)
-    monkeypatch.setattr(Gate, "_keep_to_rate", keeping)
+    monkeypatch.setattr(Gate, "_check_rate", keeping)
     return seen
 
 

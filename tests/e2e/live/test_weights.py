@@ -43,7 +43,7 @@ class Noting(JournalGrid):
             for reply in batch:
                 node, kind = reply.metadata.src_node_id, reply.metadata.message_type
                 if kind == "train":
-                    asked = self._journal.asked(kind)
+                    asked = self._journal.selected_cohort(kind)
                     assert asked is not None
                     assert asked.weights is not None
                     self.noted[node] = asked.weights[node]

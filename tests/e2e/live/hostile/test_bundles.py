@@ -17,7 +17,7 @@ from fedcore.flower import fleet_api
 from fedcore.flower.fleet_api import Route
 from fedcore.flower.fleet_bundle import (
     BUNDLE_BYTES,
-    MOST_BUNDLED,
+    MAX_BUNDLED,
     PULL_BUNDLE,
     PUSH_BUNDLE,
     packed_reply,
@@ -59,7 +59,7 @@ def test_a_bundle_that_is_not_as_it_should_be_is_refused(serve: Any, rogue: Any,
         assert status(call=b"\xff\xff") == 400
         assert status(call=b"") == 403
         assert status(more=[b"x"]) == 409
-        assert status(more=[b"x"] * MOST_BUNDLED) == 400
+        assert status(more=[b"x"] * MAX_BUNDLED) == 400
         assert status(more=[bytes(BUNDLE_BYTES)]) == 413
         assert one.post(PUSH_BUNDLE, b"\x12\x00" * 30_000).status_code == 400
         assert not served.listening.fleet.next_answered(0.0)

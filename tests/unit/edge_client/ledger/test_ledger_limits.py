@@ -42,7 +42,7 @@ from fedcore.privacy.accounting import MAX_KEPT, Charge
 from fedcore.privacy.ledger import Ledger, put_ledger
 from fedcore.task.definition import Task
 from fedcore.updates.messages import (
-    MOST_ROUNDS,
+    MAX_ROUNDS,
     REFUSED,
 )
 from tests.unit.edge_client.agent.asked import PRIVATE, RUN_ID, Link, instruction, kit_in, run_of
@@ -144,7 +144,7 @@ def test_a_run_without_an_end_is_refused_before_anything_is_charged_or_written(
 
 
 def test_a_private_run_that_fails_before_its_charge_leaves_no_file(site: Site) -> None:
-    assert site.ask("run", private=True, number=MOST_ROUNDS + 1).has_error()
+    assert site.ask("run", private=True, number=MAX_ROUNDS + 1).has_error()
     assert site.folder.runs() == []
 
 
@@ -195,7 +195,7 @@ def test_the_longest_ledger_that_may_be_can_be_read(tmp_path: Path) -> None:
         RunConfig(name=names[0] + "0", task="task.py")
     label = f"{'d' * 64}:{'9' * 9}:{'f' * 64}"
     one = StoredCharge(
-        round=MOST_ROUNDS,
+        round=MAX_ROUNDS,
         noise_multiplier=number,
         sample_rate=number,
         steps=2**63,

@@ -88,7 +88,7 @@ def test_what_comes_around_a_body_counts_against_the_owners_limit(tmp_path: Path
     assert moved[0] < 400_000
 
 
-MOST_PIECES = 2 * ANSWER_BYTES // metered_module.MIN_PIECE_BYTES
+MAX_PIECES = 2 * ANSWER_BYTES // metered_module.MIN_PIECE_BYTES
 
 
 def by_records(connection: Any, request: bytes) -> None:
@@ -122,7 +122,7 @@ def test_an_answer_that_is_cut_up_is_given_up(
         pytest.raises(TooLarge, match="pieces"),
     ):
         client.PullMessages(PullMessagesRequest())
-    assert 0 < handed_on < MOST_PIECES
+    assert 0 < handed_on < MAX_PIECES
 
 
 def test_no_more_comes_before_an_answer_than_headers_take(tmp_path: Path) -> None:

@@ -168,7 +168,7 @@ def test_whatever_pieces_a_chunk_comes_in_it_is_whole(
     for size in [*sizes, len(rest)]:
         arrival.write(rest[place : place + size])
         place += size
-    assert arrival.came_bytes == len(one.request(one.chunks[0]))
+    assert arrival.received_bytes == len(one.request(one.chunks[0]))
     assert arrival.finish().stored
     arrival.close()
     assert fleet.store.get(one.chunks[0]) == one.objects[one.chunks[0]]
@@ -319,10 +319,10 @@ def test_a_push_that_breaks_off_takes_no_room_of_the_reply(fleet: Fleet) -> None
 def test_more_than_a_reply_may_hold_is_refused_before_it_is_written(fleet: Fleet) -> None:
     one = Sender(fleet, b"a")
     one.announce()
-    fleet.asked[one.message_id].payload_bytes = 1000
+    fleet.pending[one.message_id].payload_bytes = 1000
     with pytest.raises(InvalidUpdate, match="more than 5242900 bytes"):
         one.arrival(one.request(one.chunks[0]))
-    assert fleet.asked[one.message_id].reply is None
+    assert fleet.pending[one.message_id].reply is None
     assert spooled(fleet) == [path for path in spooled(fleet) if "joined" not in path.name]
 
 
@@ -330,12 +330,12 @@ def test_a_chunk_far_behind_the_others_is_refused_before_it_is_written(fleet: Fl
     """A few bytes at a far place would make a large file of holes, which is read as a whole."""
     one = Sender(fleet, b"a")
     one.announce()
-    asked, chunk = fleet.asked[one.message_id], one.chunks[1]
+    asked, chunk = fleet.pending[one.message_id], one.chunks[1]
     above, _ = asked.places[chunk]
     asked.places[chunk] = above, asked.reply_limit_bytes // CUT_BYTES + 1
     with pytest.raises(InvalidUpdate, match="its arrays have more than"):
         one.push(one.request(chunk))
-    assert fleet.asked[one.message_id].reply is None
+    assert fleet.pending[one.message_id].reply is None
     assert not any("joined" in path.name for path in spooled(fleet))
 
 
@@ -363,8 +363,8 @@ def test_a_request_that_is_not_its_callers_is_refused(
     with pytest.raises(error):
         change(one, one.request(one.chunks[0]))
     fleet.run_id = run_id
-    assert one.chunks[0] in fleet.asked[one.message_id].missing
-    one.session = fleet.asked[one.message_id].session
+    assert one.chunks[0] in fleet.pending[one.message_id].missing
+    one.session = fleet.pending[one.message_id].session
     one.push_all()
     assert b"".join(pieces(one.taken(), 128)) == one.values.tobytes()
 
@@ -373,7 +373,7 @@ def test_a_chunk_where_the_tree_has_none_is_refused(fleet: Fleet) -> None:
     one = Sender(fleet, b"a")
     one.announce()
     raw = one.request(one.chunks[0])
-    asked = fleet.asked[one.message_id]
+    asked = fleet.pending[one.message_id]
     asked.places.clear()
     with pytest.raises(InvalidUpdate, match="a chunk that belongs to no array"):
         one.arrival(raw)

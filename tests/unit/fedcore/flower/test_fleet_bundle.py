@@ -31,7 +31,7 @@ from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, call
 from fedcore.flower.fleet_bundle import (
     BUNDLE_BYTES,
-    MOST_BUNDLED,
+    MAX_BUNDLED,
     PULL_BUNDLE,
     PUSH_BUNDLE,
     contents_of,
@@ -144,7 +144,7 @@ def test_objects_that_do_not_come_along_are_still_missing(fleet: Fleet) -> None:
     assert push(fleet, bundle) == {large}
     assert fleet.next_answered(0.0) is None
     assert push(fleet, bundle) == {large}, "it may be begun again"
-    assert fleet.asked[message_id].missing == {large}
+    assert fleet.pending[message_id].missing == {large}
 
 
 def test_what_the_reply_does_not_name_is_refused_before_any_of_it_is_stored(fleet: Fleet) -> None:
@@ -154,7 +154,7 @@ def test_what_the_reply_does_not_name_is_refused_before_any_of_it_is_stored(flee
     bundle.objects[0] += b"!"
     with pytest.raises(InvalidUpdate, match="objects that its tree does not name"):
         push(fleet, bundle)
-    assert fleet.asked[message_id].reply is None
+    assert fleet.pending[message_id].reply is None
     assert fleet.abandon(message_id)
 
 
@@ -167,10 +167,10 @@ def test_a_bundle_in_the_name_of_another_is_refused(fleet: Fleet) -> None:
 
 
 def test_a_bundle_of_too_many_objects_is_refused() -> None:
-    full = Bundle(objects=[b"x"] * MOST_BUNDLED)
+    full = Bundle(objects=[b"x"] * MAX_BUNDLED)
     assert read_bundle(full.SerializeToString()) == full
     full.objects.append(b"")
-    with pytest.raises(DataError, match=f"holds {MOST_BUNDLED + 1} objects"):
+    with pytest.raises(DataError, match=f"holds {MAX_BUNDLED + 1} objects"):
         read_bundle(full.SerializeToString())
     with pytest.raises(DataError, match="no such message"):
         read_bundle(b"\xff\xff")
@@ -178,11 +178,11 @@ def test_a_bundle_of_too_many_objects_is_refused() -> None:
 
 @given(
     call_bytes=st.integers(0, 2 * BUNDLE_BYTES),
-    sizes=st.lists(st.integers(0, BUNDLE_BYTES + 10), max_size=MOST_BUNDLED + 10),
+    sizes=st.lists(st.integers(0, BUNDLE_BYTES + 10), max_size=MAX_BUNDLED + 10),
 )
 def test_a_bundle_that_is_sent_is_one_that_is_taken(call_bytes: int, sizes: list[int]) -> None:
     packed = packed_bundle(bytes(call_bytes), (bytes(size) for size in sizes))
-    assert len(packed.objects) <= MOST_BUNDLED
+    assert len(packed.objects) <= MAX_BUNDLED
     assert not packed.objects or packed.ByteSize() <= ROUTES[PUSH_BUNDLE].max_bytes
     assert all(packed.objects), "an empty object would be one that has not arrived"
 
@@ -197,7 +197,7 @@ def test_a_message_is_sent_as_flower_would_send_it(fleet: Fleet) -> None:
         with no_object_id_recompute():
             objects, tree = get_all_nested_objects(message), get_object_tree(message)
         assert fleet.store.get_object_tree(message_id) == tree
-        assert fleet.asked[message_id].objects == objects.keys()
+        assert fleet.pending[message_id].objects == objects.keys()
         for object_id, one in objects.items():
             assert fleet.store.get(object_id) == one.deflate()
     fleet.forget(sent)

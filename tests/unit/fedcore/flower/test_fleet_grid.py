@@ -46,7 +46,7 @@ class Answering:
     def nodes(self) -> list[int]:
         return []
 
-    def absent_s(self, node_id: int) -> float:
+    def offline_s(self, node_id: int) -> float:
         return 60.0
 
     def wake(self, node_ids: Iterable[int]) -> None:
@@ -99,7 +99,7 @@ def test_a_disk_that_fails_amid_a_batch_loses_no_reply_and_keeps_no_room(
     with pytest.raises(DiskFull):
         next(batches)
     assert len(devices.done) == 2
-    assert not fleet.asked
+    assert not fleet.pending
 
 
 def test_a_caller_with_enough_leaves_the_rest(fleet: Fleet) -> None:
@@ -108,4 +108,4 @@ def test_a_caller_with_enough_leaves_the_rest(fleet: Fleet) -> None:
     assert len(next(batches)) == 2
     batches.close()  # type: ignore[attr-defined]
     assert len(devices.done) == 3
-    assert not fleet.asked
+    assert not fleet.pending

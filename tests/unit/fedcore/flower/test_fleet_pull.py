@@ -56,9 +56,9 @@ def served(whole: Message) -> tuple[AnnouncedMessage, dict[str, bytes]]:
 
 
 def puller(objects: Mapping[str, bytes]) -> Callable[[str, int], bytes]:
-    def pull(object_id: str, most_bytes: int) -> bytes:
+    def pull(object_id: str, max_bytes: int) -> bytes:
         content = objects[object_id]
-        if len(content) > most_bytes:
+        if len(content) > max_bytes:
             raise OwnerLimit(f"{len(content)} bytes")
         return content
 
@@ -91,9 +91,9 @@ def test_a_message_that_is_larger_than_it_may_be_is_not_read_on() -> None:
     announced, objects = served(message())
     pulled: list[str] = []
 
-    def pull(object_id: str, most_bytes: int) -> bytes:
+    def pull(object_id: str, max_bytes: int) -> bytes:
         pulled.append(object_id)
-        return puller(objects)(object_id, most_bytes)
+        return puller(objects)(object_id, max_bytes)
 
     with pytest.raises(OwnerLimit, match=r"has more than 8,000,000 bytes"):
         read_content(announced, pull, limit_bytes=8_000_000)

@@ -10,7 +10,15 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from fedcore.kernels.im2col import OFF
-from fedcore.kernels.winograd import LANE, MOST, PARTS, Tiling, pool_tiles, to_kernels, to_tiles
+from fedcore.kernels.winograd import (
+    LANE,
+    MAX_CHANNELS,
+    PARTS,
+    Tiling,
+    pool_tiles,
+    to_kernels,
+    to_tiles,
+)
 
 # Lavin and Gray 2016, section 4.1.
 B = torch.tensor([[1.0, 0, -1, 0], [0, 1, 1, 0], [0, -1, 1, 0], [0, 1, 0, -1]]).t()
@@ -69,7 +77,7 @@ def test_tiles(
     assert int(lanes.isfinite().sum()) == found.numel()  # and nothing else was written
 
 
-@pytest.mark.parametrize("channels", [1, 8, 31, MOST])
+@pytest.mark.parametrize("channels", [1, 8, 31, MAX_CHANNELS])
 def test_kernels(channels: int) -> None:
     weights = 4 * whole(0, 2, 3, 9 * channels)
     expected = torch.einsum(

@@ -19,7 +19,7 @@ from fedcore.privacy.accounting import Charge, epsilon_of, noise_for
 from fedcore.privacy.ledger import Ledger, charge, remaining_rounds
 from fedcore.privacy.matrix import factor_for
 
-MOST_BYTES = 30_000_000
+MAX_BYTES = 30_000_000
 """Of all that is kept together."""
 
 
@@ -105,4 +105,4 @@ def test_all_that_is_kept_together_has_a_bound() -> None:
     assert sizes, "there are such"
     for name, info in sizes.items():
         assert info.currsize == info.maxsize, f"{name}: this test has to fill it, too"
-    assert held < MOST_BYTES
+    assert held < MAX_BYTES

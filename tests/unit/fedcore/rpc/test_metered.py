@@ -18,7 +18,7 @@ from fedcore.flower.fleet_errors import is_distrust
 from fedcore.rpc.metered import Meter, TooLarge, Traffic, metered
 from tests.unit.fedcore.rpc.serving import Behave, answer_of, answering, contexts, endless
 
-MOST_BYTES = 1 << 20
+MAX_BYTES = 1 << 20
 KEEP = ("content-length", "transfer-encoding")
 
 
@@ -46,7 +46,7 @@ def asking(
 
 
 def traffic(**more: Any) -> Traffic:
-    return Traffic(MOST_BYTES, time.monotonic() + 20.0, **more)
+    return Traffic(MAX_BYTES, time.monotonic() + 20.0, **more)
 
 
 def test_both_ways_are_counted_from_the_handshake_on(secured: Any) -> None:
@@ -91,7 +91,7 @@ def test_no_more_comes_in_than_may(secured: Any, behave: Behave) -> None:
     call = traffic()
     with asking(behave, secured) as ask, pytest.raises((TooLarge, httpx.RemoteProtocolError)):
         ask(call, b"")
-    assert call.received_bytes <= MOST_BYTES + (1 << 16)
+    assert call.received_bytes <= MAX_BYTES + (1 << 16)
 
 
 def drips(connection: Any, request: bytes, over: threading.Event) -> None:
@@ -105,7 +105,7 @@ def test_what_comes_drop_by_drop_is_over_in_time(secured: Any) -> None:
     with asking(partial(drips, over=over), secured, timeout=10.0) as ask:
         began = time.monotonic()
         with pytest.raises(httpx.ReadTimeout):
-            ask(Traffic(MOST_BYTES, began + 1.0), b"")
+            ask(Traffic(MAX_BYTES, began + 1.0), b"")
         assert 0.9 < time.monotonic() - began < 3.0
         over.set()
 
@@ -144,7 +144,7 @@ def test_who_reads_nothing_holds_nobody(secured: Any) -> None:
     with asking(interim, (Deaf(), secured[1]), timeout=10.0) as ask:  # type: ignore[arg-type]
         began = time.monotonic()
         with pytest.raises(httpx.WriteTimeout):
-            ask(Traffic(MOST_BYTES, began + 1.0), bytes(50_000_000))
+            ask(Traffic(MAX_BYTES, began + 1.0), bytes(50_000_000))
         assert 0.9 < time.monotonic() - began < 3.0
         over.set()
 

@@ -11,7 +11,7 @@ import pytest
 
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
-from server.live.commands import _address, _kept, start
+from server.live.commands import _address, _stopped_text, start
 from server.live.deployment import Deployment
 from server.live.operators.commands import OPERATOR_VERBS
 
@@ -62,7 +62,7 @@ def test_who_stops_a_server_is_told_what_is_kept_and_how_to_go_on(last: int, sai
     parser = argparse.ArgumentParser()
     start.arguments(parser)
     words = ["my run.toml", "--set", "seed=1", "--identity", "server", "--listen", "[::]:1"]
-    told = _kept(parser.parse_args([*words, "--fresh"]), last, run)
+    told = _stopped_text(parser.parse_args([*words, "--fresh"]), last, run)
     assert told.startswith(said)
     again = "`fedcore server start 'my run.toml' --set seed=1 --identity server --runs runs "
     assert f"{again}--listen '[::]:1' --resume` continues" in told

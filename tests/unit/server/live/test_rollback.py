@@ -16,7 +16,7 @@ from server.live.commands import rollback
 from server.live.journal.journal import create, reopen
 from server.live.rollback import RolledBack, roll_back
 from server.operator_log import AUDIT
-from server.report.folder import JOURNAL_FOLDER, held
+from server.report.folder import JOURNAL_FOLDER, locked
 from server.rounds.client_privacy.protection import ClientPlan, Protection
 from tests.unit.server.live.journal.journals import IDENTITY, LARGE, progress, record
 
@@ -80,7 +80,7 @@ def test_no_rollback_where_there_is_nothing_or_a_server_runs(tmp_path: Path) -> 
         back(tmp_path, 1)
     begun(tmp_path)
     with (
-        held(tmp_path / "runs" / "trial"),
+        locked(tmp_path / "runs" / "trial"),
         pytest.raises(ConfigError, match="a run of this name is in progress"),
     ):
         back(tmp_path, 4)

@@ -23,7 +23,7 @@ from fedcore.errors import (
 )
 from server.doctor import _roster
 from server.live.operators.drained import read_drained, write_drained
-from server.live.operators.endpoint import sole
+from server.live.operators.endpoint import server_lock
 from server.operator_log import Audit, verify_audit
 from server.provision.backup import backup, restore
 from server.provision.issue import Act, listing, revoke, sign_roster
@@ -198,7 +198,7 @@ def test_what_another_projects_server_has_seen_does_not_come_along(
 def test_nothing_is_restored_over_a_running_server(act: Act, file: Path) -> None:
     served(act)
     with (
-        sole(act.folder / "server"),
+        server_lock(act.folder / "server"),
         pytest.raises(ResourceError, match=r"is running.*Nothing was restored"),
     ):
         restore(act, file, replace=True)

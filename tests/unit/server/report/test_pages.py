@@ -11,7 +11,7 @@ from markupsafe import Markup
 import server.report
 from server.privacy.audit import Audited, SeedBounds, Statement
 from server.privacy.audit_report import report_html as audit_html
-from server.report.pages import MOST_TEXT, _environment, render
+from server.report.pages import MAX_TEXT, _environment, render
 from server.report.parts import Bar, Digest, Table, drawn
 from tests.unit.server.privacy.test_audit_report import audited
 
@@ -53,7 +53,7 @@ def test_no_text_opens_a_tag_or_ends_an_attribute(text: str) -> None:
 
 def test_text_is_bounded_and_on_one_line() -> None:
     assert drawn_by("cell", "a\nb\x1b[31m") == "a b\\x1b[31m"
-    assert len(drawn_by("cell", "x" * 10 * MOST_TEXT)) < MOST_TEXT + 100
+    assert len(drawn_by("cell", "x" * 10 * MAX_TEXT)) < MAX_TEXT + 100
 
 
 def test_a_plot_is_the_only_markup_that_passes() -> None:

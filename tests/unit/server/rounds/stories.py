@@ -107,7 +107,7 @@ class Story:
             cohort=cohort,
             metrics=(primary,),
             randomness=Simulated(0),
-            judge=judge,
+            evaluate_on_cloud=judge,
             on_round=self.records.append,
             on_note=self.notes.append,
             live=live,

@@ -88,7 +88,7 @@ def run(
         cohort=5,
         metrics=(ACCURACY,),
         randomness=Simulated(0),
-        judge=lambda model: {"accuracy": next(scores)},
+        evaluate_on_cloud=lambda model: {"accuracy": next(scores)},
         on_round=lambda record: None,
         on_note=notes.append,
     )

@@ -5,7 +5,7 @@ import pytest
 
 from fedcore.config.run import RunConfig
 from fedcore.errors import RoundFailed
-from server.rounds.cohort import asked_for, select
+from server.rounds.cohort import select, selection_size
 
 NODES = [101, 7, 55, 23, 88, 42]
 
@@ -57,8 +57,8 @@ def test_so_many_more_are_asked_as_the_run_says(over: float, cohort: int, asked:
     federation = {"over_selection": over, "cohort": cohort}
     values = {"name": "run", "task": "task.py", "federation": federation}
     run = RunConfig.model_validate(values)
-    assert asked_for(run, cohort, simulated=False) == asked
-    assert asked_for(run, cohort, simulated=True) == cohort, "nobody is late without devices"
+    assert selection_size(run, cohort, simulated=False) == asked
+    assert selection_size(run, cohort, simulated=True) == cohort, "nobody is late without devices"
     classes = {"devices": ({"name": "phone", "examples_per_s": 10.0},)}
     clocked = RunConfig.model_validate(values | {"simulation": classes})
-    assert asked_for(clocked, cohort, simulated=True) == asked
+    assert selection_size(clocked, cohort, simulated=True) == asked

@@ -28,7 +28,7 @@ from server.live.journal.journal import create, reopen
 from server.live.rounds.journaled import JournalCheckpointer
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.cohort import Cohort
-from server.rounds.expected import asked_to_train
+from server.rounds.expected import update_spec
 from server.rounds.inbound import Intake, Tally, accepted
 from tests.unit.server.live.journal.journals import signed
 from tests.unit.server.rounds.aggregating import fold, hold
@@ -37,7 +37,7 @@ SIZE = 1_000_000
 LAYOUT = Layout(("weight",), ((SIZE,),))
 NODES = (4, 5, 6)
 RUN = RunConfig.model_validate({"name": "run", "task": "task.py"})
-INTAKE = Intake(asked_to_train(RUN, LAYOUT))
+INTAKE = Intake(update_spec(RUN, LAYOUT))
 MB = 1_000_000
 
 
@@ -131,7 +131,7 @@ def test_a_journal_keeps_an_update_that_is_in_a_file_by_pieces(
     tmp_path: Path, traced: None
 ) -> None:
     with closing(create(tmp_path, {})) as journal:
-        journal.ask("train", Cohort(NODES, dict.fromkeys(NODES, 1)))
+        journal.record_cohort("train", Cohort(NODES, dict.fromkeys(NODES, 1)))
         message = reply(4)
         base = tracemalloc.get_traced_memory()[0]
         tracemalloc.reset_peak()
@@ -210,7 +210,7 @@ def test_an_update_that_was_linked_outlives_the_folder_that_it_came_in(tmp_path:
         array.dtype, array.shape, array.stype, joined, cuts
     )
     journal = create(tmp_path / "journal", {})
-    journal.ask("train", Cohort(NODES, dict.fromkeys(NODES, 1)))
+    journal.record_cohort("train", Cohort(NODES, dict.fromkeys(NODES, 1)))
     (kept,) = journal.accept(message)
     shutil.rmtree(spool)
     again = reopen(tmp_path / "journal")  # as another process finds it

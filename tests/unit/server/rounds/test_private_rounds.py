@@ -110,7 +110,7 @@ class Story:
             cohort=size,
             metrics=(ACCURACY,),
             randomness=randomness,
-            judge=None,
+            evaluate_on_cloud=None,
             on_round=self.records.append,
             on_note=self.notes.append,
             checkpointer=self.checkpointer,

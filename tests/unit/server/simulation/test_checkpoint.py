@@ -18,7 +18,7 @@ from server.records import RoundRecord, VirtualRecord
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.client_privacy.protection import ClientPlan, Protection, noise_of
 from server.rounds.strategies.state import StrategyState
-from server.simulation.checkpoint import Checkpoint, Told, read_checkpoint, write_checkpoint
+from server.simulation.checkpoint import Checkpoint, StoredEvent, read_checkpoint, write_checkpoint
 from server.simulation.checkpointer import FAILED, FileCheckpointer
 from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import Choice, SimulationState
@@ -56,7 +56,7 @@ LEDGER = Ledger((Charge(1, 1.1, 0.1, 3), Charge(4, 0.7, 1 / 3, 9)))
 CHECKPOINT = Checkpoint(
     identity={"run": {"seed": 1}},
     progress=PROGRESS,
-    told=[Noted("a note"), RoundFinished(asdict(RECORD) | {"memory_bytes": 5})],
+    events=[Noted("a note"), RoundFinished(asdict(RECORD) | {"memory_bytes": 5})],
     state=SimulationState(
         {"anna": LEDGER}, Counter(anna=2, ben=1), 12.5, Choice("loop", 0.1, None, "so")
     ),
@@ -79,7 +79,7 @@ def test_what_was_written_is_read(tmp_path: Path) -> None:
     assert noise_of(read.progress.protection)[0].tobytes() == (
         noise_of(PROGRESS.protection)[0].tobytes()
     )
-    assert read.told[0] == Noted("a note")
+    assert read.events[0] == Noted("a note")
     (record,) = read.start.records
     assert math.isnan(record.metrics["accuracy"])
     assert replace(record, metrics={}) == replace(RECORD, metrics={})
@@ -119,7 +119,7 @@ NODES = [FIRST_NODE_ID, FIRST_NODE_ID + 2]
 def keeper(
     folder: Path,
     state: SimulationState,
-    told: Sequence[Told],
+    events: Sequence[StoredEvent],
     *,
     clock: Clock | None = None,
     stopping: bool = False,
@@ -129,7 +129,7 @@ def keeper(
         {},
         ["anna", "ben", "cleo d'A"],
         state=state,
-        told=told,
+        events=events,
         stopping=lambda: stopping,
         command="fedcore simulate run.toml",
         elapsed_s=7.0,
@@ -167,18 +167,18 @@ def test_who_is_asked_to_stop_writes_first(tmp_path: Path) -> None:
 
 def test_a_round_that_fails_leaves_what_was_before_it(tmp_path: Path) -> None:
     state = SimulationState({"anna": Ledger()}, Counter(anna=1), 5.0)
-    told: list[Told] = [Noted("before")]
-    keeping = keeper(tmp_path, state, told)
+    events: list[StoredEvent] = [Noted("before")]
+    keeping = keeper(tmp_path, state, events)
     keeping.commit(PROGRESS, None)
     keeping.begin(NODES)
     state.ledgers |= {"anna": LEDGER, "cleo d'A": LEDGER}
     state.rounds.update(["anna", "cleo d'A"])
     state.clock_s = 9.0
-    told.append(Noted("meanwhile"))
+    events.append(Noted("meanwhile"))
     keeping.fail(PROGRESS)
     read = read_checkpoint(tmp_path / "checkpoint.safetensors")
     assert read.state == SimulationState({"anna": Ledger()}, Counter(anna=1), 5.0)
-    assert read.told == [Noted("before")]
+    assert read.events == [Noted("before")]
     assert set(state.ledgers) == {"anna", "cleo d'A"}  # only what is written is set back
 
 

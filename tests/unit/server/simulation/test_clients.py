@@ -87,8 +87,8 @@ def test_a_client_whose_examples_the_model_does_not_take_has_no_record() -> None
 
 
 def test_no_more_than_a_thousand_are_looked_at(monkeypatch: pytest.MonkeyPatch) -> None:
-    assert clients.MOST == 1000
-    monkeypatch.setattr(clients, "MOST", 3)
+    assert clients.MAX_CLIENTS == 1000
+    monkeypatch.setattr(clients, "MAX_CLIENTS", 3)
     names = [f"client-{number}" for number in range(5)]
     state = SimulationState(rounds=Counter(names))
     parts = dict.fromkeys([*names, "anna"], PARTS["anna"])

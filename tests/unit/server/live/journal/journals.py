@@ -96,10 +96,10 @@ def two_rounds(folder: Path, size: int = SMALL) -> None:
     with closing(create(folder, IDENTITY)) as journal:
         journal.commit(progress(0, size), None)
         for number in (1, 2):
-            journal.ask("train", Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1)))
+            journal.record_cohort("train", Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1)))
             journal.accept(answer(asked(4), 0.5, size))
             journal.commit(progress(number, size), record(number))
-        journal.ask("train", Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1)))
+        journal.record_cohort("train", Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1)))
         journal.accept(answer(asked(5), 0.25, size))
 
 

@@ -92,10 +92,10 @@ def reply(
 
 def run_round(journal: Journal, number: int, size: int = SMALL) -> None:
     nodes = [node(name) for name in NAMES]
-    journal.ask("train", Cohort(nodes, dict.fromkeys(nodes, 5)))
+    journal.record_cohort("train", Cohort(nodes, dict.fromkeys(nodes, 5)))
     for name in NAMES:
         journal.accept(reply(name, number, size=size))
-    journal.ask("evaluate", Cohort(nodes[:1], {nodes[0]: 1}))
+    journal.record_cohort("evaluate", Cohort(nodes[:1], {nodes[0]: 1}))
     journal.accept(reply(NAMES[0], number, purpose="evaluate"))
     journal.commit(progress(number, size), record(number))
 
@@ -107,7 +107,7 @@ def a_run(folder: Path, size: int = SMALL) -> None:
         for number in (1, 2):
             run_round(journal, number, size)
         nodes = [node(name) for name in NAMES]
-        journal.ask("train", Cohort(nodes, dict.fromkeys(nodes, 5)))
+        journal.record_cohort("train", Cohort(nodes, dict.fromkeys(nodes, 5)))
         for name in NAMES[:2]:
             journal.accept(reply(name, 3, size=size))
 
@@ -137,7 +137,7 @@ def test_signatures_outlive_a_resume_and_the_journals_file(tmp_path: Path) -> No
     assert verified(tmp_path).updates == 9
     (tmp_path / JOURNAL).write_bytes(b"nothing like it")
     with opened(tmp_path) as journal:
-        assert "restored from its copy" in journal.mended
+        assert "restored from its copy" in journal.repairs
     found = verified(tmp_path)
     assert (found.updates, found.signatures, found.faults) == (9, 11, ())
 
@@ -146,8 +146,8 @@ def test_a_reply_that_the_round_did_not_use_leaves_no_signature(tmp_path: Path) 
     """The server was restarted, and its round selected others."""
     a_run(tmp_path)
     with opened(tmp_path) as journal:
-        journal.drop()
-        journal.ask("train", Cohort([node(NAMES[0]), node(NAMES[2])]))
+        journal.drop_cohorts()
+        journal.record_cohort("train", Cohort([node(NAMES[0]), node(NAMES[2])]))
         assert journal.reply(asked(NAMES[0], 3)) is not None
         journal.accept(reply(NAMES[2], 3))
         journal.commit(progress(3), replace(record(3), updates=2))
@@ -160,8 +160,8 @@ def test_a_round_that_used_no_reply_leaves_no_signature(tmp_path: Path) -> None:
     """Under client-level privacy a round may end without updates."""
     a_run(tmp_path)
     with opened(tmp_path) as journal:
-        journal.drop()
-        journal.ask("train", Cohort([]))
+        journal.drop_cohorts()
+        journal.record_cohort("train", Cohort([]))
         journal.commit(progress(3), replace(record(3), updates=0))
     found = verified(tmp_path)
     assert found.faults == ()

@@ -50,7 +50,7 @@ from tests.unit.server.live.journal.journals import (
 def test_a_run_goes_on_where_it_was(tmp_path: Path, size: int) -> None:
     two_rounds(tmp_path, size)
     with opened(tmp_path) as journal:
-        assert journal.mended == ""
+        assert journal.repairs == ""
         assert journal.identity == IDENTITY
         start = journal.start
         assert start is not None
@@ -63,8 +63,8 @@ def test_a_run_goes_on_where_it_was(tmp_path: Path, size: int) -> None:
         assert start.progress.preprocess == b"state"
         assert start.records == (record(1), record(2))
         assert start.cohort == 3
-        assert journal.asked("train") == Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1))
-        assert journal.asked("evaluate") is None
+        assert journal.selected_cohort("train") == Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1))
+        assert journal.selected_cohort("evaluate") is None
         reply = journal.reply(asked(5))
         assert weights_of(reply) == [0.25]
         assert reply is not None
@@ -141,7 +141,7 @@ def test_equal_values_share_a_file_and_old_ones_go(tmp_path: Path) -> None:
     with closing(create(tmp_path, IDENTITY)) as journal:
         journal.commit(progress(0, LARGE), None)
         for number in range(1, 6):
-            journal.ask("train", Cohort([4], dict.fromkeys([4], 1)))
+            journal.record_cohort("train", Cohort([4], dict.fromkeys([4], 1)))
             journal.accept(answer(asked(4), number, LARGE))  # the bytes of the round's weights
             journal.commit(progress(number, LARGE), record(number))
     files = list((tmp_path / "values").iterdir())
@@ -151,19 +151,19 @@ def test_equal_values_share_a_file_and_old_ones_go(tmp_path: Path) -> None:
 def test_a_cohort_that_was_dropped_leaves_its_replies(tmp_path: Path) -> None:
     two_rounds(tmp_path)
     with opened(tmp_path) as journal:
-        journal.drop()
-        assert journal.asked("train") is None
-        journal.ask("train", Cohort([5, 7], dict.fromkeys([5, 7], 1)))
+        journal.drop_cohorts()
+        assert journal.selected_cohort("train") is None
+        journal.record_cohort("train", Cohort([5, 7], dict.fromkeys([5, 7], 1)))
         assert weights_of(journal.reply(asked(5))) == [0.25]
 
 
 def test_what_those_asked_weigh_is_kept(tmp_path: Path) -> None:
     with closing(create(tmp_path, IDENTITY)) as journal:
-        journal.ask("train", Cohort([4, 6], {4: 1000, 6: 1}))
+        journal.record_cohort("train", Cohort([4, 6], {4: 1000, 6: 1}))
     with opened(tmp_path) as journal:
-        assert journal.asked("train") == Cohort([4, 6], {4: 1000, 6: 1})
-        journal.ask("evaluate", Cohort([4]))
-        assert journal.asked("evaluate") == Cohort([4])
+        assert journal.selected_cohort("train") == Cohort([4, 6], {4: 1000, 6: 1})
+        journal.record_cohort("evaluate", Cohort([4]))
+        assert journal.selected_cohort("evaluate") == Cohort([4])
 
 
 def test_an_end_is_kept(tmp_path: Path) -> None:
@@ -186,24 +186,24 @@ def test_at_every_point_the_change_is_whole_or_not_there(tmp_path: Path, point: 
             raise Died
 
     two_rounds(tmp_path)
-    journal = reopen(tmp_path, reached=die)
+    journal = reopen(tmp_path, on_point=die)
     assert journal is not None
 
     def go_on() -> None:
-        journal.ask("evaluate", Cohort([4], dict.fromkeys([4], 1)))
+        journal.record_cohort("evaluate", Cohort([4], dict.fromkeys([4], 1)))
         journal.accept(answer(asked(6), 0.75))
         journal.commit(progress(3), record(3))
 
     with closing(journal), pytest.raises(Died):
         go_on()
     with opened(tmp_path) as journal:
-        assert journal.mended == ""
+        assert journal.repairs == ""
         assert journal.start is not None
         over = point in (COMMITTED, COPIED)
         assert journal.round == (3 if over else 2)
         assert len(journal.start.records) == journal.round
         evaluating = point in (SELECTED, ACCEPTING, ACCEPTED, COMMITTING)
-        assert (journal.asked("evaluate") is not None) == evaluating
+        assert (journal.selected_cohort("evaluate") is not None) == evaluating
         assert (journal.reply(asked(6)) is not None) == (point in (ACCEPTED, COMMITTING))
     assert {SELECTING, *POINTS} == set(POINTS)
 
@@ -222,7 +222,7 @@ def test_replies_that_come_together_are_written_together(
 
     two_rounds(tmp_path)
     points: list[str] = []
-    journal = reopen(tmp_path, reached=points.append)
+    journal = reopen(tmp_path, on_point=points.append)
     assert journal is not None
     monkeypatch.setattr(Entries, "write", counted)
     with closing(journal):
@@ -276,7 +276,7 @@ def test_a_full_database_leaves_what_was_there(tmp_path: Path) -> None:
         with pytest.raises(DiskFull, match="continue with --resume"):
             fill()
     with opened(tmp_path) as journal:
-        assert journal.mended == ""
+        assert journal.repairs == ""
         assert weights_of(journal.reply(asked(5))) == [0.25]
 
 
@@ -295,7 +295,7 @@ def test_a_strategys_arrays_come_back_as_they_were(tmp_path: Path, name: str) ->
     kept = StrategyState({"strategy": "AlgorithmStrategy", "holds": []}, (STATES[name],))
     with closing(create(tmp_path, IDENTITY)) as journal:
         journal.commit(progress(0, strategy=kept), None)
-        journal.ask("train", Cohort([4], dict.fromkeys([4], 1)))
+        journal.record_cohort("train", Cohort([4], dict.fromkeys([4], 1)))
         journal.commit(progress(1, strategy=kept), record(1))
     with opened(tmp_path) as journal:
         assert journal.start is not None

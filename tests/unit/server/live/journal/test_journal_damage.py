@@ -61,13 +61,13 @@ def test_commits_outlive_the_journals_file(
     two_rounds(tmp_path, size)
     damage(tmp_path / JOURNAL)
     with opened(tmp_path) as journal:
-        assert "restored from its copy" in journal.mended
+        assert "restored from its copy" in journal.repairs
         assert journal.start is not None
         assert journal.start.progress.weights.tobytes() == vector(2, size).tobytes()
         assert journal.start.records == (record(1), record(2))
         assert journal.reply(asked(5)) is None
     with opened(tmp_path) as journal:
-        assert journal.mended == "", "it is mended for good"
+        assert journal.repairs == "", "it is mended for good"
 
 
 def a_folder(path: Path) -> None:
@@ -97,8 +97,8 @@ def test_what_is_no_file_is_named_and_put_aside(
     path = tmp_path / f"{JOURNAL}{suffix}"
     become(path)
     with opened(tmp_path) as journal:
-        assert journal.mended.startswith(f"{path}: ")
-        assert what in journal.mended
+        assert journal.repairs.startswith(f"{path}: ")
+        assert what in journal.repairs
         assert journal.round == 2
     assert os.path.lexists(f"{path}.damaged")
 
@@ -155,7 +155,7 @@ def test_a_damaged_copy_is_made_again(tmp_path: Path) -> None:
     before = (tmp_path / HEAD).read_bytes()
     (tmp_path / HEAD).write_bytes(before[: len(before) // 2])
     with opened(tmp_path) as journal:
-        assert journal.mended == ""
+        assert journal.repairs == ""
     assert (tmp_path / HEAD).read_bytes() == before
 
 
@@ -188,7 +188,7 @@ def test_a_copy_that_holds_more_than_the_journal_is_read_and_made_again(
     if damaged:
         (tmp_path / JOURNAL).write_bytes(b"nothing like it")
     with opened(tmp_path) as journal:
-        assert bool(journal.mended) == damaged
+        assert bool(journal.repairs) == damaged
         assert (tmp_path / RECORDS).read_bytes() == whole
         journal.commit(progress(3), record(3))
     (tmp_path / JOURNAL).write_bytes(b"nothing like it")
@@ -220,7 +220,7 @@ def test_a_copy_that_lags_behind_stands_until_the_journal_is_opened(
     (tmp_path / JOURNAL).write_bytes(whole)
     (tmp_path / RECORDS).write_bytes(left)
     with opened(tmp_path) as journal:
-        assert (journal.round, journal.mended) == (3, "")
+        assert (journal.round, journal.repairs) == (3, "")
         journal.commit(progress(4), record(4))
     (tmp_path / JOURNAL).write_bytes(b"nothing like it")
     with opened(tmp_path) as journal:
@@ -234,7 +234,7 @@ def test_a_records_copy_that_is_damaged_is_made_again_or_refused(tmp_path: Path)
     whole = (tmp_path / RECORDS).read_bytes()
     flip(tmp_path / RECORDS, 60)
     with opened(tmp_path) as journal:
-        assert journal.mended == ""
+        assert journal.repairs == ""
     assert (tmp_path / RECORDS).read_bytes() == whole
     flip(tmp_path / RECORDS, 60)
     (tmp_path / JOURNAL).write_bytes(b"nothing like it")
@@ -248,11 +248,11 @@ def test_damaged_weights_are_found_and_the_round_before_stands(tmp_path: Path) -
         if path.read_bytes()[: 4 * LARGE] == vector(2, LARGE).tobytes():
             flip(path, 1000)
     with opened(tmp_path) as journal:
-        assert "continues after round 1" in journal.mended
+        assert "continues after round 1" in journal.repairs
         assert journal.start is not None
         assert journal.start.progress.weights.tobytes() == vector(1, LARGE).tobytes()
         assert journal.start.records == (record(1),)
-        assert journal.asked("train") is None
+        assert journal.selected_cohort("train") is None
         journal.commit(progress(2, LARGE, best_round=1), record(2, 0.7))
     (tmp_path / JOURNAL).write_bytes(b"nothing like it")
     with opened(tmp_path) as journal:
@@ -313,7 +313,7 @@ def test_what_its_digest_fits_is_still_looked_at(tmp_path: Path, kind: str, valu
     rewritten(tmp_path, kind, values)
     wrong = pytest.raises(DataError, match=r"does not have the format of this version|format None")
     with wrong, opened(tmp_path) as journal:
-        journal.asked("train")
+        journal.selected_cohort("train")
 
 
 @pytest.mark.parametrize("values", [[], {}, {"round": "x", "arrays": [[1]]}, None])
@@ -323,8 +323,8 @@ def test_a_commit_that_no_version_wrote_gives_way_to_the_one_before(
     two_rounds(tmp_path)
     rewritten(tmp_path, "commit", values)
     with opened(tmp_path) as journal:
-        assert "does not have the format of this version" in journal.mended
-        assert "continues after round 1" in journal.mended
+        assert "does not have the format of this version" in journal.repairs
+        assert "continues after round 1" in journal.repairs
         assert journal.start is not None
         assert journal.start.progress.round == 1
 
@@ -351,7 +351,7 @@ def test_a_history_larger_than_commits_may_be_still_mends_a_journal(
     with (tmp_path / RECORDS).open("ab") as stream:
         stream.write(b"\n" * limit_bytes)
     with opened(tmp_path) as journal:
-        assert "restored from its copy" in journal.mended
+        assert "restored from its copy" in journal.repairs
         assert journal.round == 2
 
 
@@ -374,7 +374,7 @@ def test_a_name_in_a_damaged_journal_that_is_no_text_is_damage_like_any_other(
     assert b"tableentry" in raw
     (tmp_path / JOURNAL).write_bytes(raw.replace(b"tableentry", b"tableent\xc5y"))
     with opened(tmp_path) as journal:
-        assert "names in it are not text" in journal.mended
+        assert "names in it are not text" in journal.repairs
         assert journal.round == 2
 
 
@@ -389,5 +389,5 @@ def test_a_value_that_is_of_another_type_is_damage_like_any_other(
         database.execute(f"update entry set {change} where kind = 'reply/train'")
         database.commit()
     with opened(tmp_path) as journal:
-        assert "an entry has wrong types" in journal.mended
+        assert "an entry has wrong types" in journal.repairs
         assert journal.round == 2

@@ -87,7 +87,7 @@ def served(app: App, contexts: tuple[ssl.SSLContext, ssl.SSLContext], *clients: 
     async def main() -> list[Any]:
         config = uvicorn.Config(app, log_config=None, lifespan="off")
         config.load()
-        known = Connections(Limits(), Refusals(), most=100, name_of=lambda key: None)
+        known = Connections(Limits(), Refusals(), max_connections=100, name_of=lambda key: None)
         made = partial(
             PeerProtocol,
             config=config,

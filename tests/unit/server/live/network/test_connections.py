@@ -54,7 +54,7 @@ class Door:
     def __init__(self, most: int = 100) -> None:
         self.clock = Clock()
         self.connections = Connections(
-            LIMITS, Refusals(), most=most, name_of=lambda public: None, clock=self.clock
+            LIMITS, Refusals(), max_connections=most, name_of=lambda public: None, clock=self.clock
         )
         self.ends: list[socket.socket] = []
 
@@ -69,7 +69,7 @@ class Door:
     def whole(self, key: bytes, *, working: bool = False) -> Someone:
         ours, _ = self.half("10.0.0.1")
         someone = Someone(key, working)
-        self.connections.proved(ours.fileno(), someone)
+        self.connections.handshake_done(ours.fileno(), someone)
         return someone
 
 

@@ -10,9 +10,9 @@ import pytest
 
 from fedcore.flower.fleet_api import Upload
 from server.live.network.limits import (
+    LOG_INTERVAL_S,
     STREAM_BURST,
     STREAM_S,
-    TOLD_S,
     Limits,
     PeerLines,
     Rates,
@@ -101,7 +101,7 @@ def test_a_peer_is_told_of_once_in_a_while(caplog: pytest.LogCaptureFixture) -> 
         for _ in range(1000):
             refusals.note("edge-0", 400, "garbage")
         refusals.note("edge-0", 413, "too large")
-        clock.now += TOLD_S
+        clock.now += LOG_INTERVAL_S
         refusals.note("edge-0", 400, "garbage")
     told = [record.getMessage() for record in caplog.records]
     assert told == [
@@ -197,7 +197,7 @@ def test_an_upload_that_is_complete_keeps_its_room() -> None:
     async def scenario(uploads: Uploads, clock: Clock, abandoned: list[str]) -> None:
         await uploads.enter(1, Upload("a", 10))
         clock.now += 60
-        uploads.gone(1)
+        uploads.disconnected(1)
         assert not await uploads.enter(2, Upload("b", 10))
 
     assert uploading(scenario, complete=frozenset("a")) == []
@@ -216,7 +216,7 @@ def test_progress_is_no_stall() -> None:
 def test_a_device_that_is_gone_leaves_its_room() -> None:
     async def scenario(uploads: Uploads, clock: Clock, abandoned: list[str]) -> None:
         await uploads.enter(1, Upload("a", 10))
-        uploads.gone(1)
+        uploads.disconnected(1)
         assert await uploads.enter(2, Upload("b", 10))
 
     assert uploading(scenario) == ["a"]
@@ -232,7 +232,7 @@ def test_what_a_peer_does_over_and_over_takes_few_lines(caplog: pytest.LogCaptur
         lines.tell("edge-1", "stream open")
         lines.tell("edge-0", "left")
         assert len(caplog.records) == 22, "another peer's, and another event, are counted apart"
-        clock.now += TOLD_S
+        clock.now += LOG_INTERVAL_S
         lines.tell("edge-0", "stream open", "x\x1b")
     assert caplog.messages[-1] == (
         "device edge-0: stream open (x\\x1b) (980 more of these since the last one was logged)"

@@ -26,9 +26,11 @@ def test_a_device_is_called_by_its_name_and_one_that_left_by_its_node(peers: Dev
 
 
 def test_what_a_device_says_stands_behind_its_own_name(peers: DevicePeers) -> None:
-    assert peers.said(10, "no data") == "client 'edge-0': no data"
-    assert peers.said(10, "client 'edge-0': no data") == "client 'edge-0': no data"
-    assert peers.said(10, "client 'edge-9': lied") == "client 'edge-0': client 'edge-9': lied"
+    assert peers.failure_text(10, "no data") == "client 'edge-0': no data"
+    assert peers.failure_text(10, "client 'edge-0': no data") == "client 'edge-0': no data"
+    assert (
+        peers.failure_text(10, "client 'edge-9': lied") == "client 'edge-0': client 'edge-9': lied"
+    )
 
 
 def test_what_is_refused_is_a_line_of_the_log_once_in_a_while(
@@ -36,5 +38,5 @@ def test_what_is_refused_is_a_line_of_the_log_once_in_a_while(
 ) -> None:
     with caplog.at_level(logging.WARNING):
         for _ in range(1000):
-            peers.refused(10, "its loss is 1e300")
+            peers.rejected(10, "its loss is 1e300")
     assert caplog.messages == ["refused client 'edge-0': 409: its loss is 1e300"]

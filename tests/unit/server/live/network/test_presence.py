@@ -8,7 +8,7 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from fedcore.errors import TrustError
-from server.live.network.presence import BEATS_S, FIRST_S, LATE_S, Presence
+from server.live.network.presence import INITIAL_SILENCE_S, MAX_SILENCE_S, POLL_GRACE_S, Presence
 
 Scenario = Callable[[Presence, list[float], list[int]], Awaitable[None]]
 
@@ -27,19 +27,19 @@ def run(scenario: Scenario) -> None:
 
 def test_a_device_is_there_while_its_stream_is_open() -> None:
     async def scenario(presence: Presence, now: list[float], changes: list[int]) -> None:
-        assert presence.absent_s(7) == float("inf")
+        assert presence.offline_s(7) == float("inf")
         assert presence.arrive(7, "a", "edge", b"key")
         stream = presence.watch(7, "a")
         assert stream is not None
         now[0] = 1e6
         assert presence.nodes() == [7]
-        assert presence.absent_s(7) == 0.0
+        assert presence.offline_s(7) == 0.0
         before = changes[0]
         presence.unwatch(7, stream)
         assert changes[0] == before + 1
         now[0] += 2.0
         assert presence.nodes() == []
-        assert presence.absent_s(7) == 2.0
+        assert presence.offline_s(7) == 2.0
 
     run(scenario)
 
@@ -48,12 +48,12 @@ def test_a_device_that_says_when_it_calls_again_is_missed_when_it_does_not() -> 
     async def scenario(presence: Presence, now: list[float], changes: list[int]) -> None:
         presence.arrive(7, "a", "edge", b"key")
         presence.call(7, "a", 0.5)
-        now[0] = 0.5 + LATE_S
+        now[0] = 0.5 + POLL_GRACE_S
         assert presence.nodes() == [7]
         now[0] += 0.1
         assert presence.nodes() == []
         presence.call(7, "a", 1e9)
-        now[0] += BEATS_S
+        now[0] += MAX_SILENCE_S
         assert presence.nodes() == [7]
         now[0] += 0.1
         assert presence.nodes() == []
@@ -70,7 +70,7 @@ def test_a_call_after_the_end_of_a_stream_does_not_count_for_long() -> None:
         assert presence.nodes() == []
         presence.call(7, "a")  # was on its way when the connection broke
         assert presence.nodes() == [7]
-        now[0] += LATE_S + 0.1
+        now[0] += POLL_GRACE_S + 0.1
         assert presence.nodes() == []
 
     run(scenario)
@@ -79,16 +79,18 @@ def test_a_call_after_the_end_of_a_stream_does_not_count_for_long() -> None:
 def test_a_device_that_dies_before_its_stream_opens_is_missed_soon() -> None:
     async def scenario(presence: Presence, now: list[float], changes: list[int]) -> None:
         presence.arrive(7, "a", "edge", b"key")
-        now[0] = FIRST_S
+        now[0] = INITIAL_SILENCE_S
         assert presence.nodes() == [7]
         assert presence.call(7, "a")
-        now[0] += FIRST_S
+        now[0] += INITIAL_SILENCE_S
         assert presence.nodes() == [7]
         now[0] += 5.0
         assert presence.nodes() == []
-        assert presence.absent_s(7) == 5.0
-        assert presence.call(7, "a", BEATS_S)  # it is there after all, and no stream gets through
-        now[0] += BEATS_S
+        assert presence.offline_s(7) == 5.0
+        assert presence.call(
+            7, "a", MAX_SILENCE_S
+        )  # it is there after all, and no stream gets through
+        now[0] += MAX_SILENCE_S
         assert presence.nodes() == [7]
 
     run(scenario)

@@ -83,7 +83,7 @@ def restored(file: Path, into: Path) -> tuple[Path, Progress]:
     with tarfile.open(file) as tar:
         tar.extractall(into, filter="data")
     with closing(reopen(into / "orchard" / JOURNAL_FOLDER) or pytest.fail("no journal")) as journal:
-        assert journal.mended == ""
+        assert journal.repairs == ""
         assert journal.start is not None
         assert [one.round for one in journal.start.records] == list(range(1, journal.round + 1))
         return into / "orchard", journal.start.progress
@@ -135,7 +135,7 @@ def test_what_a_killed_server_left_is_not_replayed_over_a_backup(run: Path, tmp_
     with closing(reopen(again / JOURNAL_FOLDER) or pytest.fail("no journal")) as journal:
         commit(journal, 4)
     with closing(reopen(again / JOURNAL_FOLDER) or pytest.fail("no journal")) as journal:
-        assert (journal.round, journal.mended) == (4, "")
+        assert (journal.round, journal.repairs) == (4, "")
 
 
 def copied(run: Path, to: Path) -> Path:

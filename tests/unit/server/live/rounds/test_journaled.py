@@ -29,7 +29,7 @@ NODES = (4, 5, 6)
 @pytest.fixture(autouse=True)
 def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
     assume_identity(1)
-    monkeypatch.setattr(journal_keeper, "_LOOK_S", 0.01)
+    monkeypatch.setattr(journal_keeper, "_POLL_S", 0.01)
 
 
 @pytest.fixture
@@ -221,11 +221,11 @@ def test_an_evaluation_waits_for_as_many_as_it_asks_and_then_for_one(
     keeper = keeper_of(journal, evaluated=2)
     keeper.cohort("train", drawing([4, 5, 6]))
     assert keeper.cohort("evaluate", drawing(None, [4], [4], [4, 6])).nodes == [4, 6]
-    journal.drop()
+    journal.drop_cohorts()
     keeper.cohort("train", drawing([4, 5, 6]))
     monkeypatch.setattr(journal_keeper, "GRACE_S", 0.05)
     assert keeper.cohort("evaluate", drawing(None, *[[5]] * 1000)).nodes == [5]
-    journal.drop()
+    journal.drop_cohorts()
     keeper.cohort("train", drawing([4]))
     assert keeper.cohort("evaluate", drawing([4], [4, 6])).nodes == [4], (
         "as many as trained are enough"
@@ -236,7 +236,7 @@ def test_after_a_restart_an_evaluation_gives_devices_time_to_come_back(
     journal: Journal, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(journal_keeper, "GRACE_S", 0.0)
-    journal.ask("train", Cohort([4, 6], dict.fromkeys([4, 6], 1)))
+    journal.record_cohort("train", Cohort([4, 6], dict.fromkeys([4, 6], 1)))
     keeper = keeper_of(journal, evaluated=2, rejoin_s=30.0)
     assert keeper.cohort("evaluate", drawing(*[[4]] * 20, [4, 6])).nodes == [4, 6]
 
@@ -254,7 +254,7 @@ def test_updates_of_a_round_weigh_what_they_did_when_it_selected(
     with closing(again):
         keeper = keeper_of(again)
         assert keeper.cohort("train", drawing()) == first
-        again.drop()  # the round failed, and is selected again: what was kept weighs as the rest
+        again.drop_cohorts()  # the round failed: what was kept weighs as the rest
         second = keeper.cohort("train", drawing([*NODES]))
         assert second.weights == dict.fromkeys(NODES, 1)
         grid = Rounds(Devices(), again, admit=set, quorum=1.0)
@@ -342,7 +342,7 @@ def test_a_round_that_waits_says_for_whom_and_for_how_long(
     waits: list[str] = []
     devices = Devices(gone={5: 99, 6: 99})
     grid = Rounds(
-        devices, journal, admit=set, quorum=1.0, waits=waits.append, name="edge-{}".format
+        devices, journal, admit=set, quorum=1.0, on_wait=waits.append, name="edge-{}".format
     )
     list(grid.send_and_receive(messages(), timeout=1.0))
     assert re.fullmatch(
@@ -361,7 +361,7 @@ def test_a_round_that_lacks_devices_says_so(
         journal,
         report=lambda record: None,
         deadline_s=0.5,
-        waits=waits.append,
+        on_wait=waits.append,
     )
 
     def draw() -> Cohort:

@@ -81,7 +81,7 @@ class Site:
             cohort=len(NODES),
             metrics=(ACCURACY,),
             randomness=Simulated(0),
-            judge=None,
+            evaluate_on_cloud=None,
             on_round=lambda record: None,
             on_note=self.notes.append,
             checkpointer=checkpointer,
@@ -105,7 +105,7 @@ def test_what_an_earlier_version_kept_is_checked_again(
     folder = tmp_path / "journal"
     folder.mkdir()
     with closing(create(folder, {})) as journal:
-        journal.ask("train", Cohort(NODES, dict.fromkeys(NODES, 1)))
+        journal.record_cohort("train", Cohort(NODES, dict.fromkeys(NODES, 1)))
         for node in NODES[:3]:
             asked = Message(RecordDict(), node, MessageType.TRAIN)
             update = Update(np.full(3, node / 100, np.float32), 1, {"train_loss": 0.5})

@@ -150,7 +150,7 @@ def test_what_is_taken_back_leaves_the_bits_that_were_there(seed: int, weight: i
     mean.add(stays, 3)
     assert mean.has_room(peaks, weight)
     mean.add_parts(lambda: [goes], weight, peaks=peaks)
-    mean.take_back(lambda: [goes], weight, peaks=peaks)
+    mean.subtract(lambda: [goes], weight, peaks=peaks)
     assert (mean.weight, mean.count) == (alone.weight, alone.count)
     assert mean.mean().tobytes() == alone.mean().tobytes()
     assert mean._bounds == alone._bounds

@@ -17,8 +17,14 @@ from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
 from server.records import RoundRecord
 from server.rounds.aggregation.exact_mean import ExactMean
-from server.rounds.aggregation.norm_bound import FACTOR, GROWTH, NormBound, is_bounded, norm_bound
-from server.rounds.expected import asked_to_train
+from server.rounds.aggregation.norm_bound import (
+    MAX_GROWTH,
+    MEDIAN_FACTOR,
+    NormBound,
+    is_bounded,
+    norm_bound,
+)
+from server.rounds.expected import update_spec
 from server.rounds.inbound import Intake, Tally, accepted
 from tests.unit.server.live.journal.journals import record
 from tests.unit.server.rounds.aggregating import fold, hold
@@ -49,7 +55,7 @@ def reply(node: int, weights: Vector) -> Message:
 
 
 def taken(replies: list[Message], tally: Tally) -> Any:
-    intake = Intake(asked_to_train(run_of(), LAYOUT), base=BASE)
+    intake = Intake(update_spec(run_of(), LAYOUT), base=BASE)
     return accepted([replies], intake, tally, first=len(replies))
 
 
@@ -66,7 +72,7 @@ def test_one_that_is_far_is_clipped_to_ten_medians_and_named() -> None:
     (clipped,) = tally.clipped
     assert clipped == (4, pytest.approx(6.6e7, rel=1e-3))
     # Ten medians from one of four, and one each from the others, all in different directions.
-    assert np.linalg.norm(mean - BASE) == pytest.approx(np.sqrt(FACTOR**2 + 3) / 4, rel=0.05)
+    assert np.linalg.norm(mean - BASE) == pytest.approx(np.sqrt(MEDIAN_FACTOR**2 + 3) / 4, rel=0.05)
 
 
 def test_the_order_of_arrival_shows_in_no_bit() -> None:
@@ -92,7 +98,7 @@ def test_updates_are_added_up_before_all_are_there(monkeypatch: pytest.MonkeyPat
     arriving = (came.append(each) or [each] for each in replies)
     monkeypatch.setattr(ExactMean, "add_parts", counted)
     tally = Tally(4)
-    intake = Intake(asked_to_train(run_of(), LAYOUT), base=BASE)
+    intake = Intake(update_spec(run_of(), LAYOUT), base=BASE)
     fold(
         accepted(arriving, intake, tally, first=4),
         LAYOUT,
@@ -131,7 +137,7 @@ def test_where_most_change_nothing_the_shortest_of_two_others_is_the_measure() -
     two = [reply(4, moved(1.0, 4)), reply(5, moved(1e30, 5))]
     mean, tally = mean_of([*still, *two], NormBound(BASE, None))
     assert [node for node, _ in tally.clipped] == [5]
-    assert np.linalg.norm(mean - BASE) < FACTOR
+    assert np.linalg.norm(mean - BASE) < MEDIAN_FACTOR
     mean, tally = mean_of([*still, two[1]], NormBound(BASE, None))  # alone, it tells nothing
     assert [node for node, _ in tally.clipped] == [5]
     assert np.abs(mean - BASE).max() <= 2.0**-36
@@ -212,21 +218,21 @@ def after(*measures: float | None) -> NormBound:
 
 
 def test_a_round_counts_for_twice_the_median_of_those_before_it_at_most() -> None:
-    assert after().limit([5.0, 6.0, 7.0]) == FACTOR * 6.0
-    assert after(1.0).limit([1.5, 1.5, 1.5]) == FACTOR * 1.5
-    assert after(1.0).limit([5.0, 6.0, 7.0]) == FACTOR * GROWTH
-    assert after(1.0).measure([5.0, 6.0, 7.0]) == GROWTH
-    assert after(1.0, None, 1.0, 9.0).limit([6.0] * 3) == FACTOR * GROWTH
-    assert after(1.0, 9.0).limit([6.0] * 3) == FACTOR * GROWTH  # of two, the lower one
+    assert after().limit([5.0, 6.0, 7.0]) == MEDIAN_FACTOR * 6.0
+    assert after(1.0).limit([1.5, 1.5, 1.5]) == MEDIAN_FACTOR * 1.5
+    assert after(1.0).limit([5.0, 6.0, 7.0]) == MEDIAN_FACTOR * MAX_GROWTH
+    assert after(1.0).measure([5.0, 6.0, 7.0]) == MAX_GROWTH
+    assert after(1.0, None, 1.0, 9.0).limit([6.0] * 3) == MEDIAN_FACTOR * MAX_GROWTH
+    assert after(1.0, 9.0).limit([6.0] * 3) == MEDIAN_FACTOR * MAX_GROWTH  # of two, the lower one
 
 
 def test_shorter_updates_lower_the_bound_at_once() -> None:
-    assert after(100.0, 50.0).limit([0.1, 0.2, 0.3]) == FACTOR * 0.2
+    assert after(100.0, 50.0).limit([0.1, 0.2, 0.3]) == MEDIAN_FACTOR * 0.2
 
 
 @pytest.mark.parametrize("lengths", [[], [3.0], [3.0, 1e6]])
 def test_fewer_than_three_are_bounded_by_what_earlier_rounds_showed(lengths: list[float]) -> None:
-    assert after(1.0).limit(lengths) == FACTOR * GROWTH
+    assert after(1.0).limit(lengths) == MEDIAN_FACTOR * MAX_GROWTH
     assert after(1.0).measure(lengths) is None
     assert after(None).limit(lengths) is None
 
@@ -234,7 +240,7 @@ def test_fewer_than_three_are_bounded_by_what_earlier_rounds_showed(lengths: lis
 def test_rounds_in_which_nothing_moved_say_nothing_of_later_ones() -> None:
     assert after().measure([0.0, 0.0, 0.0]) is None
     assert after().measure([0.0, 0.0, 0.0, 5.0]) == 0.0
-    assert after(0.0, 0.0, 1.0).limit([1.0] * 3) == FACTOR
+    assert after(0.0, 0.0, 1.0).limit([1.0] * 3) == MEDIAN_FACTOR
 
 
 def test_a_bound_that_is_fixed_counts_nothing() -> None:
@@ -245,7 +251,7 @@ def test_a_bound_that_is_fixed_counts_nothing() -> None:
 def test_devices_that_all_grow_together_double_the_bound_no_faster_than_the_rounds(
     each_time: float,
 ) -> None:
-    measures, limits = [1.0], [FACTOR]
+    measures, limits = [1.0], [MEDIAN_FACTOR]
     for _ in range(500):
         bound = after(*measures)
         lengths = [limits[-1] * each_time] * 8
@@ -254,4 +260,6 @@ def test_devices_that_all_grow_together_double_the_bound_no_faster_than_the_roun
         assert measure is not None
         limits.append(limit)
         measures.append(measure)
-    assert all(limit <= FACTOR * GROWTH * (place + 1) for place, limit in enumerate(limits))
+    assert all(
+        limit <= MEDIAN_FACTOR * MAX_GROWTH * (place + 1) for place, limit in enumerate(limits)
+    )

@@ -16,7 +16,7 @@ from torch import nn
 from fedcore.config.run import RunConfig
 from fedcore.updates.pack import Vector, pack, unpack
 from server.records import RoundRecord
-from server.rounds.aggregation.norm_bound import FACTOR, norm_bound
+from server.rounds.aggregation.norm_bound import MEDIAN_FACTOR, norm_bound
 from tests.unit.server.live.journal.journals import record
 
 ROUNDS, CLIENTS, COHORT, INPUTS, CLASSES = 40, 30, 8, 16, 4
@@ -109,7 +109,7 @@ def test_honest_updates_are_seldom_clipped(name: str) -> None:
         limit = bound.limit(lengths)
         assert limit is not None
         clipped += sum(length > limit for length in lengths)
-        alone = FACTOR * statistics.median(lengths)
+        alone = MEDIAN_FACTOR * statistics.median(lengths)
         by_round_alone += sum(length > alone for length in lengths)
         records.append(replace(record(number), median_norm=bound.measure(lengths)))
     updates = ROUNDS * COHORT

@@ -99,7 +99,7 @@ class Bench:
         return self.worker.work(self.asked)
 
     def weights(self, method: Method) -> dict[str, Vector | None]:
-        return {one.asked.name: weights_of(one) for one in self.answers(method)}
+        return {one.client.name: weights_of(one) for one in self.answers(method)}
 
     def gap(self) -> float:
         """The largest between both ways, of each update's own length; both fail for the same."""
@@ -208,7 +208,7 @@ class Leaving(Dataset[tuple[Tensor, Tensor]]):
 def test_a_data_set_that_ends_the_process_is_its_clients_failure() -> None:
     task = later(lambda x, y: Leaving())
     failed = {
-        way: [one.asked.name for one in Bench(task).answers(way) if one.error]  # type: ignore[arg-type]
+        way: [one.client.name for one in Bench(task).answers(way) if one.error]  # type: ignore[arg-type]
         for way in ("loop", "vectorised")
     }
     assert failed == {"loop": [LATER], "vectorised": [LATER]}
@@ -307,7 +307,7 @@ def test_a_loss_that_was_infinite_once_is_told(chain: bool) -> None:
     )
     bench = Bench(task, client={"learning_rate": 0.5, "epochs": 3, "batch_size": 1})
     failed = {
-        way: [one.asked.name for one in bench.answers(way) if one.error]  # type: ignore[arg-type]
+        way: [one.client.name for one in bench.answers(way) if one.error]  # type: ignore[arg-type]
         for way in ("loop", "vectorised")
     }
     assert failed["vectorised"] == failed["loop"] == [LATER]
@@ -318,7 +318,7 @@ def test_data_of_another_kind_are_their_clients_failure(kind: torch.dtype) -> No
     task = later(lambda x, y: TensorDataset(x.to(kind), y))  # type: ignore[arg-type,return-value]
     bench = Bench(replace(task, model=Normed))
     failed = {
-        way: [one.asked.name for one in bench.answers(way) if one.error]  # type: ignore[arg-type]
+        way: [one.client.name for one in bench.answers(way) if one.error]  # type: ignore[arg-type]
         for way in ("loop", "vectorised")
     }
     assert failed["vectorised"] == failed["loop"] == [LATER]

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import random
 
-from fedcore.flower.fleet_asked import PendingMessage, PendingMessages
+from fedcore.flower.fleet_pending import PendingMessage, PendingMessages
 
 
 def test_what_is_found_by_each_key_is_what_was_added_and_not_popped() -> None:
@@ -13,9 +13,9 @@ def test_what_is_found_by_each_key_is_what_was_added_and_not_popped() -> None:
             assert there.pop(message_id) is expected.pop(message_id)
         else:
             objects = frozenset(f"object {rng.randrange(20)}" for _ in range(3))
-            asked = PendingMessage(rng.randrange(5), objects, 1)
-            expected[f"message {step}"] = asked
-            there.add(f"message {step}", asked)
+            pending = PendingMessage(rng.randrange(5), objects, 1)
+            expected[f"message {step}"] = pending
+            there.add(f"message {step}", pending)
         node, thing = rng.randrange(5), f"object {rng.randrange(20)}"
         its = [(key, one) for key, one in expected.items() if one.node_id == node]
         assert there.of(node) == its

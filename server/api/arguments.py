@@ -22,10 +22,10 @@ from fedcore.observability.words import counted
 from fedcore.task.definition import Task, load_task
 from fedcore.task.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, load_checkpoint
 from fedcore.training.device import available
-from server.rounds.strategies.own import Own, check_own, label_of
+from server.rounds.strategies.own import UserStrategy, check_user_strategy, label_of
 
 _UNNAMED = re.compile(r"[^a-z0-9_-]+")  # characters that a run's name can't contain
-_MOST_NAMED = 64
+_MAX_NAMED = 64
 AnyTask = Task | str | PathLike[str]
 """A task, or the path of the file that defines it."""
 AnyRun = RunConfig | str | PathLike[str]
@@ -56,7 +56,7 @@ def configured(task: AnyTask | None, run: AnyRun | None, settings: Mapping[str, 
     file = None if task is None or isinstance(task, Task) else Path(task).resolve()
     if run is None:
         named = (task.name if isinstance(task, Task) else file.stem if file else "").lower()
-        name = _UNNAMED.sub("-", named).lstrip("-_")[:_MOST_NAMED] or "run"
+        name = _UNNAMED.sub("-", named).lstrip("-_")[:_MAX_NAMED] or "run"
         found = RunConfig(name=name, task="task.py")
     else:
         found = run if isinstance(run, RunConfig) else load_run(Path(run))
@@ -66,8 +66,8 @@ def configured(task: AnyTask | None, run: AnyRun | None, settings: Mapping[str, 
 
 
 def with_strategy(
-    run: RunConfig, strategy: Own | type[Own] | str | None
-) -> tuple[RunConfig, Own | type[Own] | None]:
+    run: RunConfig, strategy: UserStrategy | type[UserStrategy] | str | None
+) -> tuple[RunConfig, UserStrategy | type[UserStrategy] | None]:
     """Applies a strategy argument to a run.
 
     Returns:
@@ -80,7 +80,7 @@ def with_strategy(
         return run, None
     if isinstance(strategy, str):
         return with_settings(run, {"federation": {"strategy": strategy}}), None
-    check_own(strategy)
+    check_user_strategy(strategy)
     options = run.federation.strategy_options if isinstance(strategy, type) else {}
     named = {"strategy": label_of(strategy), "strategy_options": options}
     federation = run.federation.model_copy(update=named)

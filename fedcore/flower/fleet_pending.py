@@ -35,7 +35,7 @@ class PendingMessage:
     missing: set[str] = field(default_factory=set)
     """Ids of the reply's objects that have not arrived."""
     session: str = ""
-    came_bytes: int = 0
+    received_bytes: int = 0
     """Bytes of the reply that have arrived."""
     arriving: dict[str, Arriving] = field(default_factory=dict)
     """The current writer of each object that is arriving: the latest if there are several."""
@@ -58,7 +58,7 @@ class PendingMessage:
 
     def drop_reply(self) -> None:
         """Deletes the state of a partial reply; threads that are writing parts of it must stop."""
-        self.reply, self.session, self.came_bytes = None, "", 0
+        self.reply, self.session, self.received_bytes = None, "", 0
         for one in (self.missing, self.arriving, self.places, self.files, self.ends):
             one.clear()
 
@@ -96,21 +96,21 @@ class PendingMessages(Mapping[str, PendingMessage]):
         """Returns whether an object is part of any message in this mapping."""
         return object_id in self._objects
 
-    def add(self, message_id: str, asked: PendingMessage) -> None:
+    def add(self, message_id: str, pending: PendingMessage) -> None:
         """Adds a message that is being sent."""
-        self._all[message_id] = self._of[asked.node_id][message_id] = asked
-        self._objects.update(asked.objects)
+        self._all[message_id] = self._of[pending.node_id][message_id] = pending
+        self._objects.update(pending.objects)
 
     def pop(self, message_id: str) -> PendingMessage | None:
         """Removes a message that was answered or dropped, and returns it; None if unknown."""
-        asked = self._all.pop(message_id, None)
-        if asked is None:
+        pending = self._all.pop(message_id, None)
+        if pending is None:
             return None
-        del self._of[asked.node_id][message_id]
-        if not self._of[asked.node_id]:
-            del self._of[asked.node_id]
-        self._objects.subtract(asked.objects)
-        for object_id in asked.objects:
+        del self._of[pending.node_id][message_id]
+        if not self._of[pending.node_id]:
+            del self._of[pending.node_id]
+        self._objects.subtract(pending.objects)
+        for object_id in pending.objects:
             if not self._objects[object_id]:
                 del self._objects[object_id]
-        return asked
+        return pending
