@@ -14,9 +14,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TypeVar
 
-from fedcore.rpc.tls import only_tls_1_3
+from fedcore.rpc.tls import require_tls_1_3
 
-only_tls_1_3()  # before anything imports grpc
+require_tls_1_3()  # before anything imports grpc
 
 import grpc  # noqa: E402
 import numpy as np  # noqa: E402

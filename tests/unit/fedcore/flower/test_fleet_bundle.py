@@ -53,7 +53,7 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
     (tmp_path / "spool").mkdir()
     one = Fleet(tmp_path / "spool")
     assume_identity(one.open_run({"run": "{}"}))
-    one.enlist(KEY)
+    one.register_node(KEY)
     one.state.activate_node(CALLER.node_id, 60)
     yield one
     one.end_run()
@@ -189,7 +189,7 @@ def test_a_bundle_that_is_sent_is_one_that_is_taken(call_bytes: int, sizes: list
 
 def test_a_message_is_sent_as_flower_would_send_it(fleet: Fleet) -> None:
     shared = content(5)
-    nodes = [fleet.enlist(key) for key in (b"one", b"two")]
+    nodes = [fleet.register_node(key) for key in (b"one", b"two")]
     messages = [Message(shared, node, MessageType.TRAIN) for node in nodes]
     sent = fleet.send(messages)
     assert len({*sent}) == 2

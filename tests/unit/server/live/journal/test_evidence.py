@@ -137,7 +137,7 @@ def test_signatures_outlive_a_resume_and_the_journals_file(tmp_path: Path) -> No
     assert verified(tmp_path).updates == 9
     (tmp_path / JOURNAL).write_bytes(b"nothing like it")
     with opened(tmp_path) as journal:
-        assert "taken from its copy" in journal.mended
+        assert "restored from its copy" in journal.mended
     found = verified(tmp_path)
     assert (found.updates, found.signatures, found.faults) == (9, 11, ())
 
