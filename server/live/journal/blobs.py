@@ -14,10 +14,15 @@ from pathlib import Path
 
 from fedcore.errors import DataError
 from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder
+from fedcore.flower.writeback import Writeback
 from fedcore.updates.piece_digests import cut_digests, digest_of_cuts
 from fedcore.updates.pieces import PIECE_BYTES
 
 _NEW = ".new"
+_BEGINNING_BYTES = 4096
+"""Bytes by which two values are told apart, before either is hashed."""
+_EARLY_BYTES = 2**22
+"""Bytes of a file after which the disk is asked to write them."""
 _MAX_SYNCS = 8
 """Most files that are synced at the same time, each in a thread of its own."""
 _NO_LINKS = {errno.EXDEV, errno.EPERM, errno.ENOTSUP, errno.EMLINK}
@@ -142,28 +147,27 @@ class NewBlobs:
         Raises:
             DiskFull: the disk is full. No partial file is left.
         """
-        found = hashlib.sha256()
-        for piece in value():
-            found.update(piece)
-        digest = found.hexdigest()
-        path = self._folder / digest
         self._named = True  # also if the value is there: an earlier sync may have failed
-        if path.is_file() and _digest_of(path) == digest:
-            return digest
-        temporary = path.with_suffix(_NEW)
-        with disk_errors(path):
+        if self._may_be_there(value):
+            digest = _digest_of_value(value)
+            path = self._folder / digest
+            if path.is_file() and _digest_of(path) == digest:
+                return digest
+        temporary = self._folder / f"value{_NEW}"
+        with disk_errors(temporary):
             try:
-                with temporary.open("wb", buffering=0) as stream:
-                    for piece in value():
-                        left = memoryview(piece)
-                        while left:  # a disk that fills up accepts part of a write first
-                            left = left[stream.write(left) :]
-                    os.fsync(stream.fileno())
-                temporary.replace(path)
+                digest = _written(value, temporary)
+                temporary.replace(self._folder / digest)
             except BaseException:
                 temporary.unlink(missing_ok=True)
                 raise
         return digest
+
+    def _may_be_there(self, value: Pieces) -> bool:
+        """Returns whether a file begins as the value does."""
+        beginning = bytes(next(iter(value()), b"")[:_BEGINNING_BYTES])
+        plain = (path for path in self._folder.iterdir() if not path.name.startswith(_CUTS))
+        return any(_begins(path, beginning) for path in plain)
 
     def adopt(self, path: Path, cuts: Sequence[str], size_bytes: int) -> str:
         """Adds the file at ``path`` as a value, and returns the value's name.
@@ -212,6 +216,47 @@ class NewBlobs:
         """Deletes the values that have new names, so that no other use finds them half written."""
         for path in self._unsynced:
             path.unlink(missing_ok=True)
+
+
+def _begins(path: Path, beginning: bytes) -> bool:
+    """Returns whether a file begins so; False if it cannot be read, as a value is then written."""
+    try:
+        with os.fdopen(open_regular(path, what="a value of the journal"), "rb", 0) as file:
+            return file.read(len(beginning)) == beginning
+    except (OSError, DataError):
+        return False
+
+
+def _digest_of_value(value: Pieces) -> str:
+    found = hashlib.sha256()
+    for piece in value():
+        found.update(piece)
+    return found.hexdigest()
+
+
+def _written(value: Pieces, path: Path) -> str:
+    """Writes and syncs a new file, and returns its SHA-256.
+
+    The disk begins to write while later bytes are hashed: the sync at the end then waits less.
+    """
+    found, begun, written = hashlib.sha256(), 0, 0
+    writeback = Writeback()
+    try:
+        with path.open("wb", buffering=0) as file:
+            for piece in value():
+                for place in range(0, len(piece), PIECE_BYTES):
+                    part = memoryview(piece)[place : place + PIECE_BYTES]
+                    found.update(part)
+                    written += len(part)
+                    while part:  # a disk that fills up accepts part of a write first
+                        part = part[file.write(part) :]
+                    if written - begun >= _EARLY_BYTES:
+                        writeback.begin(os.dup(file.fileno()), begun, written - begun)
+                        begun = written
+            os.fsync(file.fileno())
+    finally:
+        writeback.close()
+    return found.hexdigest()
 
 
 def _linked(path: Path, own: Path) -> bool:

@@ -131,7 +131,7 @@ def test_a_small_reply_is_whole_after_one_call(fleet: Fleet) -> None:
     assert contents_of(bundle).keys() == objects.keys()
     assert push(fleet, bundle) == set()
     assert fleet.next_answered(0.0) == message_id
-    taken = fleet.take(message_id)
+    taken = fleet.pop_reply(message_id)
     assert taken is not None
     assert taken.content == content(5, 0.5)
 
@@ -162,7 +162,7 @@ def test_a_bundle_in_the_name_of_another_is_refused(fleet: Fleet) -> None:
     message, _ = asked(fleet)
     begin, objects = reply_to(message)
     begin.node.node_id += 2
-    with pytest.raises(TrustError, match="spoke for node"):
+    with pytest.raises(TrustError, match="sent a request as node"):
         push(fleet, packed_reply(begin, objects.values()))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import hashlib
 import os
 import threading
 from pathlib import Path
@@ -187,6 +188,35 @@ def test_a_value_that_is_there_is_durable_even_if_the_folder_was_not(
     disk.full.clear()
     put()
     assert disk.synced == [".new", "folder"]
+
+
+def put(blobs: Blobs, value: bytes) -> str:
+    with blobs.adding() as new:
+        return new.put(
+            lambda: [value[place : place + 2**20] for place in range(0, len(value), 2**20)]
+        )
+
+
+def test_a_value_is_written_once_and_a_damaged_one_again(blobs: Blobs, tmp_path: Path) -> None:
+    value = np.random.default_rng(0).bytes(2**24 + 1)
+    name = put(blobs, value)
+    path = blobs.path(name)
+    assert name == hashlib.sha256(value).hexdigest()
+    assert path.read_bytes() == value
+    inode = path.stat().st_ino
+    assert put(blobs, value) == name
+    assert path.stat().st_ino == inode
+    os.mkfifo(tmp_path / "values" / "pipe")
+    longer = put(blobs, value + b"0")
+    (tmp_path / "values" / "pipe").unlink()
+    assert blobs.path(longer).read_bytes() == value + b"0"
+    for place in (0, 2**23):  # seen, or not, by how the value begins
+        with path.open("r+b") as file:
+            file.seek(place)
+            file.write(bytes([value[place] ^ 1]))
+        assert put(blobs, value) == name
+        assert path.read_bytes() == value
+    assert {one.name for one in (tmp_path / "values").iterdir()} == {name, longer}
 
 
 class Slow:
