@@ -8,7 +8,8 @@ SHELL := /bin/bash
 BIN := .venv/bin
 DEVICE_BIN := .venv-device/bin
 FLOWER_BIN := .venv-flower/bin
-WORKERS ?= 2
+# Twice the cores: the tests that start processes wait for most of their time.
+WORKERS ?= $(shell echo $$(( 2 * $$(nproc) )))
 DEVICE_LIMIT_MB := 250
 NAME ?= simulation
 SOURCES := $(shell find fedcore edge_client server -type f -not -name '*.pyc')
@@ -44,7 +45,7 @@ demo: setup  ## the whole loop on handwritten digits, until a device answers
 		--input examples/digits/input.json
 
 test: setup  ## every test that needs no GPU; FEDCORE_DATA names the data sets of some
-	$(BIN)/pytest -n $(WORKERS) -m "not gpu" $(ARGS)
+	$(BIN)/pytest -n $(WORKERS) --dist loadgroup --no-loadscope-reorder -m "not gpu" $(ARGS)
 
 test-gpu: setup  ## the tests that need an NVIDIA GPU
 	$(BIN)/pytest -m gpu $(ARGS)

@@ -30,7 +30,13 @@ def pytest_configure() -> None:
     hypothesis.settings.load_profile("fedcore")
 
 
+# Those that start processes and wait for them: first, so that the others fill the waits.
+_FIRST = ("e2e", "adversarial", "statistical")
+
+
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    tests = Path(__file__).parent
+    items.sort(key=lambda item: item.path.relative_to(tests).parts[0] not in _FIRST)
     for item in items:
         if "data_folder" in getattr(item, "fixturenames", ()):
             item.add_marker("data")

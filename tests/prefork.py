@@ -27,9 +27,9 @@ from typing import IO
 ROOT = Path(__file__).parent.parent
 _STATUS = struct.Struct("<i")
 _IMPORTS = """
-from fedcore.rpc.tls import only_tls_1_3, silence_grpc_core
+from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
 silence_grpc_core()  # both before grpc is imported, as the commands that need them do
-only_tls_1_3()
+require_tls_1_3()
 import torch._dynamo  # by the first training step of a process, else
 import server.after_rounds, server.api.checking, server.api.simulation, server.commands
 import server.live.commands, server.live.run, server.report.tensorboard

@@ -89,7 +89,9 @@ def fitting(contents: Iterable[bytes], room_bytes: int) -> list[bytes]:
     found: list[bytes] = []
     for content in contents:
         size_bytes = len(content) + _FIELD_BYTES
-        if content and size_bytes <= room_bytes and len(found) < MOST_BUNDLED:
+        if content and size_bytes <= room_bytes:
             found.append(content)
             room_bytes -= size_bytes
+        if len(found) == MOST_BUNDLED:
+            break  # a message may have thousands more, and each takes time to look up
     return found

@@ -34,15 +34,15 @@ from flwr.supernode.fleet_http_client import FleetHttpClient
 
 from fedcore.crypto.certificates import SKEW
 from fedcore.crypto.kit import Kit, client_context, load_kit
-from fedcore.errors import CertificateRefused, FedcoreError, InvalidUpdate, TrustError
+from fedcore.errors import CertificateRefused, FedcoreError, InvalidUpdate
 from fedcore.flower.fleet_bundle import check_bundle, contents_of, packed_reply
 from fedcore.flower.fleet_errors import (
     Busy,
-    OwnExpired,
-    Unproven,
     Unreachable,
     doubt,
     is_distrust,
+    minute_text,
+    not_reached,
     refusals,
 )
 from fedcore.flower.fleet_pull import AnnouncedMessage, BoundedClient, announced_in, read_content
@@ -268,7 +268,7 @@ class FleetLink:
             self._before += self._clients.values()
             self._clients, self._server, self.kit = {server: client}, server, kit
             self._unusable = ""
-        log.info("certificate renewed: valid until %s UTC", _minute(kit.not_after))
+        log.info("certificate renewed: valid until %s UTC", minute_text(kit.not_after))
         return True
 
     def _keep(self, error: FedcoreError) -> None:
@@ -276,7 +276,7 @@ class FleetLink:
         if datetime.now(UTC) > self.kit.not_after + SKEW:
             raise CertificateRefused(
                 f"{self.kit.folder}: this device's certificate expired on "
-                f"{_minute(self.kit.not_after)} UTC, and no valid one was installed since "
+                f"{minute_text(self.kit.not_after)} UTC, and no valid one was installed since "
                 f"({error}). The device does not take part; have the operator run `fedcore "
                 "provision renew`, install the new kit with `fedcore client install`, and start "
                 "it again."
@@ -331,7 +331,9 @@ class FleetLink:
                 self.renew()
                 failed[server] = error
                 if not self._turn(failed, error):
-                    raise self._not_reached(failed) from None
+                    raise not_reached(
+                        failed, expires=self.kit.not_after, admitted=self._let_in
+                    ) from None
             except Busy as busy:
                 times += 1
                 if times == _BUSY_TOLD:
@@ -364,30 +366,6 @@ class FleetLink:
             log.warning("%s. Trying the kit's other addresses", doubt(unproven))
         return True
 
-    def _not_reached(self, failed: Mapping[str, Exception]) -> Exception:
-        told = "; ".join(f"{server}: {type(one).__name__}: {one}" for server, one in failed.items())
-        unproven = {server: one for server, one in failed.items() if is_distrust(one)}
-        if datetime.now(UTC) > self.kit.not_after and (self._let_in or not unproven):
-            # The server disconnects after the handshake, so the TLS error shows no reason.
-            return OwnExpired(
-                f"this device's own certificate expired on {_minute(self.kit.not_after)} UTC, so "
-                "servers refuse it. Have the operator run `fedcore provision renew`, and install "
-                "the new kit with `fedcore client install`; this process will pick it up "
-                f"({told})"
-            )
-        if not unproven:
-            return Unreachable(told)
-        if self._let_in or len(unproven) < len(failed):
-            return Unproven(
-                f"{doubt(unproven)}. This device keeps trying; if this persists, ask the "
-                "operator to check the server's certificate and addresses"
-            )
-        return TrustError(
-            f"connection: the two sides do not trust each other's certificates ({told}). This "
-            "device does not take part; a kit is valid for one project only, and is renewed with "
-            "`fedcore provision renew`."
-        )
-
 
 @contextmanager
 def _readable() -> Iterator[None]:
@@ -398,7 +376,3 @@ def _readable() -> Iterator[None]:
         raise Unreachable(
             f"cannot read the server's response ({type(error).__name__}: {error})"
         ) from None
-
-
-def _minute(moment: datetime) -> str:
-    return f"{moment:%Y-%m-%d %H:%M}"

@@ -8,6 +8,7 @@ import re
 import ssl
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from datetime import UTC, datetime
 
 import httpx
 
@@ -130,3 +131,40 @@ def _retry_after_s(response: httpx.Response) -> float:
     except ValueError:
         return 1.0
     return min(max(seconds, 0.05), 60.0) if math.isfinite(seconds) else 1.0
+
+
+def not_reached(failed: Mapping[str, Exception], *, expires: datetime, admitted: bool) -> Exception:
+    """Returns the error to raise when no address of a kit has worked.
+
+    Args:
+        failed: The failure of each address.
+        expires: When the device's certificate expires.
+        admitted: Whether a server has ever admitted this device.
+    """
+    told = "; ".join(f"{server}: {type(one).__name__}: {one}" for server, one in failed.items())
+    unproven = {server: one for server, one in failed.items() if is_distrust(one)}
+    if datetime.now(UTC) > expires and (admitted or not unproven):
+        # The server disconnects after the handshake, so the TLS error shows no reason.
+        return OwnExpired(
+            f"this device's own certificate expired on {minute_text(expires)} UTC, so "
+            "servers refuse it. Have the operator run `fedcore provision renew`, and install "
+            "the new kit with `fedcore client install`; this process will pick it up "
+            f"({told})"
+        )
+    if not unproven:
+        return Unreachable(told)
+    if admitted or len(unproven) < len(failed):
+        return Unproven(
+            f"{doubt(unproven)}. This device keeps trying; if this persists, ask the "
+            "operator to check the server's certificate and addresses"
+        )
+    return TrustError(
+        f"connection: the two sides do not trust each other's certificates ({told}). This "
+        "device does not take part; a kit is valid for one project only, and is renewed with "
+        "`fedcore provision renew`."
+    )
+
+
+def minute_text(moment: datetime) -> str:
+    """Formats a time to the minute."""
+    return f"{moment:%Y-%m-%d %H:%M}"

@@ -140,7 +140,7 @@ class FleetGrid(OwnGrid):
             while waiting:
                 self._go_on()
                 now = time.monotonic()
-                batch = self._ready(min(_LOOK_S, max(end - now, 0.0)), waiting)
+                batch, failure = self._ready(min(_LOOK_S, max(end - now, 0.0)), waiting)
                 if batch:
                     for message_id in batch:
                         del waiting[message_id]
@@ -150,7 +150,10 @@ class FleetGrid(OwnGrid):
                         for message_id in batch:
                             self._consumed(message_id)
                         batch.clear()  # frees them before the next ones are read
-                    continue
+                    if failure is None:
+                        continue
+                if failure is not None:
+                    raise failure
                 now = time.monotonic()
                 if now >= end:
                     self._check_machine()
@@ -175,9 +178,7 @@ class FleetGrid(OwnGrid):
 
     def _send(self, messages: list[Message]) -> dict[str, int]:
         """Sends messages and wakes their nodes; returns the nodes by message id."""
-        self._fleet.report_storage_error(
-            None
-        )  # forget earlier failures: they do not concern these replies
+        self._fleet.report_storage_error(None)  # earlier failures do not concern these replies
         checks = self._inspector.expect(messages)
         nodes = [message.metadata.dst_node_id for message in messages]
         sent = self._fleet.send(messages)
@@ -185,24 +186,31 @@ class FleetGrid(OwnGrid):
         self._presence.wake(nodes)
         return dict(zip(sent, nodes, strict=True))
 
-    def _ready(self, timeout_s: float, waiting: Collection[str]) -> dict[str, Message]:
+    def _ready(
+        self, timeout_s: float, waiting: Collection[str]
+    ) -> tuple[dict[str, Message], Exception | None]:
         """Returns checked replies that are complete, by message id; none after ``timeout_s``.
 
-        All but the last take little memory: their arrays are in files, or small.
+        All but the last take little memory: their arrays are in files, or small. If this machine
+        fails to read one, returns the error with the replies before it: they have left the fleet,
+        and must be processed before it is raised.
         """
         batch: dict[str, Message] = {}
         large = 0
         answered = self._fleet.next_answered(timeout_s)
         while answered is not None:
-            size = self._fleet.reply_bytes(answered)
+            try:
+                size = self._fleet.reply_bytes(answered)
+                reply = self._checked_reply(answered) if answered in waiting else None
+            except (ResourceError, OSError) as error:
+                return batch, error
             large += size.in_files > LARGE_BYTES
-            reply = self._checked_reply(answered) if answered in waiting else None
             if reply is not None:
                 batch[answered] = reply
             if size.in_memory > LARGE_BYTES or large >= _LARGE_TOGETHER or len(batch) >= _TOGETHER:
                 break
             answered = self._fleet.next_answered(0.0)
-        return batch
+        return batch, None
 
     def _checked_reply(self, message_id: str) -> Message | None:
         """Returns a checked reply, or one with an error in its place; None if incomplete."""

@@ -27,10 +27,12 @@ def objects_of(tree: ObjectTree) -> set[str]:
         count += 1
         own = tuple(child.object_id for child in node.children)
         if depth > _MOST_DEPTH or count > _MOST_NODES or len(below) > MAX_OBJECTS:
-            raise ValueError(f"it has more than {MAX_OBJECTS} objects, or they lie too deep")
+            raise ValueError(
+                f"it has more than {MAX_OBJECTS} objects, or they are nested too deeply"
+            )
         if not _DIGEST.fullmatch(node.object_id):
-            raise ValueError("its objects go by names that are no digests")
+            raise ValueError("the identifiers of its objects are not digests")
         if below.setdefault(node.object_id, own) != own:
-            raise ValueError("an object stands in it twice, with others below it")
+            raise ValueError("it contains an object twice with different children")
         left.extend((child, depth + 1) for child in node.children)
     return set(below)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +14,7 @@ from fedcore.observability.words import (
     figure,
     seconds_text,
 )
-from server.records import CandidateRecord, RunRecord, VirtualRecord
+from server.records import CandidateRecord, ClientTestRecord, RunRecord, VirtualRecord
 from server.report.parts import Bar, Card, Cell, Digest, LineageStep, Table
 from server.report.privacy import privacy_card
 from server.report.summary import MODELS
@@ -145,11 +146,19 @@ def judged(record: RunRecord) -> str:
 
 
 def client_tests_table(record: RunRecord) -> Table | None:
-    """Returns clients' results on their own test data, the worst first; None without any."""
+    """Returns clients' results on their own test data, the worst first; None without any.
+
+    Clients on whose data the metric is undefined come last.
+    """
     if not record.client_tests:
         return None
     sign = 1.0 if record.higher_is_better else -1.0
-    ordered = sorted(record.client_tests, key=lambda each: (sign * each.released, each.client))
+
+    def place(each: ClientTestRecord) -> tuple[bool, float, str]:
+        undefined = math.isnan(each.released)  # compares with nothing
+        return undefined, 0.0 if undefined else sign * each.released, each.client
+
+    ordered = sorted(record.client_tests, key=place)
     rows = [
         [each.client, str(each.examples), figure(each.federated), figure(each.released)]
         for each in ordered

@@ -58,7 +58,10 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     most = _most_of(*(each.epsilon_max for each in records))
     unpack(progress.weights, model.model)
     checkpointer.commit(progress, None)
-    while checkpointer.may_continue(progress) and not progress.over:
+    while True:
+        checkpointer.wait_if_paused(progress)
+        if progress.over or checkpointer.stops_after(progress):
+            break
         started, number = time.monotonic(), progress.round + 1
         cohort = checkpointer.cohort(MessageType.TRAIN, partial(_draw_cohort, federation, progress))
         tally = Tally(len(cohort.nodes))

@@ -93,9 +93,12 @@ class FileCheckpointer:
             took_s = self._clock() - started_s
             self._due_s = self._clock() + max(_EVERY_S, took_s / _MOST_OF_TIME)
 
-    def may_continue(self, progress: Progress) -> bool:
-        """Returns False if the run was asked to stop before the last commit."""
-        return not self._stop
+    def wait_if_paused(self, progress: Progress) -> None:
+        """Does nothing: nobody pauses a simulation."""
+
+    def stops_after(self, progress: Progress) -> bool:
+        """Returns whether the run was asked to stop before the last commit."""
+        return self._stop
 
     def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
         """Draws a new cohort: a simulation resumes at the start of a round."""

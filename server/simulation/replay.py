@@ -28,6 +28,7 @@ from fedcore.training.mods import client_mods
 from fedcore.updates.pack import layout_of
 from fedcore.updates.replies import read_reply
 from server.preflight import Prepared
+from server.records import RoundRecord
 from server.report.folder import CHECKPOINT
 from server.rounds.checkpointing.checkpointer import NoCheckpoints
 from server.rounds.checkpointing.progress import Progress
@@ -204,10 +205,13 @@ class _Until(NoCheckpoints):
         self._number = number
         self.progress: Progress | None = None
 
-    def may_continue(self, progress: Progress) -> bool:
-        """Returns False once only round ``number`` would follow."""
+    def commit(self, progress: Progress, record: RoundRecord | None) -> None:
+        """Keeps the progress in memory."""
         self.progress = progress
-        return progress.round < self._number - 1
+
+    def stops_after(self, progress: Progress) -> bool:
+        """Returns whether round ``number`` would follow."""
+        return progress.round >= self._number - 1
 
 
 def _progress_before(
@@ -237,7 +241,7 @@ def _progress_before(
         tell=lambda event: None,
         on_choice=lambda choice, workers: None,
     )
-    assert checkpointer.progress is not None  # `may_continue` was called at least once
+    assert checkpointer.progress is not None  # each run commits before its first round
     if checkpointer.progress.round < wanted.round - 1:
         raise ConfigError(
             f"replay {wanted.round}:{wanted.client}: the run ended after round "

@@ -73,9 +73,11 @@ class Watching(NoCheckpoints):
         self.seen: list[Progress] = []
         self.told: list[Told] = []
 
-    def may_continue(self, progress: Progress) -> bool:
+    def wait_if_paused(self, progress: Progress) -> None:
         self.seen.append(progress)
-        return progress.round < self._last
+
+    def stops_after(self, progress: Progress) -> bool:
+        return progress.round >= self._last
 
 
 def rounds(name: str, task: Task, checkpointer: Watching, start: Start | None = None) -> Progress:

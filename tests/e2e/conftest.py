@@ -24,7 +24,7 @@ def environment(**changed: str) -> dict[str, str]:
     return {**kept, "OMP_NUM_THREADS": "1", **changed}
 
 
-_WAITING = ("note: loading torch ", "note: trying a first step. ")
+_WAITING = ("note: loading torch ", "note: running a first step. ")
 
 
 def without_waiting(said: str) -> str:

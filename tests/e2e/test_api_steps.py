@@ -15,6 +15,8 @@ from fedcore.observability.events import StageFinished
 from fedcore.task.model import checkpoint_bytes
 from tests.e2e.test_api import task_of
 
+pytestmark = pytest.mark.xdist_group("api_steps")
+
 TASK = task_of(cloud=True)
 SETTINGS = {
     "federation": {"rounds": 4},

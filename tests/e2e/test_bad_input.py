@@ -12,6 +12,8 @@ import pytest
 
 from fedcore.task.templates import new_task
 
+pytestmark = pytest.mark.xdist_group("bad_input")
+
 Done = subprocess.CompletedProcess[str]
 Fedcore = Callable[..., Done]
 QUICK = [

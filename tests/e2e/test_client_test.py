@@ -52,7 +52,7 @@ def test_results_are_pooled_and_by_client(tmp_path: Path) -> None:
     assert result.record.manifest.test is not None
     assert (result.record.manifest.test.clients, result.record.manifest.test.drop) == (3, 0.0)
     report = (result.folder / "report.html").read_text()
-    assert "Every client's test data (3)" in report or "Every client&#x27;s test data (3)" in report
+    assert "client&#39;s test data (3)" in report
 
     again = fedcore.publish(result.compressed, result, **places)
     assert again.test == result.record.manifest.test

@@ -19,7 +19,7 @@ from server.simulation.checkpoint import read_checkpoint
 from tests.e2e.conftest import without_waiting
 from tests.prefork import Prefork, Process
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("resume")]
 
 _TASK = """
 import os, time

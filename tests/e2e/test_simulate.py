@@ -19,7 +19,7 @@ from fedcore.files import sha256_hex
 from tests.e2e.conftest import without_waiting
 from tests.prefork import Process
 
-pytestmark = pytest.mark.slow
+pytestmark = [pytest.mark.slow, pytest.mark.xdist_group("simulate")]
 
 Fedcore = Callable[..., subprocess.CompletedProcess[str]]
 TINY = [

@@ -242,8 +242,9 @@ class Entries:
     def damaged(self) -> list[JournalEntry]:
         """Returns all entries whose digests do not match."""
         with sqlite_errors(self.path):
-            rows = self._connection.execute(f"select {_FIELDS} from entry").fetchall()  # noqa: S608
-        return [entry for entry in map(self._entry, rows) if not entry.is_intact]
+            # One row at a time: there are as many as a run has replies.
+            rows = self._connection.execute(f"select {_FIELDS} from entry")  # noqa: S608
+            return [entry for entry in map(self._entry, rows) if not entry.is_intact]
 
     def _entry(self, row: tuple[Any, ...]) -> JournalEntry:
         """Converts a row; checks types, as one flipped bit can change the type of a value."""

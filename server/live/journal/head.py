@@ -41,6 +41,8 @@ _BESIDE = ("-wal", "-shm")
 _TRACES = (HEAD, RECORDS, JOURNAL + _DAMAGED)
 """Files that exist only once a run has been written to the journal."""
 _MAX_BYTES = 1 << 30
+_MAX_HISTORY_BYTES, _MAX_LINE_BYTES = 1 << 35, 1 << 20
+"""Limits of ``records.jsonl``, which has a line of some 600 bytes for each reply of a run."""
 _NEVER = 2**62
 """A round number above all others."""
 _COPY = "the journal's copy"
@@ -156,15 +158,20 @@ def _read_head(folder: Path) -> _Copy | None:
 
 
 def _read_records(folder: Path) -> list[JournalEntry]:
-    """Reads the copy of records and signatures; skips lines that cannot be parsed."""
+    """Reads the copy of records and signatures; skips lines that cannot be parsed.
+
+    Returns none if the file is missing, unreadable or impossibly large.
+    """
     path, found = folder / RECORDS, list[JournalEntry]()
     try:
-        lines = read_bytes(path, max_bytes=_MAX_BYTES, what="the records' copy").splitlines()
-    except DataError:
-        return found
-    for line in lines:
-        with suppress(*_UNREADABLE):
-            found += _entries([json.loads(line)])
+        with os.fdopen(open_regular(path, what="the records' copy"), "rb") as stream:
+            if os.fstat(stream.fileno()).st_size > _MAX_HISTORY_BYTES:
+                return []
+            while line := stream.readline(_MAX_LINE_BYTES):
+                with suppress(*_UNREADABLE):
+                    found += _entries([json.loads(line)])
+    except (DataError, OSError):
+        return []
     return found
 
 

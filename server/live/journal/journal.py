@@ -155,7 +155,8 @@ class Journal:
         # Keep the previous commit: the run resumes from it if this one's values are damaged.
         stale = [(COMMIT, _FIRST, progress.round - 2)]
         stale += [(kind, _FIRST, progress.round) for kind in _OF_ROUND]
-        stale += [(one.kind, one.round, one.round) for one in history]  # those of unused replies
+        if record is not None:  # signatures of replies that the round did not use
+            stale += [(kind, record.round, record.round) for kind in SIGNATURES]
         self._reached(COMMITTING)
         self._entries.write([commit, *history], drop=stale)
         self._reached(COMMITTED)

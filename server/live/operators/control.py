@@ -147,7 +147,7 @@ class Control:
 
     def steered(self, checkpointer: RoundCheckpointer) -> RoundCheckpointer:
         """Wraps ``checkpointer`` so that it pauses or stops between rounds on request."""
-        return SteeredCheckpointer(checkpointer, self._wait_if_paused, self.lacks_devices)
+        return SteeredCheckpointer(checkpointer, self._block_while_paused, self.lacks_devices)
 
     def lacks_devices(self) -> None:
         """Lets a stop or a backup proceed; called repeatedly while a round waits for devices.
@@ -375,8 +375,8 @@ class Control:
         if self._stop:
             raise ServerStopped("an operator stopped the run")
 
-    def _wait_if_paused(self, progress: Progress) -> bool:
-        """Blocks while the run is paused or a backup is taken; then returns True.
+    def _block_while_paused(self, progress: Progress) -> None:
+        """Blocks while the run is paused or a backup is taken.
 
         Raises:
             Stopped: an operator stopped the run, or the server stops.
@@ -384,14 +384,13 @@ class Control:
         with self._changed:
             if progress.over:
                 self._show("finishing")
-                return True
+                return
             while self._hold or (self._pause and not self._stop):
                 self._show("paused")
                 self._changed.wait(_LOOK_S)
                 self._check_stopped()
             self._check_stopped()
             self._show("running")
-        return True
 
     def _show(self, state: _State) -> None:
         if self._state != state:

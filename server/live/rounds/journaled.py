@@ -70,9 +70,12 @@ class JournalCheckpointer:
         if record is not None:
             self._report(record)
 
-    def may_continue(self, progress: Progress) -> bool:
-        """Returns True: the journal never pauses a run."""
-        return True
+    def wait_if_paused(self, progress: Progress) -> None:
+        """Does nothing: the journal never pauses a run."""
+
+    def stops_after(self, progress: Progress) -> bool:
+        """Returns False: the journal never stops a run."""
+        return False
 
     def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
         """Returns the current round's cohort: the recorded one, or else a draw, which it records.

@@ -19,17 +19,19 @@ class SteeredCheckpointer:
 
     checkpointer: RoundCheckpointer
     """Checkpointer that all calls are forwarded to."""
-    wait_if_paused: Callable[[Progress], bool]
-    """Called between rounds; blocks while the run is paused, and returns whether to continue."""
+    block_while_paused: Callable[[Progress], None]
+    """Called between rounds; blocks while the run is paused or a backup is taken."""
     lacks_devices: Callable[[], None]
     """Called before each further attempt of a round that has found too few devices."""
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         self.checkpointer.commit(progress, record)
 
-    def may_continue(self, progress: Progress) -> bool:
-        """Blocks while operators pause the run or take a backup; then whether rounds continue."""
-        return self.checkpointer.may_continue(progress) and self.wait_if_paused(progress)
+    def wait_if_paused(self, progress: Progress) -> None:
+        self.block_while_paused(progress)
+
+    def stops_after(self, progress: Progress) -> bool:
+        return self.checkpointer.stops_after(progress)
 
     def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
         draws = 0

@@ -45,9 +45,9 @@ class WeightedUpdate:
             yield
         except OSError as error:
             raise ResourceError(
-                f"update from node {self.node}: what was kept of it cannot be read "
-                f"({error.strerror or error}). The round was not aggregated, and what the journal "
-                "holds stands; make the disk work again, and go on with --resume."
+                f"update from node {self.node}: cannot read its stored copy "
+                f"({error.strerror or error}). The round was not aggregated, and the journal is "
+                "intact; repair the disk and continue with --resume."
             ) from error
 
 

@@ -29,8 +29,15 @@ class RoundCheckpointer(Protocol):
                 a process, or where spent budgets end the run.
         """
 
-    def may_continue(self, progress: Progress) -> bool:
-        """Blocks while rounds are paused; returns False where they end at ``progress``."""
+    def wait_if_paused(self, progress: Progress) -> None:
+        """Blocks while rounds are paused, after each commit.
+
+        Raises:
+            ServerStopped: rounds were stopped meanwhile.
+        """
+
+    def stops_after(self, progress: Progress) -> bool:
+        """Returns whether the run was asked to end at ``progress``, before its last round."""
 
     def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
         """Returns the cohort that the round sends messages of type ``kind``.
@@ -67,9 +74,12 @@ class NoCheckpoints:
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         """Does nothing."""
 
-    def may_continue(self, progress: Progress) -> bool:
-        """Returns True: rounds are never paused or stopped."""
-        return True
+    def wait_if_paused(self, progress: Progress) -> None:
+        """Does nothing: rounds are never paused."""
+
+    def stops_after(self, progress: Progress) -> bool:
+        """Returns False: rounds are never stopped."""
+        return False
 
     def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
         """Draws a new cohort."""

@@ -92,7 +92,7 @@ def test_a_backup_that_waits_is_alone_and_ends_with_whoever_asked_or_the_run(
         control.open(project.server(), served.listening)
         progress = Progress(0, False, weights, weights, 0, 0, StrategyState(None, ()), b"")
         # a round is on, and nobody is missing
-        control.steered(NoCheckpoints()).may_continue(progress)
+        control.steered(NoCheckpoints()).wait_if_paused(progress)
         gone = threading.Event()
         first = backup("a.tar", gone)
         assert not first.done()
@@ -118,7 +118,7 @@ def test_a_backup_that_waits_when_the_server_ends_is_answered_before_the_audit_i
     with serve(run) as served:
         control.open(project.server(), served.listening)
         progress = Progress(0, False, weights, weights, 0, 0, StrategyState(None, ()), b"")
-        control.steered(NoCheckpoints()).may_continue(progress)
+        control.steered(NoCheckpoints()).wait_if_paused(progress)
         line = json.dumps({"verb": "backup", "file": str(project.root / "a.tar")}).encode()
         waits = control.threads.submit(control.answer, line, Requester("me", "operator", True))
         wait_for(lambda: audit(project)[-1] == ("backup", "accepted"))

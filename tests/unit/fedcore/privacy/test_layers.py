@@ -146,7 +146,7 @@ def test_what_passes_is_trained_on_each_examples_own_gradient(name: str) -> None
     torch.manual_seed(0)
     model, inputs, targets = TRAINED[name](), torch.randn(5, 3, 4), torch.arange(5) % 4
     loss = nn.functional.cross_entropy
-    part = way_of(model, loss, inputs[0]).take(nn.Identity(), model, inputs, targets)
+    part = way_of(model, loss, inputs[0]).compute(nn.Identity(), model, inputs, targets)
     for place in range(5):
         model.zero_grad()
         one = slice(place, place + 1)

@@ -95,8 +95,8 @@ def test_a_task_file_may_import_its_neighbours_and_leaves_the_path_alone(tmp_pat
         ("task = (", "importing this task failed: SyntaxError"),
         ("import no_such_module", "ModuleNotFoundError: No module named 'no_such_module'"),
         (
-            MINIMAL.replace("test_data=data,", ""),
-            "missing 1 required keyword-only argument: 'test_data'",
+            MINIMAL.replace("client_data=", "clients_data="),
+            "unexpected keyword argument 'clients_data'",
         ),
         ("", "expected a variable `task` that is a fedcore.Task, found nothing of that name"),
         ("task = 3", "expected a variable `task` that is a fedcore.Task, found int"),

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Callable
 from dataclasses import replace
@@ -8,8 +9,9 @@ from typing import Any
 
 import pytest
 
-from server.records import RunRecord, TrainingRecord, VirtualRecord
+from server.records import ClientTestRecord, RunRecord, TrainingRecord, VirtualRecord
 from server.report.html import report_html
+from server.report.sections import client_tests_table
 from server.report.summary import summary
 
 
@@ -211,9 +213,22 @@ def test_how_clients_were_trained_and_what_their_devices_did_is_said(record: Run
     rounds = (record.rounds[0], *(replace(each, virtual=virtual) for each in record.rounds[1:]))
     training = TrainingRecord("vectorised", "it is <b>quicker</b>", 0.002, 0.0005, workers=2)
     words = read(page_of(replace(record, rounds=rounds, training=training)))
-    assert "Clients were trained side by side by 2 workers: it is <b>quicker</b>." in words.text
+    told = "Clients were trained in vectorised batches by 2 workers: it is <b>quicker</b>."
+    assert told in words.text
     assert "b" not in words.tags
     assert "the rounds would have taken 2 min 0 s" in words.text
-    assert "2 could not be reached, 4 vanished during a round and 6 were late" in words.text
+    assert "2 were unreachable, 4 dropped out during a round and 6 were late" in words.text
     assert "6 kB of the 18 kB" in words.text
     assert "Rounds on devices" in words.text
+
+
+@pytest.mark.parametrize("higher", [True, False])
+def test_clients_whose_test_data_define_no_metric_come_last(
+    record: RunRecord, higher: bool
+) -> None:
+    values = {"a": 0.9, "b": math.nan, "c": 0.5, "d": math.nan, "e": 0.7, "f": 0.5}
+    tests = tuple(ClientTestRecord(name, 5, 1.0, value) for name, value in values.items())
+    table = client_tests_table(replace(record, client_tests=tests, higher_is_better=higher))
+    assert table is not None
+    order = "".join(str(row[0]) for row in table.rows)
+    assert order == ("cfeabd" if higher else "aecfbd")

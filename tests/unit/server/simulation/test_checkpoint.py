@@ -154,14 +154,14 @@ def test_checkpoints_are_written_at_the_start_now_and_then_and_at_the_end(tmp_pa
     assert rounds_kept(tmp_path) == 2
     assert read_checkpoint(tmp_path / "checkpoint.safetensors").elapsed_s == 38.0
     keeping.commit(replace(PROGRESS, round=3, over=True), None)
-    assert keeping.may_continue(PROGRESS)
+    assert not keeping.stops_after(PROGRESS)
     assert rounds_kept(tmp_path) == 3
 
 
 def test_who_is_asked_to_stop_writes_first(tmp_path: Path) -> None:
     keeping = keeper(tmp_path, SimulationState(), [], stopping=True)
     keeping.commit(PROGRESS, None)
-    assert not keeping.may_continue(PROGRESS)
+    assert keeping.stops_after(PROGRESS)
     assert rounds_kept(tmp_path) == 1
 
 

@@ -156,6 +156,18 @@ def test_a_reply_that_the_round_did_not_use_leaves_no_signature(tmp_path: Path) 
     assert found.updates == 8
 
 
+def test_a_round_that_used_no_reply_leaves_no_signature(tmp_path: Path) -> None:
+    """Under client-level privacy a round may end without updates."""
+    a_run(tmp_path)
+    with opened(tmp_path) as journal:
+        journal.drop()
+        journal.ask("train", Cohort([]))
+        journal.commit(progress(3), replace(record(3), updates=0))
+    found = verified(tmp_path)
+    assert found.faults == ()
+    assert found.updates == 6
+
+
 def test_what_is_refused_or_rolled_back_leaves_no_signature(tmp_path: Path) -> None:
     a_run(tmp_path)
     with opened(tmp_path) as journal:

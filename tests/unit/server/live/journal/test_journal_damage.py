@@ -340,6 +340,21 @@ def test_a_copy_that_tells_of_very_many_rounds_takes_no_memory(tmp_path: Path) -
         assert journal.start.progress.round == 2
 
 
+def test_a_history_larger_than_commits_may_be_still_mends_a_journal(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It has a line for each reply, so it grows with devices times rounds."""
+    two_rounds(tmp_path)
+    (tmp_path / JOURNAL).write_bytes(b"nothing like it")
+    limit_bytes = (tmp_path / HEAD).stat().st_size
+    monkeypatch.setattr(journal_head, "_MAX_BYTES", limit_bytes)
+    with (tmp_path / RECORDS).open("ab") as stream:
+        stream.write(b"\n" * limit_bytes)
+    with opened(tmp_path) as journal:
+        assert "restored from its copy" in journal.mended
+        assert journal.round == 2
+
+
 def test_a_number_that_is_none_makes_no_line_of_the_copy_readable(tmp_path: Path) -> None:
     two_rounds(tmp_path)
     with (tmp_path / RECORDS).open("a") as stream:
