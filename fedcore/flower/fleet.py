@@ -25,6 +25,7 @@ from flwr.supercore.inflatable.inflatable_object import (
     InflatableObject,
     get_all_nested_objects,
     get_object_tree,
+    iterate_object_tree,
     no_object_id_recompute,
 )
 from flwr.superlink.federation import NoOpFederationManager
@@ -32,7 +33,7 @@ from flwr.superlink.federation import NoOpFederationManager
 from fedcore.errors import ResourceError, TrainingError
 from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_pending import PendingMessage, PendingMessages
-from fedcore.flower.fleet_store import LARGE_BYTES, FleetStore
+from fedcore.flower.fleet_store import FleetStore, ReplyBytes
 from fedcore.flower.writeback import Writeback
 from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import REFUSED
@@ -254,11 +255,13 @@ class Fleet:
                 self._answered.wait(timeout_s)
             return self._ready.popleft() if self._ready else None
 
-    def is_small(self, message_id: str) -> bool:
-        """Returns whether the reply to a message takes little memory."""
+    def reply_bytes(self, message_id: str) -> ReplyBytes:
+        """Returns how many bytes the reply to a message has in memory, and how many in files."""
         with self.lock:
             pending = self.pending.get(message_id)
-            return pending is None or pending.received_bytes <= LARGE_BYTES
+            if pending is None or pending.reply is None:
+                return ReplyBytes(0, 0)
+            return self.store.sizes({one.object_id for one in iterate_object_tree(pending.reply)})
 
     def pop_reply(self, message_id: str) -> Message | None:
         """Returns the reply to a message, once, and deletes both; None if the reply is incomplete.

@@ -12,6 +12,7 @@ from flwr.app.message import make_message
 
 from fedcore.errors import FedcoreError, InvalidUpdate, ResourceError
 from fedcore.flower.fleet import Fleet
+from fedcore.flower.fleet_store import LARGE_BYTES
 from fedcore.flower.grid import OwnGrid
 from fedcore.updates.messages import REFUSED
 
@@ -23,6 +24,8 @@ _LOOK_S = 0.25
 
 _TOGETHER = 32
 """Most replies of a batch, which the journal makes durable with one write: some 5 ms of work."""
+_LARGE_TOGETHER = 4
+"""Most replies of a batch with arrays in files, each some 10 ms of work for a model of 40 MB."""
 
 
 class ServerStopped(Exception):
@@ -59,8 +62,9 @@ class FleetGrid(OwnGrid):
     A round stops waiting once every device that has not replied has been offline for `GRACE_S`.
     Messages without a reply at the end of a round are deleted; a later reply is rejected as late.
 
-    Replies are parsed and checked on demand, and not kept: one at a time, but small ones that are
-    complete together. A rejected reply becomes a reply with an error: its client counts as failed.
+    Replies are parsed and checked on demand, and not kept: in batches of those that are complete
+    together and take little memory, as their arrays are in files or small; else one at a time. A
+    rejected reply becomes a reply with an error: its client counts as failed.
     """
 
     def __init__(
@@ -120,7 +124,7 @@ class FleetGrid(OwnGrid):
     def send_and_receive_batches(
         self, messages: Sequence[Message], *, timeout: float | None
     ) -> Iterator[Sequence[Message]]:
-        """Sends messages and yields replies as they arrive, small ones in batches.
+        """Sends messages and yields replies as they arrive, in batches that take little memory.
 
         Ends when every node has replied, those that have not are offline, or ``timeout`` seconds
         have passed.
@@ -187,20 +191,23 @@ class FleetGrid(OwnGrid):
     ) -> tuple[dict[str, Message], Exception | None]:
         """Returns checked replies that are complete, by message id; none after ``timeout_s``.
 
-        All but the last are small. If this machine fails to read one, returns the error with the
-        replies before it: they have left the fleet, and must be processed before it is raised.
+        All but the last take little memory: their arrays are in files, or small. If this machine
+        fails to read one, returns the error with the replies before it: they have left the fleet,
+        and must be processed before it is raised.
         """
         batch: dict[str, Message] = {}
+        large = 0
         answered = self._fleet.next_answered(timeout_s)
         while answered is not None:
-            is_small = self._fleet.is_small(answered)
             try:
+                size = self._fleet.reply_bytes(answered)
                 reply = self._checked_reply(answered) if answered in waiting else None
             except (ResourceError, OSError) as error:
                 return batch, error
+            large += size.in_files > LARGE_BYTES
             if reply is not None:
                 batch[answered] = reply
-            if not is_small or len(batch) >= _TOGETHER:
+            if size.in_memory > LARGE_BYTES or large >= _LARGE_TOGETHER or len(batch) >= _TOGETHER:
                 break
             answered = self._fleet.next_answered(0.0)
         return batch, None

@@ -34,6 +34,15 @@ class StoredChunk:
         return cut_head(self.size_bytes) + body
 
 
+@dataclass(frozen=True)
+class ReplyBytes:
+    """How much of a reply is where, once it is read."""
+
+    in_memory: int
+    in_files: int
+    """Bytes of the chunks that lie in files of their arrays, and are never read as a whole."""
+
+
 class FleetStore(InMemoryObjectStore):
     """Keeps objects larger than `LARGE_BYTES` in files of a folder, until they are deleted.
 
@@ -165,6 +174,20 @@ class FleetStore(InMemoryObjectStore):
         with self.lock_store:
             entry = self.store.get(object_id)
             return entry is not None and entry.is_available
+
+    def sizes(self, object_ids: Collection[str]) -> ReplyBytes:
+        """Returns the sizes of objects that have arrived, whoever sent each of them."""
+        in_memory = in_files = 0
+        with self.lock_store:
+            for object_id in object_ids:
+                entry = self.store.get(object_id)
+                if object_id in self._cuts:
+                    in_files += self._cuts[object_id].size_bytes
+                elif entry is not None and entry.content:
+                    in_memory += len(entry.content)
+                elif object_id in self._filed:
+                    in_memory += self._path(object_id).stat().st_size
+        return ReplyBytes(in_memory, in_files)
 
     def delete(self, object_id: str) -> None:
         """Deletes an object, and its descendants that no other object refers to."""

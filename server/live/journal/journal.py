@@ -21,7 +21,7 @@ from flwr.app import ArrayRecord, Message, MessageType
 from fedcore.errors import DataError
 from fedcore.updates.pieces import PathArray
 from fedcore.updates.seal import signature_of
-from server.live.journal.blobs import Blobs
+from server.live.journal.blobs import Blobs, NewBlobs
 from server.live.journal.entries import Entries, JournalEntry, new_entry
 from server.live.journal.head import (
     COHORT,
@@ -108,8 +108,9 @@ class Journal:
         self._sweep()
 
     def close(self) -> None:
-        """Closes the database."""
+        """Closes the database, and waits until files that are not needed any more are deleted."""
         self._entries.close()
+        self._blobs.close()
 
     @property
     def identity(self) -> Mapping[str, Any]:
@@ -146,8 +147,9 @@ class Journal:
         """
         if self._begun and (progress.round, progress.over) == (self.round, self._over):
             return
-        packed = Packing(self._blobs)
-        doc = progress_doc(progress, packed)
+        with self._blobs.adding() as blobs:
+            packed = Packing(blobs)
+            doc = progress_doc(progress, packed)
         commit = new_entry(COMMIT, progress.round, 0, doc, bytes(packed.data))
         history = [] if record is None else self._history(record)
         # Keep the previous commit: the run resumes from it if this one's values are damaged.
@@ -200,8 +202,9 @@ class Journal:
     def accept(self, *replies: Message) -> Sequence[Message]:
         """Makes verified replies of the current round durable, with their signatures. Idempotent.
 
-        All are written in one transaction, as each takes the disk some milliseconds. A reply is
-        stored unchanged, so that it can be checked against the signature later.
+        The disk waits once for their files and once for a transaction with all of them, as each
+        wait takes some milliseconds. A reply is stored unchanged, so that it can be checked against
+        the signature later.
 
         Returns:
             ``replies``, whose large arrays now refer to the journal's files: the caller may delete
@@ -211,12 +214,12 @@ class Journal:
             SignatureInvalid: a reply has no verified signature. No reply was recorded.
             DiskFull: the disk is full. No reply was recorded.
         """
-        new = [
-            (reply, entries, doc)
-            for reply in replies
-            if not self.holds(reply.metadata.message_type, reply.metadata.src_node_id)
-            for entries, doc in (self._reply_entries(reply),)
-        ]
+        with self._blobs.adding() as blobs:
+            new = [
+                (reply, *self._reply_entries(reply, blobs))
+                for reply in replies
+                if not self.holds(reply.metadata.message_type, reply.metadata.src_node_id)
+            ]
         for _ in new:
             self._on_point(ACCEPTING)
         if new:
@@ -231,13 +234,15 @@ class Journal:
                     record[key] = PathArray(dtype, tuple(shape), stype, path)
         return replies
 
-    def _reply_entries(self, reply: Message) -> tuple[list[JournalEntry], dict[str, Any]]:
+    def _reply_entries(
+        self, reply: Message, blobs: NewBlobs
+    ) -> tuple[list[JournalEntry], dict[str, Any]]:
         """Returns the entries of a reply and of its signature, and the reply's document.
 
-        Its large arrays are stored in files by then.
+        Its large arrays are added to ``blobs``.
         """
         purpose, node = reply.metadata.message_type, reply.metadata.src_node_id
-        number, packed = self.round + 1, Packing(self._blobs)
+        number, packed = self.round + 1, Packing(blobs)
         signature = signature_of(reply.content, where=f"round {number}: reply from node {node}")
         doc = content_doc(reply.content, packed)
         kept = new_entry(REPLY + purpose, number, node, doc, bytes(packed.data))

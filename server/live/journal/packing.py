@@ -20,7 +20,7 @@ from fedcore.observability.foreign import foreign
 from fedcore.updates.messages import ENVELOPE
 from fedcore.updates.pieces import CutFileArray, PathArray, pieces, size_of
 from fedcore.updates.seal import ReplySignature
-from server.live.journal.blobs import Blobs, Pieces
+from server.live.journal.blobs import Blobs, NewBlobs, Pieces
 from server.live.journal.entries import Entries, JournalEntry, format_checked, new_entry
 from server.live.journal.head import COHORT, RUN, SIGNATURE
 from server.records import RoundRecord
@@ -43,7 +43,7 @@ class Packing:
     A place is ``[start, end]`` in ``data``, or ``[file name, bytes]`` for more than 64 KiB.
     """
 
-    def __init__(self, blobs: Blobs) -> None:
+    def __init__(self, blobs: NewBlobs) -> None:
         """Starts with empty ``data``; large arrays go to ``blobs``."""
         self._blobs = blobs
         self._taken: list[tuple[NDArray[Any], list[Any]]] = []

@@ -17,6 +17,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, call
+from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, beginning_of
 from fedcore.flower.fleet_bundle import PUSH_BUNDLE, packed_reply
 
 
@@ -34,8 +35,8 @@ def begun(reply: Message, node: Node) -> tuple[PushMessagesRequest, dict[str, In
     return begin, objects
 
 
-def answer_whole(fleet: Fleet, key: bytes, reply: Message) -> None:
-    """Pushes a reply until the fleet has all of it."""
+def answer_whole(fleet: Fleet, key: bytes, reply: Message, *, to_file: bool = False) -> None:
+    """Pushes a reply until the fleet has all of it; large chunks to files, as the network does."""
     caller, node = Caller(node_id_of(key), key, "edge"), Node(node_id=node_id_of(key))
     begin, objects = begun(reply, node)
     bundle = packed_reply(begin, objects.values())
@@ -50,4 +51,10 @@ def answer_whole(fleet: Fleet, key: bytes, reply: Message) -> None:
             object_content=objects[object_id].deflate(),
             session_id=answer.session_id,
         )
-        call(fleet, caller, ROUTES["/v1/fleet/push-object"], request.SerializeToString())
+        raw = request.SerializeToString()
+        if to_file and (beginning := beginning_of(raw[:BEGINNING_BYTES])) is not None:
+            chunk = ChunkUpload(fleet, caller.node_id, caller.name, beginning)
+            chunk.write(raw[beginning.body_at :])
+            assert chunk.finish().stored
+        else:
+            call(fleet, caller, ROUTES["/v1/fleet/push-object"], raw)

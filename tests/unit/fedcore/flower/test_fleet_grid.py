@@ -1,4 +1,4 @@
-"""Replies that are complete at the same time come together, as far as they are small."""
+"""Replies that are complete at the same time come together, as far as they take little memory."""
 
 from __future__ import annotations
 
@@ -31,14 +31,16 @@ def fleet(tmp_path: Path) -> Iterator[Fleet]:
 class Answering:
     """Devices that have all answered, in order, by the time that they are woken."""
 
-    def __init__(self, fleet: Fleet, weights: Sequence[int]) -> None:
-        self.fleet, self.sizes = fleet, weights
+    def __init__(self, fleet: Fleet, weights: Sequence[int], *, to_files: bool = False) -> None:
+        self.fleet, self.sizes, self.to_files = fleet, weights, to_files
         self.keys = [bytes([place]) * 9 for place in range(len(weights))]
         self.messages = [
             Message(_content(size), fleet.register_node(key), MessageType.TRAIN)
             for key, size in zip(self.keys, weights, strict=True)
         ]
         self.done: list[str] = []
+        self.beside: dict[int, ConfigRecord] = {}
+        """What replies hold in addition, by their place."""
         self.grid = FleetGrid(
             fleet, self, inspector=self, consumed=self.done.append, stopping=threading.Event()
         )
@@ -53,7 +55,10 @@ class Answering:
         devices = zip(self.keys, self.messages, self.sizes, strict=True)
         for place, (key, message, size) in enumerate(devices):
             content = _content(size, place + 0.5)  # equal chunks would be stored once
-            answer_whole(self.fleet, key, Message(content, reply_to=message))
+            if place in self.beside:
+                content["beside"] = self.beside[place]
+            reply = Message(content, reply_to=message)
+            answer_whole(self.fleet, key, reply, to_file=self.to_files)
 
     def expect(self, messages: Sequence[Message]) -> list[Check]:
         return [lambda reply: None for _ in messages]
@@ -72,6 +77,25 @@ def test_small_replies_come_together_and_a_large_one_ends_a_batch(fleet: Fleet) 
     devices = Answering(fleet, [SMALL, SMALL, LARGE, SMALL, LARGE, LARGE])
     assert [len(batch) for batch in devices.batches()] == [3, 2, 1]
     assert len(devices.done) == 6
+
+
+def test_large_replies_in_files_come_together_up_to_four(fleet: Fleet) -> None:
+    devices = Answering(fleet, [SMALL, LARGE, LARGE, SMALL, *[LARGE] * 7], to_files=True)
+    assert [len(batch) for batch in devices.batches()] == [6, 4, 1]
+    assert len(devices.done) == 11
+
+
+def test_one_that_has_much_beside_its_file_ends_a_batch(fleet: Fleet) -> None:
+    devices = Answering(fleet, [LARGE, LARGE, LARGE], to_files=True)
+    devices.beside[1] = ConfigRecord({"much": bytes(100_000)})
+    assert [len(batch) for batch in devices.batches()] == [2, 1]
+
+
+def test_what_others_have_sent_counts_for_each_that_has_it(fleet: Fleet) -> None:
+    """Objects are stored once, and every reply that names one holds it in memory."""
+    devices = Answering(fleet, [SMALL, SMALL, SMALL])
+    devices.beside = dict.fromkeys(range(3), ConfigRecord({"much": bytes(100_000)}))
+    assert [len(batch) for batch in devices.batches()] == [1, 1, 1]
 
 
 def test_a_batch_has_an_end(fleet: Fleet) -> None:

@@ -12,6 +12,8 @@ from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
 from fedcore.updates.messages import ARRAYS, ENVELOPE, METRICS, weights_record
 from fedcore.updates.pack import Vector
+from fedcore.updates.piece_digests import cuts_of
+from fedcore.updates.pieces import CutFile, CutFileArray
 from server.live.journal.journal import Journal, create, reopen
 from server.records import RoundRecord
 from server.rounds.checkpointing.progress import Progress
@@ -73,6 +75,17 @@ def answer(message: Message, value: float, size: int = SMALL) -> Message:
         }
     )
     return signed(Message(content, reply_to=message))
+
+
+def filed(folder: Path, reply: Message) -> Message:
+    """A reply whose weights came in a file, as those of a device do."""
+    array = reply.content[ARRAYS]["model"]  # type: ignore[index]
+    file = CutFile(folder)
+    file.path.write_bytes(array.data)
+    cuts = cuts_of(array)
+    found = CutFileArray(array.dtype, tuple(array.shape), array.stype, file, cuts)
+    reply.content[ARRAYS]["model"] = found  # type: ignore[index]
+    return reply
 
 
 def signed(reply: Message) -> Message:

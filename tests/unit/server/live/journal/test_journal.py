@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import sqlite3
 from collections.abc import Sequence
 from contextlib import closing
@@ -37,6 +38,7 @@ from tests.unit.server.live.journal.journals import (
     SMALL,
     answer,
     asked,
+    filed,
     opened,
     progress,
     record,
@@ -240,6 +242,62 @@ def test_replies_that_come_together_are_written_together(
         for one, reply in zip(found, replies, strict=False):
             assert one is not None
             assert one.content["arrays"] == reply.content["arrays"]
+
+
+def test_a_row_is_written_once_the_files_that_it_names_are_on_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So a kill or a power cut at any moment leaves a reply whole, or to be asked for again."""
+    done: list[str] = []
+    write, fsync = Entries.write, os.fsync
+
+    def written(self: Entries, new: Sequence[JournalEntry] = (), **more: Any) -> None:
+        done.append(f"{len(new)} rows")
+        write(self, new, **more)
+
+    def synced(descriptor: int) -> None:
+        fsync(descriptor)
+        path = Path(f"/proc/self/fd/{descriptor}").readlink()
+        done.append("folder" if path.is_dir() else "file")
+
+    two_rounds(tmp_path, LARGE)
+    journal = reopen(tmp_path, reached=done.append)
+    assert journal is not None
+    replies = [filed(tmp_path, answer(asked(node), node / 4, LARGE)) for node in (4, 6)]
+    monkeypatch.setattr(Entries, "write", written)
+    monkeypatch.setattr(os, "fsync", synced)
+    with closing(journal):
+        journal.accept(*replies)
+    assert sorted(done[:3]) == ["file", "file", "folder"]
+    assert done[3:] == [ACCEPTING] * 2 + ["4 rows"] + [ACCEPTED] * 2
+    del replies
+    with opened(tmp_path) as journal:
+        assert [weights_of(journal.reply(asked(node))) for node in (4, 6)] == [[1.0], [1.5]]
+
+
+def test_a_file_that_the_disk_has_no_room_for_records_none_of_its_batch(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fsync = os.fsync
+
+    def full(descriptor: int) -> None:
+        path = Path(f"/proc/self/fd/{descriptor}")
+        if path.is_file() and os.pread(descriptor, 4, 128) == np.float32(1.5).tobytes():
+            raise OSError(28, "No space left on device")
+        fsync(descriptor)
+
+    two_rounds(tmp_path, LARGE)
+    with opened(tmp_path) as journal:
+        replies = [filed(tmp_path, answer(asked(node), node / 4, LARGE)) for node in (4, 6)]
+        there = {*(tmp_path / "values").iterdir()}
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", full)
+            with pytest.raises(DiskFull, match="free some space"):
+                journal.accept(*replies)
+        assert not any(journal.holds("train", node) for node in (4, 6))
+        assert {*(tmp_path / "values").iterdir()} == there
+        journal.accept(*replies)  # once there is room
+        assert [weights_of(journal.reply(asked(node))) for node in (4, 6)] == [[1.0], [1.5]]
 
 
 def test_a_full_disk_leaves_what_was_there(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
