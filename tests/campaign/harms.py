@@ -26,7 +26,7 @@ GROWTH_BYTES = 512 << 20
 _LONGEST_S = 25.0
 _GOES_ON_S = 0.5
 """How long a command goes on that has reached what it was waited for."""
-_SAID = r"damag|restored from|moved aside|(done|written|computed|created) again|not match"
+_SAID = r"damag|restored from|moved aside|(done|written|computed|created|charged) again|not match"
 """What a command may say of a file that it mends or does without."""
 _MAX_LINE_BYTES = 2048
 _CODES = frozenset(range(12)) | {130}

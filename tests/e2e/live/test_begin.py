@@ -135,7 +135,7 @@ def test_the_second_signal_ends_a_server_whose_task_hangs(
     assert server.process.poll() is None
     server.send(number)
     assert server.end(5) == INTERRUPTED
-    assert "ended at once" in server.log.read_text()
+    assert "stopped at once" in server.log.read_text()
     assert (project.root / "runs").exists() == goes_on
 
 

@@ -46,7 +46,7 @@ def test_devices_train_and_are_evaluated(project: Any, serve: Any, start: Any) -
         wait_for(lambda: all_awake(served, 2))
         records = federate(project, served, run)
         fleet = served.listening.fleet
-        assert not fleet.asked
+        assert not fleet.pending
         assert len(fleet.state.object_store) == 0, "payloads of a round are kept after it"
         assert fleet.state.num_message_res() == 0
         for device in devices:

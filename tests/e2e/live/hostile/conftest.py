@@ -167,7 +167,7 @@ def ask() -> Callable[..., tuple[threading.Thread, list[Message]]]:
 
         thread = threading.Thread(target=collect)
         thread.start()
-        while not served.listening.fleet.asked:
+        while not served.listening.fleet.pending:
             time.sleep(0.01)
         return thread, answers
 

@@ -110,7 +110,7 @@ def test_one_that_is_another_than_announced(begun: Update) -> None:
 def test_one_that_never_comes_to_its_end(begun: Update, served: Any) -> None:
     raw = begun.chunk.SerializeToString()
     assert begun.send(raw, pieces=4, pause_s=0.6).status_code == 408
-    assert not any(asked.arriving for asked in served.listening.fleet.asked.values())
+    assert not any(asked.arriving for asked in served.listening.fleet.pending.values())
 
 
 def test_one_whose_sender_hangs_up(begun: Update, served: Any, rogue: Any) -> None:
@@ -126,7 +126,7 @@ def test_one_whose_sender_hangs_up(begun: Update, served: Any, rogue: Any) -> No
         other.client.post(f"{FLEET}/push-object", content=broken(), headers=other.headers)
     other.client.close()
     end = time.monotonic() + 5
-    while any(asked.arriving for asked in served.listening.fleet.asked.values()):
+    while any(asked.arriving for asked in served.listening.fleet.pending.values()):
         assert time.monotonic() < end, "what was broken off still has its place"
         time.sleep(0.01)
 

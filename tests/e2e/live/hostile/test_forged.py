@@ -197,7 +197,7 @@ class Round:
 
         thread = threading.Thread(target=collect)
         thread.start()
-        while len(self.served.listening.fleet.asked) < len(rogues):
+        while len(self.served.listening.fleet.pending) < len(rogues):
             time.sleep(0.002)
         return thread, tally, taken, content
 
@@ -367,7 +367,7 @@ def test_a_client_weighs_what_it_enrolled_with(project: Any, served: Any, rogue:
 
         thread = threading.Thread(target=collect)
         thread.start()
-        while len(served.listening.fleet.asked) < len(rogues):
+        while len(served.listening.fleet.pending) < len(rogues):
             time.sleep(0.002)
         for one in rogues:
             reply = Message(update(), reply_to=one.asked())
