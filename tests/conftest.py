@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Generator, Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import hypothesis
 import pytest
@@ -17,7 +18,8 @@ ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
-from tests.prefork import Prefork  # noqa: E402
+if TYPE_CHECKING:
+    from tests.prefork import Prefork
 
 # multiprocessing starts these once a process and ends them with it.
 _HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
@@ -93,6 +95,8 @@ def _devices_count_elsewhere(tmp_path_factory: pytest.TempPathFactory) -> None:
 @pytest.fixture(scope="session")
 def prefork(_flower_writes_elsewhere: None, _devices_count_elsewhere: None) -> Iterator[Prefork]:
     """Starts command lines without their four seconds of imports."""
+    from tests.prefork import Prefork
+
     started = Prefork()
     yield started
     started.close()

@@ -38,8 +38,8 @@ def read_bundle(raw: bytes) -> Bundle:
         bundle: Bundle = Bundle.FromString(raw)
     except DecodeError:
         raise DataError(
-            f"Bundle: the request's {len(raw)} bytes are no such message. It was refused; client "
-            "and server must run the same version."
+            f"Bundle: the request's {len(raw)} bytes are not a valid message. It was refused; "
+            "client and server must run the same version."
         ) from None
     check_bundle(bundle)
     return bundle

@@ -71,4 +71,4 @@ def test_the_gate_asks_whom_the_run_says(tmp_path: Path, judge: str | None, kept
         assert "on the clients' held-out data" in pruned.reason
     told = " ".join(result.record.notes)
     assert ("on held-out data of 8 clients" in told) == (judge != "cloud")
-    assert ("worse than the federated one" in told) == kept
+    assert ("worse, more than release.max_test_drop allows" in told) == kept

@@ -261,7 +261,7 @@ def test_a_row_is_written_once_the_files_that_it_names_are_on_disk(
         done.append("folder" if path.is_dir() else "file")
 
     two_rounds(tmp_path, LARGE)
-    journal = reopen(tmp_path, reached=done.append)
+    journal = reopen(tmp_path, on_point=done.append)
     assert journal is not None
     replies = [filed(tmp_path, answer(asked(node), node / 4, LARGE)) for node in (4, 6)]
     monkeypatch.setattr(Entries, "write", written)
