@@ -68,10 +68,10 @@ def test_the_same_seed_gives_the_same_model_as_the_command_line(
     task = Path(__file__).parents[2] / "examples/digits/task.py"
     (tmp_path / "run.toml").write_text(
         f'name = "digits"\ntask = "{task}"\nseed = 3\n[federation]\nrounds = 2\n'
-        '[simulation]\ntraining = "vectorised"\n'
+        '[simulation]\ntraining = "vectorised"\nworkers = 1\n'
         '[compression]\ntiming_runs = 100\ncandidates = ["fp32"]\n'
     )
-    how = {"training": "vectorised"}  # else each run chooses the quicker one by itself
+    how = {"training": "vectorised", "workers": 1}  # else each run chooses what is quicker
     settings = {"federation": {"rounds": 2}, "simulation": how, "seed": 3, **QUICK}
     result = fedcore.simulate(
         task, runs=tmp_path / "api", name="digits", progress=False, **settings

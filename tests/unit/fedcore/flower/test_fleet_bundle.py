@@ -172,7 +172,7 @@ def test_a_bundle_of_too_many_objects_is_refused() -> None:
     full.objects.append(b"")
     with pytest.raises(DataError, match=f"holds {MAX_BUNDLED + 1} objects"):
         read_bundle(full.SerializeToString())
-    with pytest.raises(DataError, match="no such message"):
+    with pytest.raises(DataError, match="not a valid message"):
         read_bundle(b"\xff\xff")
 
 
