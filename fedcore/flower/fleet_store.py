@@ -176,7 +176,7 @@ class FleetStore(InMemoryObjectStore):
             return entry is not None and entry.is_available
 
     def sizes(self, object_ids: Collection[str]) -> ReplyBytes:
-        """Returns the sizes of objects that have arrived, whoever sent each of them."""
+        """Returns the sizes of the objects that have arrived, from any sender."""
         in_memory = in_files = 0
         with self.lock_store:
             for object_id in object_ids:

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import argparse
-import json
 import os
 import shlex
 import sys
 from dataclasses import asdict
 from pathlib import Path
 
-from fedcore.cli import Command, group, json_option
+from fedcore.cli import Command, group, json_option, show
 from fedcore.config.run import RunConfig
 from fedcore.config.settings import load_run
 from fedcore.crypto.roster import check_server_folder
@@ -200,16 +199,13 @@ def _rollback(options: argparse.Namespace) -> int:
     done = roll_back(run, options.runs, options.round, identity=options.identity, by=by)
     if done.mended:
         say(f"warning: {done.mended}", to=sys.stderr)
-    if options.json:
-        say(json.dumps(asdict(done)))
-        return 0
     dropped = ", ".join(map(str, done.dropped)) or "none"
-    say(
+    text = (
         f"{run.name}: continues after round {done.round} with --resume; rounds dropped: "
         f"{dropped}. First drain or revoke the device that spoilt those rounds, or it will send "
         "the same updates again."
     )
-    return 0
+    return show(options, text, asdict(done))
 
 
 rollback = Command(
@@ -231,7 +227,7 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
         metavar="DIR",
         help="the server's folder, which has the member list (default: %(default)s)",
     )
-    parser.add_argument("--json", action="store_true", help="print machine-readable JSON")
+    json_option(parser)
 
 
 def _verify(options: argparse.Namespace) -> int:
@@ -239,7 +235,7 @@ def _verify(options: argparse.Namespace) -> int:
     from server.live.verify import shown_evidence, verify_run
 
     evidence = verify_run(options.results, options.identity)
-    say(json.dumps(asdict(evidence), indent=2) if options.json else shown_evidence(evidence))
+    show(options, shown_evidence(evidence), asdict(evidence))
     require_sound(evidence, where=options.results)
     return 0
 

@@ -56,7 +56,7 @@ def verify_run(results: Path, identity: Path) -> Evidence:
 def _roster(identity: Path) -> Roster:
     """Opens the member list in a server's folder, also after its certificates have expired.
 
-    Needs no key and writes nothing: whoever verifies may not be who runs the server.
+    Needs no private key and writes nothing, so an auditor can run it on a copy of the files.
     """
     check_server_folder(identity)
     path = identity / KIT

@@ -65,7 +65,7 @@ def test_both_units_have_a_statement_each(record: RunRecord) -> None:
     assert "one example of one client" in text
     assert "one client with all of its data" in text
     assert "of each client as a whole 2.25 at delta 0.0001" in text
-    assert "Whoever added noise drew it from its own operating system." in text
+    assert "The noise was drawn from the operating system of the machine that added it." in text
 
 
 @pytest.mark.parametrize("protected", [True, False])
