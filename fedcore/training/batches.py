@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from itertools import islice
 
 import torch
 from torch import Tensor
@@ -64,9 +65,32 @@ def shuffled(
     examples: Examples, batch_size: int, rng: torch.Generator
 ) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields the batches of one epoch in an order drawn from ``rng``; the last may be smaller."""
-    order = torch.randperm(size_of(examples), generator=rng)
-    for rows in torch.split(order, batch_size):
+    for rows in shuffled_rows(size_of(examples), batch_size, rng):
         yield gather(examples, rows)
+
+
+def shuffled_rows(count: int, batch_size: int, rng: torch.Generator) -> Iterator[Tensor]:
+    """Yields the rows of the batches of one epoch in an order drawn from ``rng``."""
+    yield from torch.split(torch.randperm(count, generator=rng), batch_size)
+
+
+def passes(
+    count: int, batch_size: int, rng: torch.Generator, *, epochs: int, steps: int | None
+) -> Iterator[Iterator[Tensor]]:
+    """Yields for each pass over the data an iterator of the rows of its batches.
+
+    Args:
+        count: Number of examples.
+        batch_size: Examples per batch; the last one of a pass may be smaller.
+        rng: Generator for the order of examples, drawn when a pass begins.
+        epochs: Number of passes.
+        steps: Number of batches, in place of ``epochs``: the last pass may end early.
+    """
+    per_pass = -(-count // batch_size)
+    left = epochs * per_pass if steps is None else steps
+    while left > 0 and per_pass:
+        yield islice(shuffled_rows(count, batch_size, rng), left)
+        left -= per_pass
 
 
 def in_order(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -19,7 +19,7 @@ from fedcore.seeds import derive
 from fedcore.task.definition import Examples, Task
 from fedcore.training.batches import gather
 from fedcore.training.distillation import beside_teacher
-from fedcore.training.local import check_loss, make_optimizer
+from fedcore.training.local import check_loss, clip_gradients, make_optimizer
 
 
 def device_of(rank: int) -> torch.device:
@@ -104,6 +104,7 @@ def train_start(
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(parallel(inputs.to(device)), targets.to(device))
             torch.autograd.backward(loss)  # DDP averages gradients over processes here
+            clip_gradients(model, settings)
             optimizer.step()
             total += loss.detach() * len(targets)
             count += len(targets)
