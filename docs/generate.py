@@ -20,8 +20,7 @@ from pydantic.fields import FieldInfo
 
 from fedcore.cli import build_parser
 from fedcore.config.owner import OwnerPolicy
-from fedcore.config.run import RunConfig
-from fedcore.config.section import Section
+from fedcore.config.run import RunConfig, Section
 
 DOCS = Path(__file__).parent
 

@@ -20,6 +20,7 @@ from fedcore.task.definition import Folder, Task, check_inputs, data_folder
 from fedcore.task.model import FullModel, build_model, warm_start
 from fedcore.training.device import available
 from fedcore.training.per_example.trial import choose_method
+from fedcore.training.state import check_integers
 from fedcore.updates.pack import layout_of, pack
 from server.cloud import CloudData, read_cloud_data
 from server.release.final_test import FinalTest, read_final_test
@@ -112,6 +113,8 @@ def check_rounds(
         warm_start(run, model)
     if run.private:
         choose_method(task, model)
+    if run.client_private:
+        check_integers(task, model)
     check_strategy(run, model, clients=clients, strategy=strategy)
 
 

@@ -98,7 +98,7 @@ def plan_for(
         )
     steps_per_epoch = -(-count // client.batch_size)
     sample_rate = 1 / steps_per_epoch
-    steps = client.steps_of(count)
+    steps = steps_per_epoch * client.epochs
     noise = privacy.noise_multiplier
     if noise == "auto":
         noise = noise_for(

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from itertools import islice
 
 import torch
 from torch import Tensor
@@ -62,35 +61,24 @@ def _example(examples: Examples, row: int) -> tuple[Tensor, Tensor]:
 
 
 def shuffled(
-    examples: Examples, batch_size: int, rng: torch.Generator
+    examples: Examples, batch_size: int, rng: torch.Generator, *, least: int = 1
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Yields the batches of one epoch in an order drawn from ``rng``; the last may be smaller."""
-    for rows in shuffled_rows(size_of(examples), batch_size, rng):
+    """Yields the batches of one epoch in an order drawn from ``rng``, see `batches_of`."""
+    order = torch.randperm(size_of(examples), generator=rng)
+    for rows in batches_of(order, batch_size, least=least):
         yield gather(examples, rows)
 
 
-def shuffled_rows(count: int, batch_size: int, rng: torch.Generator) -> Iterator[Tensor]:
-    """Yields the rows of the batches of one epoch in an order drawn from ``rng``."""
-    yield from torch.split(torch.randperm(count, generator=rng), batch_size)
+def batches_of(order: Tensor, batch_size: int, *, least: int = 1) -> list[Tensor]:
+    """Returns the rows of each batch of an epoch.
 
-
-def passes(
-    count: int, batch_size: int, rng: torch.Generator, *, epochs: int, steps: int | None
-) -> Iterator[Iterator[Tensor]]:
-    """Yields for each pass over the data an iterator of the rows of its batches.
-
-    Args:
-        count: Number of examples.
-        batch_size: Examples per batch; the last one of a pass may be smaller.
-        rng: Generator for the order of examples, drawn when a pass begins.
-        epochs: Number of passes.
-        steps: Number of batches, in place of ``epochs``: the last pass may end early.
+    The last batch may be smaller. One of fewer than ``least`` rows joins the batch before.
     """
-    per_pass = -(-count // batch_size)
-    left = epochs * per_pass if steps is None else steps
-    while left > 0 and per_pass:
-        yield islice(shuffled_rows(count, batch_size, rng), left)
-        left -= per_pass
+    parts = list(torch.split(order, batch_size))
+    if len(parts) > 1 and len(parts[-1]) < least:
+        last = parts.pop()
+        parts[-1] = torch.cat([parts[-1], last])
+    return parts
 
 
 def in_order(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -35,7 +35,7 @@ from fedcore.training.per_example.trial import choose_method
 from fedcore.training.private import MEMORY_BYTES, train_private
 from fedcore.training.resident import Resident
 from fedcore.updates.messages import EPSILON, TRAIN_LOSS, Instruction, Update
-from fedcore.updates.pack import pack
+from fedcore.updates.pack import layout_of, pack
 
 log = logging.getLogger("fedcore.device")
 
@@ -157,7 +157,8 @@ def _train(
     run, number, bounds = client.run, instruction.round, client.bounds()
     settings = settings_of(client, instruction)
     examples, _ = local_data(client, name)
-    bounds.admit(settings.steps_of(size_of(examples)))
+    steps = settings.epochs * -(-size_of(examples) // settings.batch_size)
+    bounds.admit(steps)
     device = available(run.client.device)
     if client.owner.max_threads:
         torch.set_num_threads(min(torch.get_num_threads(), client.owner.max_threads))
@@ -189,8 +190,6 @@ def _train(
                 epochs=settings.epochs,
                 batch_size=settings.batch_size,
                 rng=order,
-                steps=settings.steps,
-                physical_batch_size=settings.physical_batch_size,
                 penalty=proximal(model.model, instruction.proximal_mu)
                 if instruction.proximal_mu
                 else None,
@@ -203,6 +202,8 @@ def _train(
             f"{settings.learning_rate}. No update was sent; lower the learning rate."
         )
     if run.client_private:
+        whole = client.resident.layout.whole  # integers stay: a step of one would fill the bound
+        weights[len(weights) - whole :] = instruction.weights[len(weights) - whole :]
         return bounded(run.privacy, instruction, weights, metrics)
     return Update(weights, size_of(examples), metrics)
 
@@ -272,9 +273,10 @@ def check_instruction(instruction: Instruction, model: FullModel) -> None:
             "expected float32. Nothing was trained or charged; server and client must run the same "
             "version."
         )
+    weights = instruction.weights[: len(instruction.weights) - layout_of(model.model).whole]
     statistics = [t.detach().to("cpu") for t in model.preprocess.buffers() if t.numel()]
     found = [
-        ("weight", float(np.abs(instruction.weights).max(initial=0)), _LARGEST_WEIGHT),
+        ("weight", float(np.abs(weights).max(initial=0)), _LARGEST_WEIGHT),
         ("proximal_mu", abs(instruction.proximal_mu), _LARGEST_WEIGHT),
         *(("statistic of inputs", _largest(t), _LARGEST_STATISTIC) for t in statistics),
     ]

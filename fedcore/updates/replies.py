@@ -33,7 +33,7 @@ from fedcore.updates.messages import (
     Update,
     vector_header,
 )
-from fedcore.updates.pack import Vector
+from fedcore.updates.pack import LARGEST_WHOLE, Vector
 from fedcore.updates.pieces import PIECE_BYTES, pieces, size_of
 
 LARGEST = 1e18
@@ -68,6 +68,8 @@ class ArraySpec:
     dtype: str
     """NumPy's name of the type, such as ``float32``."""
     shape: tuple[int, ...]
+    whole: int = 0
+    """How many elements, the last ones, are integers; they do not count in a distance."""
 
 
 @dataclass(frozen=True)
@@ -167,10 +169,9 @@ def read_reply(reply: Message, spec: ReplySpec, *, where: str, base: Vector | No
         if spec.arrays:
             arrays = _arrays(content.get(ARRAYS), spec.arrays, where)
             for name, array in arrays.items():
-                if name == MODEL:
-                    distance, peaks = _measure(array, base, where)
-                else:
-                    _measure(array, None, where)
+                measured = base if name == MODEL else None
+                found = _measure(array, measured, spec.arrays[name].whole, where)
+                distance, peaks = found if name == MODEL else (distance, peaks)
         return Reply(count, metrics, arrays, distance, peaks)
 
 
@@ -362,24 +363,27 @@ class _Squared:
         return found
 
 
-def _measure(array: Array, base: Vector | None, where: str) -> tuple[float | None, Sequence[float]]:
-    """Checks that all values are finite, in one pass.
+def _measure(
+    array: Array, base: Vector | None, whole: int, where: str
+) -> tuple[float | None, Sequence[float]]:
+    """Checks that all values are finite, and the last ``whole`` possible integers, in one pass.
 
-    Returns the L2 distance to ``base``, if given, and the largest magnitude in each part.
+    Returns the others' L2 distance to ``base``, if given, and each part's largest magnitude.
     """
     sums: list[float] = []
     peaks: list[float] = []
-    place = 0
+    place, floats = 0, prod(array.shape) - whole
     squared = _Squared()
     with np.errstate(over="ignore", invalid="ignore"):  # non-finite values raise below
         for part in _parts(array):
             peaks.append(largest_magnitude(part))
-            if base is None:
-                continue
-            for first in range(0, len(part), _CHUNK):
-                piece = part[first : first + _CHUNK]
-                sums.append(squared.distance(piece, base[place : place + len(piece)]))
-                place += len(piece)
+            first = max(0, floats - place)
+            _check_integers(part[first:], where)
+            for start in range(0, min(first, len(part)) if base is not None else 0, _CHUNK):
+                piece = part[start : min(start + _CHUNK, first)]
+                sent = base[place + start : place + start + len(piece)]  # type: ignore[index]
+                sums.append(squared.distance(piece, sent))
+            place += len(part)
     # In float64 no sum of squares of finite float32 values overflows.
     if not all_finite(peaks):
         raise InvalidUpdate(
@@ -387,3 +391,10 @@ def _measure(array: Array, base: Vector | None, where: str) -> tuple[float | Non
             "client.learning_rate usually fixes this."
         )
     return (math.sqrt(math.fsum(sums)) if base is not None else None), peaks
+
+
+def _check_integers(values: Vector, where: str) -> None:
+    if len(values) and largest_magnitude(values) > LARGEST_WHOLE:
+        raise InvalidUpdate(
+            f"{where}: an integer of its state is above 2**24, which no model sends. {_NOT_USED}."
+        )

@@ -21,6 +21,9 @@ class Job:
     folder: str
     """Folder of the starting points, and of the error files of failed processes."""
 
+    unused: bool = False
+    """Whether some step leaves a parameter without a gradient, as an earlier launch has shown."""
+
     @property
     def config(self) -> RunConfig:
         """The run's configuration."""

@@ -14,7 +14,7 @@ import uuid
 from _thread import interrupt_main
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
@@ -39,6 +39,9 @@ from server.rounds.evaluation.judging import Judge, Judgement
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 """Loggers that print a traceback per failed or stopped process; the error file replaces them."""
+_UNUSED = "Expected to have finished reduction in the prior iteration"
+"""Part of DDP's error where a later step leaves a parameter unused. The same seed gives the same
+bits again, once DDP looks for such parameters."""
 _HANDLED = (signal.SIGTERM, signal.SIGHUP)
 """Signals that torchrun forwards to its processes before it ends."""
 
@@ -179,15 +182,18 @@ def _train_apart(run: RunConfig, starts: Sequence[bytes], results: Sequence[Full
         paths = [Path(folder) / f"start-{number}.safetensors" for number in range(len(starts))]
         for path, start in zip(paths, starts, strict=True):
             write_atomic(path, start)
-        _launch(
-            Job(
-                run=run.model_dump_json(),
-                base=str(run.base),
-                starts=tuple(map(str, paths)),
-                folder=folder,
-            ),
-            run.finetune.processes,
+        job = Job(
+            run=run.model_dump_json(),
+            base=str(run.base),
+            starts=tuple(map(str, paths)),
+            folder=folder,
         )
+        try:
+            _launch(job, run.finetune.processes)
+        except TrainingError as error:
+            if _UNUSED not in str(error):
+                raise
+            _launch(replace(job, unused=True), run.finetune.processes)
         for path, result in zip(map(trained, paths), results, strict=True):
             load_checkpoint(path.read_bytes(), result.eval(), where=str(path))
 

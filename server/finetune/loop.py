@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import os
 import time
 from collections.abc import Callable
@@ -15,11 +16,14 @@ from torch.utils.data import DistributedSampler
 from fedcore.config.run import RunConfig
 from fedcore.errors import TrainingError
 from fedcore.observability.words import counted
-from fedcore.seeds import derive
-from fedcore.task.definition import Examples, Task
-from fedcore.training.batches import gather
+from fedcore.seeds import derive, kept_streams
+from fedcore.task.definition import Examples, Task, size_of
+from fedcore.training.batches import batches_of, gather
 from fedcore.training.distillation import beside_teacher
-from fedcore.training.local import check_loss, clip_gradients, make_optimizer
+from fedcore.training.local import check_loss, make_optimizer
+from fedcore.training.lone_rows import least_rows, use_running_statistics
+
+_TRIED_STEPS = 3
 
 
 def device_of(rank: int) -> torch.device:
@@ -40,6 +44,35 @@ def unknown_failure(rank: int, error: BaseException) -> str:
     )
 
 
+def leaves_unused(
+    module: nn.Module,
+    loss: Callable[[Any, Tensor], Tensor],
+    examples: Examples,
+    batch_size: int,
+) -> bool:
+    """Returns whether a parameter gets no gradient in one of the first steps; runs a copy.
+
+    DDP needs to know: it waits for every gradient, unless it looks for unused parameters in each
+    step, which takes time. Equal in all processes, as they try the same examples.
+    """
+    count = size_of(examples)
+    try:
+        copied = copy.deepcopy(module).train()
+        trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
+        device = trained[0].device
+        with kept_streams():
+            for first in range(_TRIED_STEPS):
+                rows = [(first * batch_size + place) % count for place in range(max(2, batch_size))]
+                inputs, targets = gather(examples, rows)
+                torch.autograd.backward(loss(copied(inputs.to(device)), targets.to(device)))
+                if any(parameter.grad is None for parameter in trained):
+                    return True
+                copied.zero_grad(set_to_none=True)
+    except Exception:  # the task's code: training reports it
+        return True
+    return False
+
+
 def train_start(
     model: nn.Module,
     task: Task,
@@ -50,6 +83,7 @@ def train_start(
     remember: float,
     rank: int = 0,
     world: int = 1,
+    unused: bool = False,
 ) -> None:
     """Trains a model in place on the cloud's data.
 
@@ -68,10 +102,12 @@ def train_start(
             `fedcore.training.distillation`; 0 to train on the labels alone.
         rank: Rank of this process, from 0.
         world: Number of processes; if above 1, their process group must be initialised.
+        unused: Whether some step may leave a parameter without a gradient; tried if not known.
 
     Raises:
         TrainingDiverged: the loss is not finite.
         TrainingError: training took longer than ``finetune.timeout_s``.
+        DataError: there is one example for each process, and a layer needs two.
     """
     settings = run.finetune
     end = time.monotonic() + settings.timeout_s
@@ -80,20 +116,26 @@ def train_start(
     if remember:
         trained, loss_of = beside_teacher(model, model, task.loss_of, task.kind, weight=remember)
     parallel = trained
+    batch = max(1, settings.batch_size // world)
     if world > 1:
         parallel = DistributedDataParallel(
-            trained, device_ids=[device.index] if device.type == "cuda" else None
+            trained,
+            device_ids=[device.index] if device.type == "cuda" else None,
+            find_unused_parameters=unused or leaves_unused(trained, loss_of, examples, batch),
         )
     optimizer = make_optimizer(model, settings)
     sampler: DistributedSampler[int] = DistributedSampler(
         examples, world, rank, seed=derive(run.seed, "fine-tuning order") % 2**31
     )
-    batch = max(1, settings.batch_size // world)
+    share = len(sampler)
+    least = least_rows(trained, loss_of, examples, count=share, batch_size=batch)
     trained.train()
+    if share < least:
+        use_running_statistics(trained)
     for epoch in range(settings.epochs):
         sampler.set_epoch(epoch)
         total, count = torch.zeros((), device=device), 0
-        for rows in torch.split(torch.tensor(list(sampler)), batch):
+        for rows in batches_of(torch.tensor(list(sampler)), batch, least=least):
             if time.monotonic() > end:
                 raise TrainingError(
                     f"fine-tuning: {epoch} of {counted(settings.epochs, 'epoch')} were completed "
@@ -104,7 +146,6 @@ def train_start(
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(parallel(inputs.to(device)), targets.to(device))
             torch.autograd.backward(loss)  # DDP averages gradients over processes here
-            clip_gradients(model, settings)
             optimizer.step()
             total += loss.detach() * len(targets)
             count += len(targets)

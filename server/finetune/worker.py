@@ -68,6 +68,7 @@ def _train_all(job: Job, rank: int) -> None:
                 remember=remember,
                 rank=dist.get_rank(),
                 world=world,
+                unused=job.unused,
             )
             if dist.get_rank() == 0:
                 write_atomic(trained(start), checkpoint_bytes(model))

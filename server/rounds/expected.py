@@ -31,7 +31,8 @@ def update_spec(run: RunConfig, layout: Layout) -> ReplySpec:
         metrics[UNCLIPPED] = Range(0.0, 1.0)
     if run.federation.strategy == _ADAPTIVE:  # the strategy's mod on the client reports it
         metrics[_NORM_BIT] = Range(0.0, 1.0)
-    return ReplySpec(MessageType.TRAIN, metrics, {MODEL: ArraySpec("float32", (layout.size,))})
+    weights = {MODEL: ArraySpec("float32", (layout.size,), layout.whole)}
+    return ReplySpec(MessageType.TRAIN, metrics, weights)
 
 
 def evaluation_spec(metrics: Sequence[Metric]) -> ReplySpec:

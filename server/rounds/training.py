@@ -15,7 +15,7 @@ from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.grid import reply_batches
 from fedcore.observability.words import counted
 from fedcore.updates.messages import check_weights, joined
-from fedcore.updates.pack import Layout
+from fedcore.updates.pack import Layout, Vector
 from server.records import RoundRecord
 from server.rounds.aggregation.bounded_mean import BoundedMean
 from server.rounds.aggregation.exact_mean import ExactMean
@@ -188,7 +188,17 @@ def _new_weights(this: TrainingRound, aggregate: Aggregate, sent: Sent) -> Relea
         updates = [mean_as_reply(found.weights, weight, sent.instruction)]
     arrays = _aggregated(federation, this.number, updates, this.tally)
     weights = progress.weights if arrays is None else aggregated(arrays, layout, this.number)
+    if aggregate.mean is not None:  # a step of an optimiser is not for counters and flags
+        weights = _with_integers(weights, found.weights, layout)
     return Released(weights, protection)
+
+
+def _with_integers(weights: Vector, source: Vector, layout: Layout) -> Vector:
+    """Returns weights with the integers of ``source``."""
+    if not layout.whole:
+        return weights
+    floats = layout.size - layout.whole
+    return joined((weights[:floats], source[floats:]), layout.size)
 
 
 def _mean(this: TrainingRound, mean: ExactMean) -> Released:
@@ -196,7 +206,7 @@ def _mean(this: TrainingRound, mean: ExactMean) -> Released:
     federation, progress = this.federation, this.progress
     if progress.protection is None:
         return Released(joined(mean.mean_parts(), this.layout.size), None)
-    return release(
+    found = release(
         federation.run,
         progress.protection,
         progress.weights,
@@ -205,6 +215,8 @@ def _mean(this: TrainingRound, mean: ExactMean) -> Released:
         unclipped=this.tally.unclipped,
         draws=draws_of(federation.randomness, "client noise", this.number),
     )
+    # No client changes them, see `fedcore.training.state`: only noise has.
+    return replace(found, weights=_with_integers(found.weights, progress.weights, this.layout))
 
 
 def _aggregated(

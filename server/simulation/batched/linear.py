@@ -41,8 +41,6 @@ def fits(chain: Chain, model: FullModel, settings: ClientConfig) -> bool:
         and weight.numel() * weight.itemsize <= _CACHED_BYTES
         and settings.optimizer == "sgd"
         and not settings.momentum
-        and settings.max_grad_norm is None
-        and settings.steps is None
     )
 
 
@@ -80,7 +78,7 @@ def train_linear(
     losses: list[float | None] = []
     for row, one in zip(rows, work, strict=True):
         inputs, targets = _examples(model, one, shape[1])
-        order = shuffled_order(one, settings)
+        order = shuffled_order(one, epochs=settings.epochs, batch_size=settings.batch_size)
         own = row[:numbers].reshape(shape)
         own[:] = start
         own_bias = start_bias.copy() if bias is None else row[numbers:]

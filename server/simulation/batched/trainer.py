@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -57,7 +56,7 @@ class Trainers:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._found: dict[tuple[str | bool, ...], Trainer] = {}
+        self._found: dict[tuple[str, bool], Trainer] = {}
 
     def find(
         self,
@@ -81,7 +80,7 @@ class Trainers:
         Raises:
             ConfigError: batches do not work for this task, and ``chosen`` is false.
         """
-        kind = _kind_of(settings)
+        kind = (settings.optimizer, bool(settings.momentum))  # what a trainer depends on
         if kind in self._found:
             return self._found[kind]
         for sample in work:
@@ -109,22 +108,6 @@ class Trainers:
             return None
 
 
-def _kind_of(settings: Settings) -> tuple[str | bool, ...]:
-    """Returns the traits of clients' settings that a trainer depends on."""
-    return (
-        settings.optimizer,
-        bool(settings.momentum),
-        settings.max_grad_norm is not None,
-        settings.steps is not None,
-        _in_parts(settings),
-    )
-
-
-def _in_parts(settings: Settings) -> bool:
-    """Whether clients compute their batches in parts."""
-    return (settings.physical_batch_size or settings.batch_size) < settings.batch_size
-
-
 def find_trainer(
     client: Client, resident: Resident, sample: LocalWork, settings: Settings
 ) -> Trainer | str:
@@ -134,8 +117,8 @@ def find_trainer(
         client: The task and the run.
         resident: The task's model, on the device to train on.
         sample: A client's data, to test the task's loss and model.
-        settings: The client's settings. Clients with other settings can use the trainer where
-            `_kind_of` is equal.
+        settings: The client's settings. Clients with other settings can use the trainer, if they
+            use the same optimiser and both or neither have momentum.
 
     Raises:
         Exception: the task's code raised it for this client's data.
@@ -145,11 +128,6 @@ def find_trainer(
     loss: Loss = client.task.loss
     if client_mods(run.federation.strategy):
         return f"clients of {run.federation.strategy} each run their own mod around training"
-    if _in_parts(settings):
-        return (
-            f"client.physical_batch_size = {settings.physical_batch_size} bounds memory, and "
-            "clients that train together need more"
-        )
     forbidden = unsupported_parts(model)
     if forbidden:
         return (
@@ -317,7 +295,7 @@ def _groups(
     each = 0
     for place in places:
         if not group:  # the first is the largest of its group
-            rows = math.ceil(work[place].size * settings.passes_of(work[place].size))
+            rows = work[place].size * settings.epochs
             # Factor 2: padding to a step's widest batch. Factor 8: outputs of all layers of a step.
             each = weights + 2 * rows * numbers * 4 + 8 * step
         group.append(place)

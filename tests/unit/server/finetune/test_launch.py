@@ -9,6 +9,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 
 from fedcore.config.run import Finetune, RunConfig
 from fedcore.errors import RoundFailed, TrainingDiverged, TrainingError
@@ -45,10 +46,23 @@ def loss(outputs, targets):
     return value
 
 
+class Net(nn.Sequential):
+    def __init__(self):
+        super().__init__(nn.Linear(5, 8), {norm}, nn.Linear(8, 3))
+        self.aux = nn.Linear({aux}, 3)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += self.training
+        hidden = self[1](self[0](x))
+        outputs = self[2](hidden)
+        return outputs + self.aux(hidden) if {uses} else outputs
+
+
 task = Task(
     name="tiny",
     kind="classification",
-    model=lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)),
+    model=Net,
     clients=lambda folder: ["anna"],
     client_data=lambda client, folder: data,
     cloud_data=lambda folder: data,
@@ -64,10 +78,20 @@ class Case:
     """A task on disk and what fine-tuning it takes."""
 
     def __init__(
-        self, folder: Path, *, loss: str = "", metric: str = "ACCURACY", **settings: Any
+        self,
+        folder: Path,
+        *,
+        loss: str = "",
+        metric: str = "ACCURACY",
+        norm: str = "nn.ReLU()",
+        aux: int = 0,
+        uses: str = "False",
+        **settings: Any,
     ) -> None:
         folder.mkdir(exist_ok=True)
-        (folder / "task.py").write_text(TASK.replace("{loss}", loss).replace("{metric}", metric))
+        text = TASK.replace("{loss}", loss).replace("{metric}", metric).replace("{norm}", norm)
+        text = text.replace("{uses}", uses).replace("nn.Linear({aux}, 3)", _aux(aux))
+        (folder / "task.py").write_text(text)
         finetune = {"epochs": 20, "batch_size": 32, "learning_rate": 0.1} | settings
         values = {"name": "run", "task": "task.py", "finetune": finetune}
         self.run = RunConfig.model_validate(values).model_copy(update={"base": folder})
@@ -117,6 +141,36 @@ def test_two_processes_do_what_one_does_and_repeat_it_bit_for_bit(tmp_path: Path
         single, double = (pack(getattr(result, part).model) for result in (one, two))
         assert np.abs(single - double).max() < 1e-4
         assert np.abs(single - federated).max() > 0.5
+
+
+def _aux(width: int) -> str:
+    return f"nn.Linear({width}, 3)" if width else "None"
+
+
+@pytest.mark.parametrize("uses", ["False", "self.calls != 5"], ids=["in every step", "in one step"])
+def test_parameters_without_a_gradient_in_some_steps_are_trained_by_several(
+    tmp_path: Path, uses: str
+) -> None:
+    """The last unused step comes after those that are tried: the processes are started again."""
+    settings: dict[str, Any] = {"aux": 8, "uses": uses, "epochs": 3, "remember": 0.0}
+    two = Case(tmp_path / "two", processes=2, **settings).fine_tune()
+    one = Case(tmp_path / "one", processes=1, **settings).fine_tune()
+    for part in ("candidate", "cloud_alone"):
+        single, double = (pack(getattr(result, part).model) for result in (one, two))
+        assert np.abs(single - double).max() < 1e-4
+    before = build_model(Case(tmp_path / "new", **settings).task, RunConfig(name="a", task="b"))
+    assert torch.equal(before.model.aux.weight, two.cloud_alone.model.aux.weight) == (  # type: ignore[union-attr]
+        uses == "False"
+    )
+
+
+def test_a_last_batch_of_one_row_joins_the_one_before_in_each_process(tmp_path: Path) -> None:
+    """Of 120 examples 84 train, 42 in each process: 41 and a lone one, for batch normalisation."""
+    settings: dict[str, Any] = {"norm": "nn.BatchNorm1d(8)", "batch_size": 82, "epochs": 3}
+    case = Case(tmp_path, processes=2, **settings)
+    found = case.fine_tune()
+    assert np.isfinite(pack(found.candidate.model)).all()
+    assert found.candidate.model[1].num_batches_tracked == 3  # type: ignore[index,union-attr]
 
 
 def test_a_loss_that_turns_nan_arrives_as_what_it_is_and_in_silence(

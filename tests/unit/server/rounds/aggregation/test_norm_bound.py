@@ -11,7 +11,7 @@ import pytest
 from flwr.app import Message, RecordDict
 
 from fedcore.config.run import RunConfig
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, InvalidUpdate
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import ARRAYS, MODEL, Update, update_content
 from fedcore.updates.pack import Layout, Vector
@@ -263,3 +263,18 @@ def test_devices_that_all_grow_together_double_the_bound_no_faster_than_the_roun
     assert all(
         limit <= MEDIAN_FACTOR * MAX_GROWTH * (place + 1) for place, limit in enumerate(limits)
     )
+
+
+COUNTED = Layout(("weight", "steps"), ((SIZE,), (70_000,)), integers=1)
+
+
+def test_counters_do_not_count_in_a_length_and_stay_possible() -> None:
+    """Else their steps would widen the bound on the weights beside them."""
+    base = np.concatenate([BASE, np.zeros(70_000, np.float32)])
+    steps = np.full(70_000, 2.0**24, np.float32)
+    intake = Intake(update_spec(run_of(), COUNTED), base=base)
+    found = intake.read(reply(1, np.concatenate([moved(1.0, 1), steps])))
+    assert found.distance == pytest.approx(1.0, rel=1e-4)
+    steps[-1] *= 2
+    with pytest.raises(InvalidUpdate, match=r"an integer of its state is above 2\*\*24"):
+        intake.read(reply(1, np.concatenate([moved(1.0, 1), steps])))

@@ -1,0 +1,187 @@
+"""All state of a model takes part in the rounds, as in a plain loop that averages state dicts."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fedcore.config.owner import OPEN_POLICY
+from fedcore.config.run import RunConfig
+from fedcore.errors import UnsupportedLayer
+from fedcore.task.model import build_model
+from fedcore.updates.pack import layout_of, unpack
+from server.preflight import prepare
+from tests.unit.server.simulation.plain import (
+    BATCH,
+    CLASSES,
+    FEATURES,
+    assert_equal,
+    federated,
+    plain_rounds,
+    plain_training,
+    run_of,
+    task_of,
+)
+
+SIZES = {"a": 64, "b": 32, "c": 90, "d": 48}
+
+
+class FirstBatch(nn.Module):
+    """Scale and shift set from the first batch ever, then trained; a flag says whether they are."""
+
+    def __init__(self, flag: torch.dtype) -> None:
+        super().__init__()
+        self.scale, self.shift = nn.Parameter(torch.ones(FEATURES)), nn.Parameter(torch.zeros(6))
+        self.register_buffer("initialised", torch.zeros((), dtype=flag))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training and not self.initialised:
+            with torch.no_grad():
+                self.scale.copy_(1 / x.std(0))
+                self.shift.copy_(-x.mean(0) / x.std(0))
+                self.initialised.fill_(1)  # type: ignore[operator]
+        return x * self.scale + self.shift
+
+
+class Warm(nn.Module):
+    """A temperature that falls with the number of steps, over all rounds and clients."""
+
+    steps: Tensor
+
+    def __init__(self, counter: torch.dtype) -> None:
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(2, dtype=counter))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.steps += torch.tensor([1, 2], dtype=self.steps.dtype)
+        return x / (2 - (self.steps[0] / 100).clamp(max=1))
+
+
+class OwnCounter(nn.BatchNorm1d):
+    """Batch normalisation that reads the counter although it has a momentum."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        found = super().forward(x)
+        assert self.num_batches_tracked is not None
+        return found * (1 + self.num_batches_tracked / 100)
+
+
+def cumulative() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8, momentum=None), nn.Linear(8, 3))
+
+
+MODELS: dict[str, Callable[[], nn.Module]] = {
+    "momentum=None": cumulative,
+    "flag as uint8": lambda: nn.Sequential(FirstBatch(torch.uint8), nn.Linear(FEATURES, CLASSES)),
+    "flag as bool": lambda: nn.Sequential(FirstBatch(torch.bool), nn.Linear(FEATURES, CLASSES)),
+    "int64 counter": lambda: nn.Sequential(nn.Linear(FEATURES, CLASSES), Warm(torch.int64)),
+    "int16 counter": lambda: nn.Sequential(nn.Linear(FEATURES, CLASSES), Warm(torch.int16)),
+    "counter of a subclass": lambda: nn.Sequential(nn.Linear(6, 3), OwnCounter(CLASSES)),
+}
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_rounds_average_all_state_with_the_bits_of_a_plain_loop(kind: str) -> None:
+    task, run = task_of(MODELS[kind], SIZES), run_of()
+    found = federated(task, run)
+    assert layout_of(found.model.model).integers == 1
+    assert_equal(found.model.model, plain_rounds(task, run))
+
+
+def test_an_optimiser_at_the_server_takes_no_step_with_counters_and_flags() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(FirstBatch(torch.bool), nn.Linear(FEATURES, 3), Warm(torch.int64))
+
+    task, run = task_of(model, SIZES), run_of(rounds=2, strategy="FedAdam")
+    found = federated(task, run).model.model.state_dict()
+    expected = plain_rounds(task, run)
+    for name in ("0.initialised", "2.steps"):
+        assert torch.equal(found[name], expected[name])
+    assert not torch.equal(found["1.weight"], expected["1.weight"])
+
+
+def of_clients(model: Callable[[], nn.Module]) -> tuple[object, RunConfig]:
+    client = {"target_delta": 1e-2, "noise_multiplier": 4.0, "max_epsilon": 100.0}
+    privacy = {"unit": "client", "client": client}
+    run = run_of(cohort=2).model_dump() | {"privacy": privacy}
+    return task_of(model, SIZES), RunConfig.model_validate(run)
+
+
+@pytest.mark.parametrize("kind", ["momentum=None", "flag as bool", "int64 counter"])
+def test_client_level_privacy_refuses_integers_that_training_changes(
+    kind: str, tmp_path: object
+) -> None:
+    task, run = of_clients(MODELS[kind])
+    with pytest.raises(UnsupportedLayer, match=r"client-level privacy does not support \S+"):
+        prepare(run, task, OPEN_POLICY, tmp_path)  # type: ignore[arg-type]
+
+
+class Positions(nn.Module):
+    """Integers that never change, as part of the state."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("order", torch.arange(FEATURES - 1, -1, -1))
+        self.linear = nn.Linear(FEATURES, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.linear(x[:, self.order])  # type: ignore[index]
+
+
+def test_client_level_noise_leaves_constant_integers_alone() -> None:
+    task, run = of_clients(Positions)
+    found = federated(task, run).model.model  # type: ignore[arg-type]
+    assert found.order.tolist() == [5, 4, 3, 2, 1, 0]  # type: ignore[union-attr,operator]
+    before = build_model(task, run).model.linear  # type: ignore[arg-type]
+    assert not torch.equal(found.linear.weight, before.weight)  # type: ignore[union-attr]
+
+
+ODD = {"even": 4 * BATCH, "one over": 2 * BATCH + 1, "again": BATCH + 1, "single": 1}
+
+
+def normalised() -> nn.Module:
+    return nn.Sequential(nn.Linear(FEATURES, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3))
+
+
+def test_clients_with_a_last_batch_of_one_train_where_layers_need_two() -> None:
+    """A last row joins the batch before; a client of one row uses running statistics."""
+
+    def train(
+        model: nn.Module, inputs: Tensor, targets: Tensor, rng: torch.Generator, run: RunConfig
+    ) -> None:
+        if len(inputs) > 1:
+            plain_training(model, inputs, targets, rng, run)
+            return
+        optimizer = torch.optim.SGD(model.parameters(), lr=run.client.learning_rate)
+        for _ in range(run.client.epochs):
+            optimizer.zero_grad()
+            nn.functional.cross_entropy(model.eval()(inputs), targets).backward()
+            optimizer.step()
+
+    task, run = task_of(normalised, ODD), run_of()
+    found = federated(task, run)
+    assert [record.failed for record in found.federated.rounds] == [0, 0, 0]
+    state = plain_rounds(task, run, train)
+    model = build_model(task, run).model
+    layout = layout_of(model)
+    assert layout.integers == 0  # the counter of batches is not read
+    unpack(found.federated.weights, model)
+    counter = {"1.num_batches_tracked": torch.tensor(0)}
+    assert_equal(model, {**state, **counter})
+    assert found.federated.weights.dtype == np.float32
+
+
+def test_a_client_of_one_row_is_named_where_there_are_no_running_statistics() -> None:
+    def model() -> nn.Module:
+        return nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8, track_running_stats=False))
+
+    task, run = task_of(model, {"single": 1, **SIZES}), run_of(rounds=1)
+    with pytest.raises(Exception, match="quorum") as raised:
+        federated(task, RunConfig.model_validate(run.model_dump() | {"federation": {"quorum": 1}}))
+    assert "client 'single'" in str(raised.value)
+    assert "1 (BatchNorm1d)" in str(raised.value)
