@@ -20,7 +20,8 @@ from pydantic.fields import FieldInfo
 
 from fedcore.cli import build_parser
 from fedcore.config.owner import OwnerPolicy
-from fedcore.config.run import RunConfig, Section
+from fedcore.config.run import RunConfig
+from fedcore.config.section import Section
 
 DOCS = Path(__file__).parent
 

@@ -21,7 +21,7 @@ from typing import Annotated, Literal
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field, ValidationError
 
-from fedcore.config.run import Section
+from fedcore.config.section import Section
 from fedcore.errors import DataError, DeviceError
 from fedcore.files import (
     disk_errors,

@@ -19,7 +19,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field, ValidationError
 
-from fedcore.config.run import Section
+from fedcore.config.section import Section
 from fedcore.errors import DataError
 from fedcore.files import (
     disk_errors,

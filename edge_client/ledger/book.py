@@ -18,7 +18,8 @@ from typing import Annotated, Literal, TypeVar
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field, ValidationError
 
-from fedcore.config.run import Fraction, Section
+from fedcore.config.run import Fraction
+from fedcore.config.section import Section
 from fedcore.crypto.keys import fingerprint
 from fedcore.errors import DataError, PrivacyError
 from fedcore.files import read_if_exists

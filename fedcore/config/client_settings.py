@@ -9,13 +9,14 @@ from typing import Any
 import numpy as np
 from pydantic import ValidationError
 
+from fedcore.config.contradictions import of_optimizer
 from fedcore.config.run import ClientConfig
 from fedcore.observability.foreign import foreign
 
 PROXIMAL_MU = "proximal-mu"
 """The key under which Flower's FedProx and `ClientSettings` send the proximal weight."""
 MAX_PROXIMAL_MU = 1e6
-CHARGED = ("epochs", "batch_size")
+CHARGED = ("epochs", "steps", "batch_size")
 """The settings that determine the noise and the charge of DP-SGD."""
 
 
@@ -24,8 +25,8 @@ class ClientSettings:
     """Settings of one client's local training in one round; ``None`` keeps the run's value.
 
     Each has the bounds of the setting with its name in ``[client]``; a device rejects other
-    values. Under example-level privacy ``epochs`` and ``batch_size`` must stay the run's: noise and
-    charges were planned for them.
+    values. Under example-level privacy ``epochs``, ``steps`` and ``batch_size`` must stay the
+    run's: noise and charges were planned for them.
 
     Example::
 
@@ -35,13 +36,17 @@ class ClientSettings:
     learning_rate: float | None = None
     """Step size of the local optimiser."""
     epochs: int | None = None
-    """Passes over the client's data."""
+    """Passes over the client's data; replaces the run's ``steps``, if it has any."""
+    steps: int | None = None
+    """Optimiser steps, in place of ``epochs``."""
     batch_size: int | None = None
     """Examples a step."""
     momentum: float | None = None
     """Momentum of SGD."""
     weight_decay: float | None = None
     """L2 penalty of the optimiser."""
+    max_grad_norm: float | None = None
+    """L2 norm to which longer gradients of a batch are scaled; not under example-level privacy."""
     proximal_mu: float = 0.0
     """Weight of FedProx's penalty ``mu/2 * ||w - w_round||^2``, from 0 to 1e6; 0 disables it."""
 
@@ -86,8 +91,8 @@ def settings_with(run: ClientConfig, changed: ClientSettings, *, private: bool) 
     """Returns the run's ``[client]`` with a server's changes, after checking them.
 
     Guarantee:
-        With ``private``, ``epochs`` and ``batch_size`` are those of ``run``, so the charge for
-        the round follows from the settings that training uses.
+        With ``private``, ``epochs``, ``steps`` and ``batch_size`` are those of ``run``, so the
+        charge for the round follows from the settings that training uses.
 
     Args:
         run: The run's ``[client]``.
@@ -108,6 +113,8 @@ def settings_with(run: ClientConfig, changed: ClientSettings, *, private: bool) 
     changes = changed.changes
     if not changes:
         return run
+    if "epochs" in changes and "steps" not in changes and not private:
+        changes["steps"] = None
     for name in CHARGED if private else ():
         if name in changes and changes[name] != getattr(run, name):
             raise ValueError(
@@ -116,12 +123,15 @@ def settings_with(run: ClientConfig, changed: ClientSettings, *, private: bool) 
                 "spent in every round depend on it and were planned for the run's own value"
             )
     try:
-        return ClientConfig.model_validate({**run.model_dump(), **changes})
+        settings = ClientConfig.model_validate({**run.model_dump(), **changes})
     except ValidationError as error:
         found = error.errors()[0]
         name = str(found["loc"][0])
         allowed = found["msg"].partition(" should be ")[2] or found["msg"]
         raise ValueError(f"{name} = {_shown(found['input'])}, expected {allowed}") from None
+    for problem in of_optimizer("client", settings, private=private):
+        raise ValueError(problem.rstrip("."))
+    return settings
 
 
 def _shown(value: object) -> str:

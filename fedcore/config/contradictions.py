@@ -7,13 +7,15 @@ from typing import TYPE_CHECKING
 from fedcore.privacy.unsound import unsound
 
 if TYPE_CHECKING:
-    from fedcore.config.run import DeviceClass, RunConfig
+    from fedcore.config.run import ClientConfig, DeviceClass, Finetune, RunConfig
 
 
 def contradictions(run: RunConfig) -> list[str]:
     """Returns each contradiction with its reason and remedy: unsound privacy first."""
     federation, privacy, compression = run.federation, run.privacy, run.compression
     found = unsound(run)
+    found += of_optimizer("client", run.client, private=run.private)
+    found += of_optimizer("finetune", run.finetune)
     names = [device.name for device in run.simulation.devices]
     if len(set(names)) < len(names):
         found.append(
@@ -64,6 +66,32 @@ def contradictions(run: RunConfig) -> list[str]:
         found.append(
             "release.repository and release.keys must be set together: set both to publish, "
             "or neither."
+        )
+    return found
+
+
+def of_optimizer(
+    section: str, settings: ClientConfig | Finetune, *, private: bool = False
+) -> list[str]:
+    """Returns the contradictions among an optimiser's settings.
+
+    Args:
+        section: Name of the table that has the settings.
+        settings: The table.
+        private: Whether it trains with example-level privacy.
+    """
+    found = list[str]()
+    if settings.nesterov and (settings.optimizer != "sgd" or not settings.momentum):
+        found.append(
+            f"{section}.nesterov = true needs {section}.optimizer = 'sgd' with {section}.momentum "
+            f"above 0, and they are {settings.optimizer!r} and {settings.momentum:g}. Set them, or "
+            "leave nesterov out."
+        )
+    if private and settings.max_grad_norm is not None:
+        found.append(
+            f"{section}.max_grad_norm = {settings.max_grad_norm:g} contradicts example-level "
+            "privacy: DP-SGD bounds each example's gradient by privacy.clip_norm before it adds "
+            "noise. Set privacy.clip_norm, and leave max_grad_norm out."
         )
     return found
 

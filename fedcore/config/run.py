@@ -9,25 +9,33 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field, model_validator
 
 from fedcore.config.contradictions import contradictions
 from fedcore.config.patterns import NAME
+from fedcore.config.section import (
+    BatchSize,
+    ClipNorm,
+    Epochs,
+    LearningRate,
+    Momentum,
+    Rounds,
+    Section,
+    Steps,
+    WeightDecay,
+)
 
 MAX_CLIENTS = 10_000_000
 MAX_SECONDS = 31 * 86_400.0  # a month: no run needs to wait longer
 Clients = Annotated[int, Field(ge=1, le=MAX_CLIENTS)]
-Rounds = Annotated[int, Field(ge=1, le=1_000_000)]
 Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
-BatchSize = Annotated[int, Field(ge=1, le=1_000_000)]
-LearningRate = Annotated[float, Field(ge=1e-12, le=1e6)]
-WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
 Fraction = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=NAME)]
 RATE_MIN, RATE_MAX = 1e-6, 1e12  # so that no time computed from a rate is zero or infinite
 Rate = Annotated[float, Field(ge=RATE_MIN, le=RATE_MAX)]
 Spread = Annotated[float, Field(ge=0, le=3)]
 
+Optimizer = Literal["sgd", "adam", "adamw"]
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 CandidateName = Literal["fp32", "int8_static", "int8_dynamic", "pruned", "pruned_int8"]
 CANDIDATES: tuple[CandidateName, ...] = (
@@ -37,18 +45,6 @@ CANDIDATES: tuple[CandidateName, ...] = (
     "pruned",
     "pruned_int8",
 )
-
-
-class Section(BaseModel):
-    """A table of the file: frozen, strict about types, closed to unknown keys."""
-
-    model_config = ConfigDict(
-        frozen=True,
-        extra="forbid",
-        strict=True,
-        allow_inf_nan=False,
-        use_attribute_docstrings=True,
-    )
 
 
 class FederationConfig(Section):
@@ -102,20 +98,40 @@ class FederationConfig(Section):
 class ClientConfig(Section):
     """``[client]``: local training."""
 
-    epochs: Annotated[int, Field(ge=1, le=10_000)] = 1
+    epochs: Epochs = 1
     """Passes over a client's data in one round."""
+    steps: Steps | None = None
+    """Optimiser steps in one round, in place of ``epochs``: as many passes over the data as they
+    need, the last one perhaps in part."""
     batch_size: BatchSize = 32
     """Examples a step; under privacy the expected number of a Poisson sample."""
+    physical_batch_size: BatchSize | None = None
+    """Most examples in memory at once. A larger batch is computed in parts whose gradients add up
+    to that of the whole; layers that mix examples, such as batch normalisation, see one part."""
     learning_rate: LearningRate = 0.1
     """Step size of the local optimiser."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.0
+    momentum: Momentum = 0.0
     """Momentum of SGD; begins at zero in every round."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
     weight_decay: WeightDecay = 0.0
-    """L2 penalty of the optimiser."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
-    """The local optimiser."""
+    """L2 penalty; with ``adamw``, decoupled decay of the weights instead."""
+    max_grad_norm: ClipNorm | None = None
+    """Longer gradients of a batch, all parameters together, are scaled down to this L2 norm.
+    Example-level privacy has a bound of its own, ``privacy.clip_norm``."""
+    optimizer: Optimizer = "sgd"
+    """The local optimiser. Its state begins anew in every round."""
     device: DeviceChoice = "auto"
     """Where to train: CUDA, else MPS, else CPU when ``auto``."""
+
+    def steps_of(self, examples: int) -> int:
+        """Returns the optimiser steps of one round on this many examples."""
+        return self.epochs * -(-examples // self.batch_size) if self.steps is None else self.steps
+
+    def passes_of(self, examples: int) -> float:
+        """Returns the passes over this many examples in one round."""
+        steps_per_pass = -(-examples // self.batch_size)
+        return self.epochs if self.steps is None else self.steps / max(steps_per_pass, 1)
 
 
 class ClientPrivacy(Section):
@@ -125,7 +141,7 @@ class ClientPrivacy(Section):
     """Budget of the whole run, which ends before a round that would exceed it."""
     target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
     """The delta of the epsilon budget; at most a tenth of one over the number of clients."""
-    clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] | Literal["adaptive"] = 1.0
+    clip_norm: ClipNorm | Literal["adaptive"] = 1.0
     """L2 bound of one client's update, the difference to the weights that the client received;
     ``adaptive`` follows the median of the updates' norms from round to round."""
     noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
@@ -157,7 +173,7 @@ class Privacy(Section):
     target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
     """The delta of the epsilon budget. A client declines when it is above a tenth of one over the
     number of its examples, unless its owner allows more."""
-    clip_norm: Annotated[float, Field(ge=1e-6, le=1e6)] = 1.0
+    clip_norm: ClipNorm = 1.0
     """L2 bound of one example's gradient."""
     noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
     """Noise over ``clip_norm``; ``auto`` uses, for each client, the least that keeps
@@ -194,11 +210,15 @@ class Finetune(Section):
     """Examples a step, over all processes."""
     learning_rate: LearningRate = 0.05
     """Step size, for pruned models too."""
-    momentum: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    momentum: Momentum = 0.9
     """Momentum of SGD."""
+    nesterov: bool = False
+    """Nesterov's form of momentum."""
     weight_decay: WeightDecay = 0.0
-    """L2 penalty of the optimiser."""
-    optimizer: Literal["sgd", "adam"] = "sgd"
+    """L2 penalty; with ``adamw``, decoupled decay of the weights instead."""
+    max_grad_norm: ClipNorm | None = None
+    """Longer gradients of a batch are scaled down to this L2 norm."""
+    optimizer: Optimizer = "sgd"
     """The optimiser in the cloud."""
     remember: Annotated[float, Field(ge=0, lt=1)] = 0.3
     """The guard against forgetting: the weight that the answers of the model before fine-tuning, or

@@ -23,7 +23,7 @@ from cryptography import x509
 from pydantic import Field, ValidationError
 
 from fedcore.config.patterns import ADDRESS
-from fedcore.config.run import Section
+from fedcore.config.section import Section
 from fedcore.crypto.certificates import (
     MAX_CERTIFICATE_BYTES,
     Role,

@@ -18,7 +18,7 @@ from cryptography import x509
 from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 from pydantic import AwareDatetime, Field, ValidationError
 
-from fedcore.config.run import Section
+from fedcore.config.section import Section
 from fedcore.crypto.certificates import SKEW, MemberRole, parse_certificate, subject_of
 from fedcore.crypto.keys import fingerprint
 from fedcore.crypto.kit import KIT, Kit, Pem, load_identity, restrict

@@ -19,7 +19,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import (
 from cryptography.hazmat.primitives.hashes import SHA384
 from pydantic import Field
 
-from fedcore.config.run import Section
+from fedcore.config.section import Section
 from fedcore.crypto.keys import parse_public, public_bytes
 from fedcore.errors import SignatureInvalid
 

@@ -7,7 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import AwareDatetime, Field, ValidationError
 
-from fedcore.config.run import Section
+from fedcore.config.section import Section
 from fedcore.errors import RollbackRefused, TrustError
 from fedcore.files import read_if_exists, write_atomic
 

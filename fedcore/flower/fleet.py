@@ -73,6 +73,24 @@ class FleetState(InMemoryLinkState):
                     found.append(message)
         return found
 
+    def store_message_and_object_tree(
+        self, message: Message, object_tree: ObjectTree, session_id: str
+    ) -> tuple[bool, list[str]]:
+        """Stores a message as Flower does; ends its session if no object is to follow."""
+        missing: list[str] = []
+        try:
+            stored, missing = super().store_message_and_object_tree(
+                message, object_tree, session_id
+            )
+        finally:
+            if not missing:
+                self.end_session(session_id)
+        return stored, missing
+
+    def end_session(self, session_id: str) -> None:
+        """Forgets what a push was to bring; Flower would remember that until the run ends."""
+        self._cleanup_push_session(session_id, cleanup_messages=False)
+
 
 class _Content:
     """Content of a message, and what a server needs to know of it to send it to many nodes."""
@@ -317,5 +335,9 @@ class Fleet:
         state, root = self.state, pending.reply.object_id
         state.message_ins_id_to_message_res_id.pop(message_id, None)
         state.message_res_store.pop(root, None)
-        state.object_store.delete(root)
+        state.end_session(pending.session)
+        for one in (pending.reply, *iterate_object_tree(pending.reply)):
+            # Also objects that Flower counts as no other's part, since another node's reply
+            # announced their parents first, without them.
+            state.object_store.delete(one.object_id)
         pending.drop_reply()

@@ -205,7 +205,7 @@ def _push_bundle(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request, contents = _parse(PushMessagesRequest, bundle.call), contents_of(bundle)
     answer = _begin_reply(fleet, caller, request, contents.keys())
     run_id, left = request.messages_list[0].metadata.run_id, list[str]()
-    for object_id in answer.objects_to_push:
+    for object_id in dict.fromkeys(answer.objects_to_push):  # Flower lists one for each parent
         content = contents.get(object_id)
         if (
             content is None
@@ -260,6 +260,8 @@ def _begin_reply(
             raise _malformed(caller, "its identifier is that of another reply")
         if fleet.pending.sends(tree.object_id):
             raise _malformed(caller, "its identifier is that of the server's message")
+        if _names_messages(fleet, objects - {tree.object_id}):
+            raise _malformed(caller, "its tree of objects contains another message")
         try:
             answer = fleet_handlers.push_messages(request, fleet.state)
         except ValueError as error:  # invalid digests
@@ -275,6 +277,11 @@ def _begin_reply(
     if complete:
         fleet.finish_reply(metadata.reply_to_message_id)
     return answer
+
+
+def _names_messages(fleet: Fleet, objects: Set[str]) -> bool:
+    """Returns whether a message or a reply is among the objects: they would be deleted together."""
+    return any(one in fleet.pending or one in fleet.state.message_res_store for one in objects)
 
 
 def _push_object(fleet: Fleet, caller: Caller, body: Body) -> Message:

@@ -15,6 +15,7 @@ from fedcore.flower.fleet import Fleet
 from fedcore.flower.fleet_store import LARGE_BYTES
 from fedcore.flower.grid import OwnGrid
 from fedcore.updates.messages import REFUSED
+from fedcore.updates.pieces import FileArray
 
 GRACE_S = 3.0
 """Seconds that a round waits for a disconnected device to return, before it continues without."""
@@ -207,7 +208,8 @@ class FleetGrid(OwnGrid):
             large += size.in_files > LARGE_BYTES
             if reply is not None:
                 batch[answered] = reply
-            if size.in_memory > LARGE_BYTES or large >= _LARGE_TOGETHER or len(batch) >= _TOGETHER:
+            in_memory = max(size.in_memory, _in_memory_bytes(reply))
+            if in_memory > LARGE_BYTES or large >= _LARGE_TOGETHER or len(batch) >= _TOGETHER:
                 break
             answered = self._fleet.next_answered(0.0)
         return batch, None
@@ -239,3 +241,12 @@ class FleetGrid(OwnGrid):
     def _go_on(self) -> None:
         if self._stopping.is_set():
             raise ServerStopped("the server is stopping")
+
+
+def _in_memory_bytes(reply: Message | None) -> int:
+    """Returns the bytes of a reply's arrays in memory; many may repeat one small chunk."""
+    if reply is None or reply.has_error():
+        return 0
+    records = reply.content.array_records.values()
+    arrays = {id(one): one for record in records for one in record.values()}
+    return sum(len(one.data) for one in arrays.values() if not isinstance(one, FileArray))

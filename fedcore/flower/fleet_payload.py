@@ -32,6 +32,9 @@ _MAX_DIMENSIONS = 64
 MAX_OBJECTS = 4096
 """Most objects of a reply; enough for 20 GiB of arrays."""
 _CHUNK = "ArrayChunk"
+_MAX_SCRATCH = 64
+"""Most arrays of a reply in files made while it is read; each takes a file descriptor. An honest
+reply's large arrays have files from their arrival, but for one whose chunks are equal."""
 
 
 def read_message(
@@ -168,6 +171,7 @@ class _StoreReader(ObjectReader):
     ) -> None:
         super().__init__(store.get, known, limit_bytes)
         self._store, self._own = store, own
+        self._scratches = 0
 
     def _filled(self, form: Array, chunks: list[str]) -> Array:
         """Fills an array; uses the file that received its chunks, if there is one."""
@@ -189,6 +193,9 @@ class _StoreReader(ObjectReader):
                 for each in chunks:
                     file.write(self._part(each))
                     if isinstance(file, io.BytesIO) and file.tell() > LARGE_BYTES:
+                        self._scratches += 1
+                        if self._scratches > _MAX_SCRATCH:
+                            raise ValueError(f"more than {_MAX_SCRATCH} arrays of equal chunks")
                         begun, file = file, self._store.scratch()
                         file.write(begun.getbuffer())
                 file.flush()

@@ -98,7 +98,7 @@ def plan_for(
         )
     steps_per_epoch = -(-count // client.batch_size)
     sample_rate = 1 / steps_per_epoch
-    steps = steps_per_epoch * client.epochs
+    steps = client.steps_of(count)
     noise = privacy.noise_multiplier
     if noise == "auto":
         noise = noise_for(

@@ -81,6 +81,34 @@ def batches_of(order: Tensor, batch_size: int, *, least: int = 1) -> list[Tensor
     return parts
 
 
+def passes(
+    count: int,
+    batch_size: int,
+    rng: torch.Generator,
+    *,
+    epochs: int,
+    steps: int | None = None,
+    least: int = 1,
+) -> Iterator[list[Tensor]]:
+    """Yields for each pass over the data the rows of its batches, see `batches_of`.
+
+    Args:
+        count: Number of examples.
+        batch_size: Examples per batch.
+        rng: Generator for the order of examples, drawn when a pass begins.
+        epochs: Number of passes.
+        steps: Number of batches, in place of ``epochs``: the last pass may end early.
+        least: Rows that a batch needs.
+    """
+    passed = taken = 0
+    while passed < epochs if steps is None else taken < steps:
+        batches = batches_of(torch.randperm(count, generator=rng), batch_size, least=least)
+        if steps is not None:
+            batches = batches[: steps - taken]
+        yield batches
+        passed, taken = passed + 1, taken + len(batches)
+
+
 def in_order(examples: Examples, batch_size: int) -> Iterator[tuple[Tensor, Tensor]]:
     """Yields batches that cover every example once, in the data set's order."""
     for rows in torch.split(torch.arange(size_of(examples)), batch_size):

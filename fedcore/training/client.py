@@ -157,8 +157,7 @@ def _train(
     run, number, bounds = client.run, instruction.round, client.bounds()
     settings = settings_of(client, instruction)
     examples, _ = local_data(client, name)
-    steps = settings.epochs * -(-size_of(examples) // settings.batch_size)
-    bounds.admit(steps)
+    bounds.admit(settings.steps_of(size_of(examples)))
     device = available(run.client.device)
     if client.owner.max_threads:
         torch.set_num_threads(min(torch.get_num_threads(), client.owner.max_threads))
@@ -190,6 +189,8 @@ def _train(
                 epochs=settings.epochs,
                 batch_size=settings.batch_size,
                 rng=order,
+                steps=settings.steps,
+                physical_batch_size=settings.physical_batch_size,
                 penalty=proximal(model.model, instruction.proximal_mu)
                 if instruction.proximal_mu
                 else None,

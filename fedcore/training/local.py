@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fedcore.errors import TrainingDiverged
 from fedcore.task.definition import Examples, Loss, size_of
-from fedcore.training.batches import shuffled
+from fedcore.training.batches import batches_of, gather, passes
 from fedcore.training.lone_rows import least_rows, use_running_statistics
 from fedcore.training.order import ViewsOfAnyMemory, for_images
 
@@ -27,7 +27,11 @@ class OptimizerSettings(Protocol):
     @property
     def momentum(self) -> float: ...
     @property
+    def nesterov(self) -> bool: ...
+    @property
     def weight_decay(self) -> float: ...
+    @property
+    def max_grad_norm(self) -> float | None: ...
 
 
 def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
@@ -39,16 +43,22 @@ def optimizer_of(
     parameters: Sequence[Tensor], settings: OptimizerSettings
 ) -> torch.optim.Optimizer:
     """Returns the configured optimiser for the given parameters."""
-    if settings.optimizer == "adam":
-        return torch.optim.Adam(
-            parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay
-        )
+    if settings.optimizer != "sgd":
+        cls = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
+        return cls(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
     return torch.optim.SGD(
         parameters,
         lr=settings.learning_rate,
         momentum=settings.momentum,
+        nesterov=settings.nesterov,
         weight_decay=settings.weight_decay,
     )
+
+
+def clip_gradients(module: nn.Module, settings: OptimizerSettings) -> None:
+    """Scales the gradients of all parameters to ``max_grad_norm`` where they are longer."""
+    if settings.max_grad_norm is not None:
+        nn.utils.clip_grad_norm_(module.parameters(), settings.max_grad_norm)
 
 
 def train(
@@ -60,10 +70,12 @@ def train(
     epochs: int,
     batch_size: int,
     rng: torch.Generator,
+    steps: int | None = None,
+    physical_batch_size: int | None = None,
     penalty: Callable[[nn.Module], Tensor] | None = None,
     between: Callable[[], None] | None = None,
 ) -> float:
-    """Trains ``module`` in place and returns the mean loss over the last epoch.
+    """Trains ``module`` in place and returns the mean loss over the last pass over the data.
 
     Where the model cannot train on a batch of one, as with batch normalisation, a last batch of one
     joins the batch before, and a single example is trained on with running statistics.
@@ -76,6 +88,10 @@ def train(
         epochs: Passes over the data.
         batch_size: Examples per step.
         rng: Generator for the order of examples.
+        steps: Steps to take, in place of ``epochs``: as many passes as they need, the last one
+            perhaps in part.
+        physical_batch_size: Most examples in memory at once; a larger batch is computed in parts,
+            whose gradients add up to that of the whole for a loss that is a mean over examples.
         penalty: Term added to each batch's loss, such as FedProx's proximal term.
         between: Callback before each step; an exception from it ends the work.
 
@@ -94,22 +110,31 @@ def train(
     mean = 0.0
     with for_images(module) as images:
         views = ViewsOfAnyMemory() if images else nullcontext()
-        for epoch in range(epochs):
-            total = torch.zeros((), device=device)
-            for inputs, targets in shuffled(examples, batch_size, rng, least=least):
+        order = passes(count, batch_size, rng, epochs=epochs, steps=steps, least=least)
+        for epoch, batches in enumerate(order):
+            total, seen = torch.zeros((), device=device), 0
+            for rows in batches:
                 if between is not None:
                     between()
                 optimizer.zero_grad(set_to_none=True)
-                inputs = inputs.to(device)
-                if images and inputs.dim() == 4:
-                    inputs = inputs.contiguous(memory_format=torch.channels_last)
-                with views:
-                    value = loss(module(inputs), targets.to(device))
-                objective = value + penalty(module) if penalty else value
-                torch.autograd.backward(objective)
+                for part in batches_of(rows, physical_batch_size or len(rows), least=least):
+                    inputs, targets = gather(examples, part)
+                    inputs = inputs.to(device)
+                    if images and inputs.dim() == 4:
+                        inputs = inputs.contiguous(memory_format=torch.channels_last)
+                    with views:
+                        value = loss(module(inputs), targets.to(device))
+                    objective = value
+                    if len(part) < len(rows):
+                        objective = value * (len(part) / len(rows))
+                    if penalty and part[0] == rows[0]:  # once a step, with the first part
+                        objective = objective + penalty(module)
+                    torch.autograd.backward(objective)
+                    total += value.detach() * len(targets)
+                    seen += len(targets)
+                clip_gradients(module, settings)
                 optimizer.step()
-                total += value.detach() * len(targets)
-            mean = (total / count).item()  # one device synchronisation per epoch, not per batch
+            mean = (total / seen).item()  # one device synchronisation per epoch, not per batch
             check_loss(mean, epoch=epoch, learning_rate=settings.learning_rate)
     return mean
 
@@ -120,12 +145,12 @@ def check_loss(value: float, *, epoch: int, learning_rate: float) -> None:
         raise diverged(value, epoch=epoch, learning_rate=learning_rate)
 
 
-def diverged(value: float, *, epoch: int, learning_rate: float) -> TrainingDiverged:
-    """Returns the error for a loss that is not finite."""
+def diverged(value: float, *, epoch: int | None, learning_rate: float) -> TrainingDiverged:
+    """Returns the error for a loss that is not finite; ``epoch`` is None where it is unknown."""
+    when = "" if epoch is None else f" in local epoch {epoch + 1}"
     return TrainingDiverged(
-        f"training: the loss was {value} in local epoch {epoch + 1} at learning_rate "
-        f"{learning_rate}. No update was produced; lower the learning rate, or look for inputs "
-        "that are not finite."
+        f"training: the loss was {value}{when} at learning_rate {learning_rate}. No update was "
+        "produced; lower the learning rate, or look for inputs that are not finite."
     )
 
 

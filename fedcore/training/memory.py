@@ -30,7 +30,7 @@ def needed_bytes(model: nn.Module, client: ClientConfig, privacy: Privacy) -> in
     memory.
     """
     parameters = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    states = {"adam": 2, "sgd": 1 if client.momentum else 0}[client.optimizer]
+    states = (1 if client.momentum else 0) if client.optimizer == "sgd" else 2
     copies = states + (_PRIVATE_COPIES if privacy.of_examples else 1)
     return copies * parameters * _FLOAT_BYTES
 

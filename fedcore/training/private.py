@@ -72,6 +72,9 @@ def train_private(
     untrained = _untrained(model)
     optimizer = make_optimizer(model, settings)
     batch_size = expected_batch_size(count, plan)
+    physical = method.rows(memory_bytes)
+    if settings.physical_batch_size is not None:
+        physical = min(physical, settings.physical_batch_size)
     seed, skipped = draws.seed(), 0
     try:
         for step in range(plan.charge.steps):
@@ -88,7 +91,7 @@ def train_private(
                 loss,
                 batches,
                 clip_norm=plan.clip_norm,
-                physical=method.rows(memory_bytes),
+                physical=physical,
             )
             skipped += found.skipped
             draws.add_noise(

@@ -20,7 +20,7 @@ from fedcore.seeds import derive, kept_streams
 from fedcore.task.definition import Examples, Task, size_of
 from fedcore.training.batches import batches_of, gather
 from fedcore.training.distillation import beside_teacher
-from fedcore.training.local import check_loss, make_optimizer
+from fedcore.training.local import check_loss, clip_gradients, make_optimizer
 from fedcore.training.lone_rows import least_rows, use_running_statistics
 
 _TRIED_STEPS = 3
@@ -146,6 +146,7 @@ def train_start(
             optimizer.zero_grad(set_to_none=True)
             loss = loss_of(parallel(inputs.to(device)), targets.to(device))
             torch.autograd.backward(loss)  # DDP averages gradients over processes here
+            clip_gradients(model, settings)
             optimizer.step()
             total += loss.detach() * len(targets)
             count += len(targets)

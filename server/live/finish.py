@@ -19,7 +19,8 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, golden_bytes, parse_golden
 from fedcore.artifacts.manifest import MAX_MODEL_BYTES, Digest, Manifest, Parity
-from fedcore.config.run import RunConfig, Section
+from fedcore.config.run import RunConfig
+from fedcore.config.section import Section
 from fedcore.errors import DataError, ReleaseError
 from fedcore.files import read_bytes, read_if_exists, sha256_hex, write_atomic
 from fedcore.observability.events import Sink

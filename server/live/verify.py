@@ -20,11 +20,12 @@ from fedcore.updates.seal import run_digest
 from server.live.journal.blobs import Blobs
 from server.live.journal.entries import Entries
 from server.live.journal.evidence import Evidence, verify_signatures
-from server.live.journal.head import JOURNAL
+from server.live.journal.head import JOURNAL, copied_entries
 from server.live.journal.journal import VALUES
 from server.live.journal.packing import read_run
 from server.live.operators.backup import snapshot
 from server.live.rounds.settings import device_settings
+from server.report.folder import JOURNAL_FOLDER
 
 
 def verify_run(results: Path, identity: Path) -> Evidence:
@@ -39,6 +40,8 @@ def verify_run(results: Path, identity: Path) -> Evidence:
         TrustError: the member list is not to be trusted.
     """
     roster = _roster(identity)
+    # Read before the journal, which a running server may add to: whatever is here is there, too.
+    copied = copied_entries(results / JOURNAL_FOLDER)
     with snapshot(results) as copy, closing(Entries(copy / JOURNAL)) as entries:
         run_values = read_run(entries)
         try:
@@ -50,7 +53,8 @@ def verify_run(results: Path, identity: Path) -> Evidence:
                 "version of fedcore wrote it. Nothing was verified; use that version."
             ) from None
         run_id = run_digest(device_settings(run, instance=run_values["instance"]))
-        return verify_signatures(entries, Blobs(copy / VALUES), run_id=run_id, known=roster.ever)
+        blobs = Blobs(copy / VALUES)
+        return verify_signatures(entries, blobs, run_id=run_id, known=roster.ever, copied=copied)
 
 
 def _roster(identity: Path) -> Roster:

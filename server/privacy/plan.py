@@ -138,7 +138,7 @@ def _forecast(question: Question, charge: Charge) -> Forecast:
         noise_multiplier=charge.noise_multiplier,
         sample_rate=charge.sample_rate,
         steps_per_round=charge.steps,
-        gradients_per_round=question.examples * question.client.epochs,
+        gradients_per_round=round(question.examples * question.client.passes_of(question.examples)),
         epsilon=_epsilon(question, charge, question.participations),
         step_noise=step_noise,
         run_noise=step_noise / math.sqrt(steps),

@@ -11,7 +11,8 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from fedcore.cli import Command
-from fedcore.config.run import MAX_CLIENTS, ClientConfig, Privacy, RunConfig, Section
+from fedcore.config.run import MAX_CLIENTS, ClientConfig, Privacy, RunConfig
+from fedcore.config.section import Section
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
 from fedcore.files import check_picture
@@ -152,6 +153,8 @@ def _question(options: argparse.Namespace) -> Question:
             "rounds draw from."
         )
     client = _changed(run.client, options, _CLIENT)
+    if options.epochs is not None:
+        client = client.model_copy(update={"steps": None})
     privacy = _changed(run.privacy, options, {**_PRIVACY, "rounds": "participations"})
     from server.privacy.plan import Question
 
@@ -187,7 +190,8 @@ def _record(found: PlanResult, question: Question) -> dict[str, object]:
         "max_epsilon": privacy.max_epsilon,
         "target_delta": privacy.target_delta,
         "accountant": privacy.accountant,
-        "epochs": client.epochs,
+        "epochs": client.epochs if client.steps is None else None,
+        "steps": client.steps,
         "plan": asdict(found.forecast),
         "budget_lasts_rounds": found.lasts,
         "epsilon_by_round": [

@@ -17,7 +17,7 @@ from typing import Literal, get_args
 from cryptography import x509
 from pydantic import AwareDatetime, ValidationError
 
-from fedcore.config.run import Section
+from fedcore.config.section import Section
 from fedcore.crypto.certificates import (
     MAX_CERTIFICATE_BYTES,
     check_authority,

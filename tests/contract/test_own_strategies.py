@@ -210,7 +210,10 @@ def test_numbers_of_numpy_are_settings_too() -> None:
 
 
 def test_every_setting_that_is_sent_is_read() -> None:
-    assert {"learning_rate", "epochs", "batch_size", "momentum", "weight_decay"} == set(SETTABLE)
+    assert set(SETTABLE) == {
+        *("learning_rate", "epochs", "steps", "batch_size", "momentum", "weight_decay"),
+        "max_grad_norm",
+    }
 
 
 FLOWERS = """

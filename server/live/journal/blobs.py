@@ -81,14 +81,16 @@ class Blobs:
         """Returns the file of the value named ``digest``, unverified: for this process's writes."""
         return self._folder / digest
 
-    def checked(self, digest: str) -> Path:
-        """Returns the file of the value named ``digest``, after verifying its bytes.
+    def checked(self, digest: str, size: int) -> Path:
+        """Returns the file of the value of ``size`` bytes named ``digest``, after verifying it.
 
         Raises:
-            DataError: the file is missing, or its bytes do not match ``digest``.
+            DataError: the file is missing, has another size, or does not match ``digest``.
         """
         path = self._folder / digest
         try:
+            if path.stat().st_size != size:  # before any of it is read: it may be very large
+                raise _damaged(path)
             found = _cuts_digest_of(path) if digest.startswith(_CUTS) else _digest_of(path)
         except OSError as error:
             raise DataError(

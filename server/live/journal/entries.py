@@ -148,6 +148,11 @@ def _typed_error(path: Path, error: sqlite3.Error) -> FedcoreError:
     return DataError(f"{path}: the journal is damaged ({error}).")
 
 
+def _normal(row: Sequence[str | None]) -> tuple[str, ...]:
+    """Returns a row of SQLite's schema for comparison; a view or a check may run without end."""
+    return tuple(" ".join(str(one).lower().replace("if not exists", "").split()) for one in row)
+
+
 class Entries:
     """SQLite file of journal entries. Each change is on disk when its method returns.
 
@@ -175,6 +180,12 @@ class Entries:
     def _prepare(self) -> None:
         with sqlite_errors(self.path):
             # Durable with one fsync per transaction; a crash leaves the last complete transaction.
+            found = self._connection.execute("select type, name, sql from sqlite_schema").fetchall()
+            if not {*map(_normal, found)} <= {_normal(("table", "entry", _SCHEMA))}:
+                raise DataError(
+                    f"{self.path}: the journal is damaged (it does not consist of the one table "
+                    "of a journal)."
+                )
             self._connection.execute("pragma journal_mode = wal")
             self._connection.execute("pragma synchronous = full")
             (found,) = self._connection.execute("pragma integrity_check(1)").fetchone()

@@ -175,6 +175,12 @@ def _read_records(folder: Path) -> list[JournalEntry]:
     return found
 
 
+def copied_entries(folder: Path) -> list[JournalEntry]:
+    """Returns the entries in the copy of a journal; none if it is missing or damaged."""
+    copy = _read_head(folder)
+    return [] if copy is None else copy.entries
+
+
 def settle_restored(folder: Path) -> None:
     """Deletes the WAL files of another journal from the folder of one restored from a backup.
 
@@ -230,13 +236,20 @@ def open_repaired(folder: Path) -> tuple[Entries, str]:
         why = f"{path}: the journal is damaged (entries do not match their digests)."
     else:
         if damaged:
-            entries.write(drop=[(entry.kind, entry.round, entry.round) for entry in damaged])
+            entries.write(
+                drop=[(kind, one.round, one.round) for one in damaged for kind in _pair(one)]
+            )
         if copy is None or copied < kept or copy.history != _history(entries):
             write_head(folder, entries)  # a crash before the copy was written, or a damaged copy
         repairs = f"{path}: replies were damaged; those nodes will be asked again."
         return entries, repairs if damaged else ""
     entries.close()
     return _rebuilt(folder, head, why)
+
+
+def _pair(reply: JournalEntry) -> tuple[str, str]:
+    """Returns the kinds of a reply's entry and of its signature's."""
+    return reply.kind, SIGNATURE + reply.kind.removeprefix(REPLY)
 
 
 def _not_a_file(path: Path) -> str:

@@ -178,7 +178,7 @@ def _content_from(entry: JournalEntry, blobs: Blobs, *, where: str) -> RecordDic
     records = {name: ArrayRecord() for name in values["records"]}
     for name, key, dtype, shape, stype, (first, last) in values["arrays"]:
         records[name][key] = (
-            PathArray(dtype, tuple(shape), stype, blobs.checked(first))
+            PathArray(dtype, tuple(shape), stype, blobs.checked(first, last))
             if isinstance(first, str)
             else Array(dtype, tuple(shape), stype, entry.data[first:last])
         )

@@ -23,6 +23,8 @@ from typing import BinaryIO
 
 from fedcore.errors import ConfigError, DataError, ResourceError
 from fedcore.files import disk_errors, open_regular, sync_folder
+from fedcore.observability.foreign import foreign
+from fedcore.observability.words import counted
 from server.live.journal.entries import Entries
 from server.live.journal.head import JOURNAL, RESTORED, write_head
 from server.live.journal.journal import VALUES, values_of
@@ -162,6 +164,7 @@ def _hold(journal: Path, held: Path) -> None:
     """Puts a consistent snapshot of the journal into ``held``, with exactly the values it needs."""
     values = held / VALUES
     values.mkdir(mode=0o700)
+    before: set[str] | None = None
     for _ in range(_ATTEMPTS):
         _link(journal / VALUES, values)
         _copy(journal / JOURNAL, held / JOURNAL)
@@ -171,6 +174,14 @@ def _hold(journal: Path, held: Path) -> None:
             if needed <= {path.name for path in values.iterdir()}:
                 write_head(held, entries)  # the original may be of a later commit
                 break
+        if needed == before:  # a commit that deletes values changes what is needed, too
+            lost = sorted(needed - {path.name for path in values.iterdir()})
+            raise DataError(
+                f"{journal}: {counted(len(lost), 'value')} missing, such as "
+                f"{foreign(lost[0], 80)!r}: files of this journal were deleted. Nothing was "
+                "written; restore the folder from a backup."
+            )
+        before = needed
     else:
         raise ResourceError(
             f"{journal}: it changed {_ATTEMPTS} times while it was being copied. No backup was "
@@ -193,7 +204,7 @@ def _copy(database: Path, copy: Path) -> None:
     copy.unlink(missing_ok=True)
     try:
         with (
-            closing(sqlite3.connect(f"file:{database}?mode=ro", uri=True)) as there,
+            closing(sqlite3.connect(f"{database.absolute().as_uri()}?mode=ro", uri=True)) as there,
             closing(sqlite3.connect(copy)) as here,
         ):
             there.backup(here)

@@ -9,7 +9,7 @@ from typing import Literal
 
 from pydantic import ValidationError
 
-from fedcore.config.run import Section
+from fedcore.config.section import Section
 from fedcore.crypto.certificates import MemberRole
 from fedcore.errors import ConfigError, ResourceError
 from fedcore.observability.faults import first_fault

@@ -92,12 +92,7 @@ def _train(
     run: Run,
 ) -> TrainedClients:
     private = work[0].private is not None
-    orders = [
-        poisson_order(one)
-        if private
-        else shuffled_order(one, epochs=settings.epochs, batch_size=settings.batch_size)
-        for one in work
-    ]
+    orders = [poisson_order(one) if private else shuffled_order(one, settings) for one in work]
     places = sorted(range(len(work)), key=lambda place: -len(orders[place].lengths))
     group = [work[place] for place in places]
     device = next(model.model.parameters()).device
@@ -109,17 +104,15 @@ def _train(
         _run_private_steps(rows, group, chain.layers, run, weights, loss, descend)
         losses: list[float | None] = [None] * len(work)
     else:
-        losses = list(_run_steps(rows, run, weights, loss, descend, epochs=settings.epochs))
+        losses = list(_run_steps(rows, run, weights, loss, descend))
     flat = torch.cat([tensor.flatten(1) for tensor in weights.values()], dim=1)
     return in_order([(places, TrainedClients(flat, losses))])
 
 
-def _run_steps(
-    rows: Rows, run: Run, weights: Weights, loss: Loss, descend: Descend, *, epochs: int
-) -> list[float]:
-    """Runs all steps without privacy; returns each client's mean loss over its last epoch.
+def _run_steps(rows: Rows, run: Run, weights: Weights, loss: Loss, descend: Descend) -> list[float]:
+    """Runs all steps without privacy; returns each client's mean loss over its last pass.
 
-    The loss is NaN where some batch's was not finite, in any epoch.
+    The loss is NaN where some batch's was not finite, in any pass.
     """
     told: list[Tensor] = []
     shares = rows.mask / rows.counts.clamp(min=1).unsqueeze(2)
@@ -137,7 +130,7 @@ def _run_steps(
     each = torch.zeros(rows.mask.shape, device=rows.mask.device)
     for step, losses in enumerate(told):
         each[: rows.active[step], step, : rows.widest[step]] = losses
-    last = _last_epoch(rows, epochs)
+    last = _last_pass(rows)
     each = torch.where(rows.mask > 0, each, 0.0)
     sums = torch.where(last.unsqueeze(2), each, 0.0).sum(dim=(1, 2))
     means = sums / (rows.counts * last).sum(dim=1)
@@ -153,11 +146,11 @@ def _sum_over_batch(
     return part if isinstance(part, BatchGradients) else batch_gradient(*part)
 
 
-def _last_epoch(rows: Rows, epochs: int) -> Tensor:
-    """Returns whether each step of each client is in its last epoch, shape ``(K, T)``."""
+def _last_pass(rows: Rows) -> Tensor:
+    """Returns whether each step of each client is in its last pass, shape ``(K, T)``."""
     number = torch.arange(rows.counts.shape[1], device=rows.counts.device)
     counts = rows.step_counts.unsqueeze(1)
-    return (number >= counts - counts // epochs) & (number < counts)
+    return (number >= counts - rows.last_counts.unsqueeze(1)) & (number < counts)
 
 
 def _run_private_steps(

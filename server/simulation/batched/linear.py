@@ -41,6 +41,8 @@ def fits(chain: Chain, model: FullModel, settings: ClientConfig) -> bool:
         and weight.numel() * weight.itemsize <= _CACHED_BYTES
         and settings.optimizer == "sgd"
         and not settings.momentum
+        and settings.max_grad_norm is None
+        and settings.steps is None
     )
 
 
@@ -78,7 +80,7 @@ def train_linear(
     losses: list[float | None] = []
     for row, one in zip(rows, work, strict=True):
         inputs, targets = _examples(model, one, shape[1])
-        order = shuffled_order(one, epochs=settings.epochs, batch_size=settings.batch_size)
+        order = shuffled_order(one, settings)
         own = row[:numbers].reshape(shape)
         own[:] = start
         own_bias = start_bias.copy() if bias is None else row[numbers:]

@@ -42,7 +42,7 @@ def descent(
         settings: Optimiser and its settings.
         proximal_mu: Weight of FedProx's penalty; 0 without.
     """
-    if settings.optimizer == "sgd" and not settings.momentum:
+    if settings.optimizer == "sgd" and not settings.momentum and settings.max_grad_norm is None:
         return _plain(weights, start, layers, settings, proximal_mu)
     return _with_state(weights, start, layers, settings, proximal_mu)
 
@@ -89,7 +89,7 @@ def _pull(weight: Tensor, start: Tensor, decay: float, mu: float) -> Tensor:
 def _with_state(
     weights: Weights, start: Weights, layers: Sequence[Dense], settings: ClientConfig, mu: float
 ) -> Descend:
-    """Returns a step of SGD with momentum or of Adam, with torch's functional optimisers."""
+    """Returns a step of any optimiser on whole gradients, with torch's functional optimisers."""
     first = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     second = {name: torch.zeros_like(tensor) for name, tensor in weights.items()}
     steps = [torch.zeros(()) for _ in weights]
@@ -113,20 +113,31 @@ def _with_state(
                 gradient.add_(extra[name])
             if mu:
                 gradient.add_(weights[name][:clients] - start[name], alpha=mu)
+        if settings.max_grad_norm is not None:
+            clip_each(list(gradients.values()), settings.max_grad_norm)
         now = [tensor[:clients] for tensor in weights.values()]
         slopes_of = [gradients[name] for name in weights]
         averages = [first[name][:clients] for name in weights]
         rate, decay = settings.learning_rate, settings.weight_decay
-        if settings.optimizer == "adam":  # torch's defaults, which clients use
+        if settings.optimizer != "sgd":  # torch's defaults, which clients use
             squares = [second[name][:clients] for name in weights]
             adam(
                 now, slopes_of, averages, squares, [], steps, foreach=False, amsgrad=False,
                 beta1=0.9, beta2=0.999, eps=1e-8, lr=rate, weight_decay=decay, maximize=False,
+                decoupled_weight_decay=settings.optimizer == "adamw",
             )  # fmt: skip
         else:
             sgd(
                 now, slopes_of, [*averages], foreach=False, momentum=settings.momentum, lr=rate,
-                weight_decay=decay, dampening=0.0, nesterov=False, maximize=False,
+                weight_decay=decay, dampening=0.0, nesterov=settings.nesterov, maximize=False,
             )  # fmt: skip
 
     return descend
+
+
+def clip_each(gradients: Sequence[Tensor], max_norm: float) -> None:
+    """Scales each client's gradients, ``(K, ...)`` each, to ``max_norm``, as torch does for one."""
+    squares = torch.stack([one.flatten(1).square().sum(dim=1) for one in gradients])
+    factors = (max_norm / (squares.sum(dim=0).sqrt() + 1e-6)).clamp(max=1.0)
+    for one in gradients:
+        one.mul_(factors.view(-1, *[1] * (one.dim() - 1)))

@@ -9,6 +9,7 @@ from functools import cached_property
 import torch
 from torch import Tensor, nn
 
+from fedcore.config.run import ClientConfig
 from fedcore.errors import DataError
 from fedcore.task.model import FullModel
 from fedcore.training.batches import gather_all
@@ -33,6 +34,8 @@ class Rows:
     """Number of clients in each step."""
     step_counts: Tensor
     """Number of steps of each client, ``(K,)``."""
+    last_counts: Tensor
+    """Number of steps in each client's last pass over its data, ``(K,)``."""
     width: int
     widest: tuple[int, ...]
     """Rows of the largest batch of each step, at least 1; the rows after it are padding for
@@ -55,15 +58,21 @@ class BatchOrder:
     """Rows of the examples of all batches, concatenated."""
     lengths: Sequence[int]
     """Number of examples in each batch."""
+    last: int
+    """Number of batches in the last pass over the data."""
 
 
-def shuffled_order(work: LocalWork, *, epochs: int, batch_size: int) -> BatchOrder:
+def shuffled_order(work: LocalWork, settings: ClientConfig) -> BatchOrder:
     """Returns the same batches as `fedcore.training.local.train`."""
     rng, count = work.order(), work.size
-    whole, rest = divmod(count, batch_size)
-    lengths = ([batch_size] * whole + [rest] * (rest > 0)) * epochs
-    drawn = [torch.randperm(count, generator=rng) for _ in range(epochs)]
-    return BatchOrder(drawn[0] if epochs == 1 else torch.cat(drawn), lengths)
+    whole, rest = divmod(count, settings.batch_size)
+    each = [settings.batch_size] * whole + [rest] * (rest > 0)
+    steps = settings.steps_of(count)
+    passes = -(-steps // len(each))
+    lengths = (each * passes)[:steps]
+    drawn = [torch.randperm(count, generator=rng) for _ in range(passes)]
+    rows = drawn[0] if passes == 1 else torch.cat(drawn)
+    return BatchOrder(rows[: sum(lengths)], lengths, steps - (passes - 1) * len(each))
 
 
 def poisson_order(work: LocalWork) -> BatchOrder:
@@ -71,7 +80,7 @@ def poisson_order(work: LocalWork) -> BatchOrder:
     assert work.private is not None
     count, charge = work.size, work.private.plan.charge
     drawn = torch.rand(charge.steps, count, generator=work.order()) < charge.sample_rate
-    return BatchOrder(drawn.nonzero()[:, 1], drawn.sum(dim=1).tolist())
+    return BatchOrder(drawn.nonzero()[:, 1], drawn.sum(dim=1).tolist(), last=charge.steps)
 
 
 def stack_batches(
@@ -99,6 +108,7 @@ def stack_batches(
         counts=torch.tensor(lengths, device=device),
         active=tuple(sum(step < taken for taken in steps) for step in range(steps[0])),
         step_counts=torch.tensor(steps, device=device),
+        last_counts=torch.tensor([order.last for order in orders], device=device),
         width=width,
         widest=tuple(max(1, *step) for step in zip(*lengths, strict=True)),
         full=all(length == width for row in lengths for length in row),

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -56,7 +57,7 @@ class Trainers:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self._found: dict[tuple[str, bool], Trainer] = {}
+        self._found: dict[tuple[str | bool, ...], Trainer] = {}
 
     def find(
         self,
@@ -80,7 +81,7 @@ class Trainers:
         Raises:
             ConfigError: batches do not work for this task, and ``chosen`` is false.
         """
-        kind = (settings.optimizer, bool(settings.momentum))  # what a trainer depends on
+        kind = _kind_of(settings)
         if kind in self._found:
             return self._found[kind]
         for sample in work:
@@ -108,6 +109,22 @@ class Trainers:
             return None
 
 
+def _kind_of(settings: Settings) -> tuple[str | bool, ...]:
+    """Returns the traits of clients' settings that a trainer depends on."""
+    return (
+        settings.optimizer,
+        bool(settings.momentum),
+        settings.max_grad_norm is not None,
+        settings.steps is not None,
+        _in_parts(settings),
+    )
+
+
+def _in_parts(settings: Settings) -> bool:
+    """Whether clients compute their batches in parts."""
+    return (settings.physical_batch_size or settings.batch_size) < settings.batch_size
+
+
 def find_trainer(
     client: Client, resident: Resident, sample: LocalWork, settings: Settings
 ) -> Trainer | str:
@@ -117,8 +134,8 @@ def find_trainer(
         client: The task and the run.
         resident: The task's model, on the device to train on.
         sample: A client's data, to test the task's loss and model.
-        settings: The client's settings. Clients with other settings can use the trainer, if they
-            use the same optimiser and both or neither have momentum.
+        settings: The client's settings. Clients with other settings can use the trainer where
+            `_kind_of` is equal.
 
     Raises:
         Exception: the task's code raised it for this client's data.
@@ -128,6 +145,11 @@ def find_trainer(
     loss: Loss = client.task.loss
     if client_mods(run.federation.strategy):
         return f"clients of {run.federation.strategy} each run their own mod around training"
+    if _in_parts(settings):
+        return (
+            f"client.physical_batch_size = {settings.physical_batch_size} bounds memory, and "
+            "clients that train together need more"
+        )
     forbidden = unsupported_parts(model)
     if forbidden:
         return (
@@ -295,7 +317,7 @@ def _groups(
     each = 0
     for place in places:
         if not group:  # the first is the largest of its group
-            rows = work[place].size * settings.epochs
+            rows = math.ceil(work[place].size * settings.passes_of(work[place].size))
             # Factor 2: padding to a step's widest batch. Factor 8: outputs of all layers of a step.
             each = weights + 2 * rows * numbers * 4 + 8 * step
         group.append(place)

@@ -19,6 +19,7 @@ from fedcore.task.model import FullModel
 from fedcore.training.batches import gather_all
 from fedcore.training.local import optimizer_of
 from fedcore.training.per_example.mapping import vmap
+from server.simulation.batched.optimizer import clip_each
 from server.simulation.batched.rows import check_alike
 from server.simulation.batched.work import LocalWork, TrainedClients, in_order
 
@@ -111,10 +112,12 @@ def _train(
     finite = torch.ones(clients, dtype=torch.bool, device=device)
     model.model.train()
     rngs = [one.order() for one in work]
-    for _ in range(settings.epochs):
+    left = settings.steps_of(int(counts[0]))
+    seen = counts
+    while left:
         order = _orders(work, rngs, steps * batch)
-        losses = torch.zeros(clients, device=device)
-        for first in range(0, steps * batch, batch):
+        losses, seen = torch.zeros(clients, device=device), torch.zeros_like(counts)
+        for first in range(0, min(steps, left) * batch, batch):
             places = slice(first, first + batch)
             picked, mask = order[:, places], valid[:, places]
             gradients, value = step(weights, inputs[rows, picked], targets[rows, picked], mask)
@@ -123,12 +126,20 @@ def _train(
                 if proximal_mu:
                     gradient = gradient + proximal_mu * (weight.detach() - start[name])
                 weight.grad = gradient
+            if settings.max_grad_norm is not None:
+                clip_each(_gradients_of(weights), settings.max_grad_norm)
             optimizer.step()
             losses += value.detach() * mask.sum(dim=1)
+            seen += mask.sum(dim=1)
             finite &= torch.isfinite(value.detach())
+        left -= min(steps, left)
     flat = torch.cat([weights[name].detach().flatten(1) for name in weights], dim=1)
-    means = torch.where(finite, losses / counts, torch.nan)
+    means = torch.where(finite, losses / seen, torch.nan)
     return TrainedClients(flat, means.tolist())
+
+
+def _gradients_of(weights: Weights) -> list[Tensor]:
+    return [weight.grad for weight in weights.values() if weight.grad is not None]
 
 
 def _stacked_batches(

@@ -76,7 +76,8 @@ def divergence(loss: float | None, finite: bool, settings: ClientConfig) -> Trai
         settings: Settings that it was trained with.
     """
     if loss is not None and not isfinite(loss):
-        return diverged(loss, epoch=settings.epochs - 1, learning_rate=settings.learning_rate)
+        epoch = settings.epochs - 1 if settings.steps is None else None
+        return diverged(loss, epoch=epoch, learning_rate=settings.learning_rate)
     if not finite:
         return TrainingDiverged(
             f"training: the trained weights are not finite at learning_rate "

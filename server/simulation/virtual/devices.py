@@ -152,7 +152,7 @@ def fate(
     *,
     clock_s: float,
     examples: int,
-    epochs: int,
+    epochs: float,
     bytes_down: int,
     bytes_up: int,
 ) -> Fate:

@@ -150,7 +150,7 @@ class Worker:
             return None
         try:
             examples = size_of(local_data(self._client, one.name)[0])
-            epochs = settings_of(self._client, self._instruction_of(order, one)).epochs
+            settings = settings_of(self._client, self._instruction_of(order, one))
         except (Exception, SystemExit):  # reported when the client trains
             return None
         sent = sum(len(array.data) for array in order.content.array_records[ARRAYS].values())
@@ -160,7 +160,7 @@ class Worker:
             self._read(order).round,
             clock_s=order.clock_s,
             examples=examples,
-            epochs=epochs,
+            epochs=settings.passes_of(examples),
             bytes_down=sent,
             bytes_up=sent,
         )

@@ -7,8 +7,9 @@ from typing import Any
 import pytest
 from flwr.app import Message
 
+from fedcore.config.client_settings import ClientSettings, settings_with
 from fedcore.config.owner import OwnerPolicy
-from fedcore.config.run import RunConfig
+from fedcore.config.run import ClientConfig, RunConfig
 from fedcore.errors import InvalidUpdate
 from fedcore.flower.identity import assume_identity
 from fedcore.privacy.ledger import Ledger, read_ledger
@@ -42,6 +43,7 @@ def asking(task: Task, run: RunConfig, **settings: Any) -> Message:
 def test_settings_of_a_round_are_those_that_a_client_trains_with() -> None:
     task = make_task()
     asked = {"epochs": 3, "batch_size": 7, "learning_rate": 0.03, "momentum": 0.5}
+    asked |= {"steps": 4, "max_grad_norm": 0.5}
     as_asked = make_run(client={**asked, "weight_decay": 0.01})
     expected = update_of(
         app_of(task, as_asked)(instruct(task, as_asked), context()), task, as_asked
@@ -63,6 +65,8 @@ def test_settings_of_a_round_are_those_that_a_client_trains_with() -> None:
         ({"batch_size": "8"}, "batch_size = '8', expected a valid integer"),
         ({"learning_rate": float("nan")}, "learning_rate = nan, expected a finite number"),
         ({"momentum": 1.0}, "momentum = 1.0, expected less than 1"),
+        ({"steps": 0}, "steps = 0, expected greater than or equal to 1"),
+        ({"max_grad_norm": -1.0}, "max_grad_norm = -1.0, expected greater than or equal to"),
     ],
 )
 def test_settings_out_of_bounds_are_refused(asked: dict[str, Any], said: str) -> None:
@@ -84,7 +88,23 @@ def test_an_owners_limit_counts_the_steps_that_are_really_asked_for() -> None:
     assert "the server asks for 3 steps in this round" in str(reply.error.reason)
 
 
-@pytest.mark.parametrize("asked", [{"epochs": 2}, {"batch_size": 5}])
+def test_epochs_that_a_server_sends_replace_the_runs_steps() -> None:
+    run, asked = ClientConfig(steps=5), ClientSettings(epochs=3)
+    assert settings_with(run, asked, private=False) == ClientConfig(epochs=3)
+    with pytest.raises(ValueError, match="nesterov = true needs client"):
+        settings_with(
+            ClientConfig(momentum=0.9, nesterov=True), ClientSettings(momentum=0.0), private=False
+        )
+
+
+def test_under_privacy_a_server_cannot_bound_gradients_of_batches() -> None:
+    with pytest.raises(ValueError, match="contradicts example-level privacy"):
+        settings_with(ClientConfig(), ClientSettings(max_grad_norm=1.0), private=True)
+    kept = settings_with(ClientConfig(steps=5), ClientSettings(epochs=1), private=True)
+    assert kept.steps == 5  # what was charged for
+
+
+@pytest.mark.parametrize("asked", [{"epochs": 2}, {"batch_size": 5}, {"steps": 1}])
 def test_under_privacy_nothing_that_is_charged_for_changes(asked: dict[str, Any]) -> None:
     task, run, where = make_task(), make_run(privacy=PRIVATE), context()
     reply = app_of(task, run)(asking(task, run, **asked), where)

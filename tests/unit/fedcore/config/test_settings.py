@@ -209,6 +209,15 @@ def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
             "[federation]\nrounds = 3\n[privacy]\nparticipations = 4",
             "privacy.participations = 4 is more than federation.rounds = 3",
         ),
+        ("[client]\nnesterov = true", "client.nesterov = true needs client.optimizer = 'sgd' with"),
+        (
+            "[finetune]\nnesterov = true\noptimizer = 'adamw'",
+            "finetune.nesterov = true needs finetune.optimizer = 'sgd'",
+        ),
+        (
+            "[client]\nmax_grad_norm = 1.0\n[privacy]\nunit = 'example'",
+            "client.max_grad_norm = 1 contradicts example-level privacy: DP-SGD bounds each",
+        ),
         ("[compression]\ncandidates = ['pruned']", "compression.candidates must contain 'fp32'"),
         ("[compression]\ncandidates = ['fp32', 'fp32']", "lists a candidate twice"),
         ("[release]\nkeys = 'keys'", "release.repository and release.keys must be set together"),

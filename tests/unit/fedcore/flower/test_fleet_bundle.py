@@ -147,6 +147,19 @@ def test_objects_that_do_not_come_along_are_still_missing(fleet: Fleet) -> None:
     assert fleet.pending[message_id].missing == {large}
 
 
+def test_an_object_in_several_places_is_brought_once(fleet: Fleet) -> None:
+    message, message_id = asked(fleet)
+    equal = Array(np.zeros(5, np.float32))
+    twice = RecordDict({"a": ArrayRecord({"x": equal}), "b": ArrayRecord({"y": equal})})
+    begin, objects = begun(Message(twice, reply_to=message), NODE)
+    assert push(fleet, packed_reply(begin, objects.values())) == set()
+    assert fleet.next_answered(0.0) == message_id
+    assert fleet.next_answered(0.0) is None
+    taken = fleet.pop_reply(message_id)
+    assert taken is not None
+    assert taken.content == twice
+
+
 def test_what_the_reply_does_not_name_is_refused_before_any_of_it_is_stored(fleet: Fleet) -> None:
     message, message_id = asked(fleet)
     begin, objects = reply_to(message)

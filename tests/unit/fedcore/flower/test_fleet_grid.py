@@ -39,7 +39,7 @@ class Answering:
             for key, size in zip(self.keys, weights, strict=True)
         ]
         self.done: list[str] = []
-        self.beside: dict[int, ConfigRecord] = {}
+        self.beside: dict[int, ArrayRecord | ConfigRecord] = {}
         """What replies hold in addition, by their place."""
         self.grid = FleetGrid(
             fleet, self, inspector=self, consumed=self.done.append, stopping=threading.Event()
@@ -96,6 +96,29 @@ def test_what_others_have_sent_counts_for_each_that_has_it(fleet: Fleet) -> None
     devices = Answering(fleet, [SMALL, SMALL, SMALL])
     devices.beside = dict.fromkeys(range(3), ConfigRecord({"much": bytes(100_000)}))
     assert [len(batch) for batch in devices.batches()] == [1, 1, 1]
+
+
+def repeated(arrays: int, size_bytes: int) -> ArrayRecord:
+    """Arrays that all consist of one chunk."""
+    chunk = bytes(size_bytes)
+    forms = {str(each): (each, 1) for each in range(arrays)}
+    return ArrayRecord(
+        {name: Array("float32", shape, "numpy.ndarray", chunk) for name, shape in forms.items()}
+    )
+
+
+def test_arrays_that_repeat_a_small_chunk_count_as_often_as_they_do(fleet: Fleet) -> None:
+    devices = Answering(fleet, [SMALL, LARGE, SMALL], to_files=True)
+    devices.beside = dict.fromkeys(range(3), repeated(20, 30_000))
+    assert [len(batch) for batch in devices.batches()] == [1, 1, 1]
+
+
+def test_arrays_that_repeat_a_large_chunk_take_few_files(fleet: Fleet) -> None:
+    devices = Answering(fleet, [10 * LARGE] * 2, to_files=True)
+    devices.beside = {0: repeated(60, 70_000), 1: repeated(70, 70_000)}
+    replies = [reply for batch in devices.batches() for reply in batch]
+    assert [reply.has_error() for reply in replies] == [False, True]
+    assert "more than 64 arrays of equal chunks" in replies[1].error.reason
 
 
 def test_a_batch_has_an_end(fleet: Fleet) -> None:

@@ -27,6 +27,16 @@ def test_the_plan_has_as_many_steps_as_batches(
     assert planned == PrivatePlan(Charge(4, 1.5, rate, steps), 0.7)
 
 
+def test_steps_replace_epochs_in_the_charge_too() -> None:
+    asked = {"round": 1, "participations": 3}
+    epochs = plan_for(60, ClientConfig(batch_size=15, epochs=2), PRIVACY, **asked)  # type: ignore[arg-type]
+    steps = plan_for(60, ClientConfig(batch_size=15, steps=8), PRIVACY, **asked)  # type: ignore[arg-type]
+    assert steps == epochs
+    fewer = plan_for(60, ClientConfig(batch_size=15, steps=3), PRIVACY, **asked)  # type: ignore[arg-type]
+    assert fewer.charge.steps == 3
+    assert fewer.charge.noise_multiplier < epochs.charge.noise_multiplier
+
+
 def test_a_plan_of_examples_is_that_of_their_number() -> None:
     examples: Examples = [(None, None)] * 40  # type: ignore[assignment, list-item]
     asked = {"round": 1, "participations": 5}

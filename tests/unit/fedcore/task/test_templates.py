@@ -13,7 +13,8 @@ from torch.utils.data import ConcatDataset
 
 import fedcore
 from fedcore import cli
-from fedcore.config.run import CANDIDATES, RunConfig, Section
+from fedcore.config.run import CANDIDATES, RunConfig
+from fedcore.config.section import Section
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError, DiskFull
 from fedcore.files import write_atomic

@@ -39,9 +39,12 @@ def trained(settings: ClientConfig, **more: Any) -> tuple[nn.Linear, float]:
     [
         ClientConfig(),
         ClientConfig(momentum=0.5),
+        ClientConfig(momentum=0.5, nesterov=True),
         ClientConfig(optimizer="adam", learning_rate=0.05),
+        ClientConfig(optimizer="adamw", learning_rate=0.05, weight_decay=0.01),
+        ClientConfig(learning_rate=0.2, max_grad_norm=1.0),
     ],
-    ids=["sgd", "momentum", "adam"],
+    ids=["sgd", "momentum", "nesterov", "adam", "adamw", "clipped"],
 )
 def test_training_finds_the_line(settings: ClientConfig) -> None:
     linear, loss = trained(settings)
@@ -134,3 +137,66 @@ def test_a_loss_that_is_not_finite_stops_training_with_the_next_step(poison: flo
 def test_a_learning_rate_that_is_too_large_is_found_out() -> None:
     with pytest.raises(TrainingDiverged, match=r"learning_rate 100\.0.*lower the learning rate"):
         trained(ClientConfig(learning_rate=100.0), epochs=50)
+
+
+def test_adamw_decays_weights_apart_from_the_gradient() -> None:
+    linear = model()
+    with torch.no_grad():
+        linear.weight.fill_(2.0)
+    settings = ClientConfig(optimizer="adamw", learning_rate=0.1, weight_decay=0.5)
+    optimizer = make_optimizer(linear, settings)
+    linear.weight.grad, linear.bias.grad = torch.zeros(1, 3), torch.zeros(1)
+    optimizer.step()
+    assert torch.allclose(linear.weight, torch.full((1, 3), 2.0 * (1 - 0.1 * 0.5)))
+
+
+def test_a_longer_gradient_is_scaled_to_the_bound() -> None:
+    free, held = model(), model()
+    for one, bound in ((free, None), (held, 0.25)):
+        settings = ClientConfig(learning_rate=1.0, max_grad_norm=bound)
+        train(one, line(8), LOSS, settings, epochs=1, batch_size=8, rng=torch_rng(0))
+    whole = torch.cat([held.weight.flatten(), held.bias])
+    direction = torch.cat([free.weight.flatten(), free.bias])
+    assert whole.norm().item() == pytest.approx(0.25, rel=1e-4)
+    assert torch.allclose(whole / whole.norm(), direction / direction.norm(), atol=1e-5)
+
+
+@pytest.mark.parametrize("epochs", [1, 2, 3])
+def test_steps_of_whole_passes_are_these_epochs(epochs: int) -> None:
+    by_epochs, loss = trained(ClientConfig(), epochs=epochs)
+    by_steps, same = trained(ClientConfig(), epochs=99, steps=8 * epochs)
+    assert torch.equal(by_epochs.weight, by_steps.weight)
+    assert loss == same
+
+
+def test_steps_end_within_a_pass() -> None:
+    calls: list[int] = []
+    linear, _ = trained(ClientConfig(), steps=11, between=lambda: calls.append(1))
+    assert len(calls) == 11
+    assert not torch.equal(linear.weight, trained(ClientConfig(), steps=12)[0].weight)
+
+
+@pytest.mark.parametrize("physical", [1, 3, 7, 8, 50])
+@pytest.mark.parametrize("mu", [0.0, 5.0])
+def test_a_batch_in_parts_gives_the_gradient_of_the_whole(physical: int, mu: float) -> None:
+    def once(**more: Any) -> tuple[nn.Linear, float]:
+        settings, penalty = ClientConfig(momentum=0.5), proximal(model(), mu)
+        return trained(settings, epochs=2, batch_size=8, penalty=penalty, **more)
+
+    (whole, loss), (parts, same) = once(), once(physical_batch_size=physical)
+    assert torch.allclose(whole.weight, parts.weight, atol=1e-6)
+    assert loss == pytest.approx(same, rel=1e-5)
+    assert torch.equal(whole.weight, parts.weight) or physical < 8
+
+
+def test_no_part_has_more_examples_than_allowed() -> None:
+    sizes: list[int] = []
+
+    def noting(output: Any, target: Any) -> Any:
+        sizes.append(len(target))
+        return LOSS(output, target)
+
+    settings = ClientConfig()
+    options: dict[str, Any] = {"epochs": 1, "batch_size": 20, "rng": torch_rng(0)}
+    train(model(), line(), noting, settings, physical_batch_size=8, **options)
+    assert sizes == [8, 8, 4] * 3 + [4]

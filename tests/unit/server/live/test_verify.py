@@ -12,7 +12,8 @@ import pytest
 from fedcore.config.run import RunConfig
 from fedcore.crypto.kit import KEY
 from fedcore.errors import DataError
-from server.live.journal.journal import create
+from server.live.journal.head import JOURNAL
+from server.live.journal.journal import create, reopen
 from server.live.verify import verify_run
 from server.report.folder import JOURNAL_FOLDER
 from tests.unit.server.live.journal.journals import progress, record
@@ -43,6 +44,20 @@ def test_a_run_is_verified_long_after_certificates_expired_and_without_the_key(
     assert (found.rounds, found.signatures) == (1, 0)
     assert [fault.what for fault in found.faults] == ["3 updates and 0 signatures"]
     assert sorted(server.iterdir()) == before
+
+
+def test_a_journal_of_an_earlier_time_beside_a_later_copy_is_not_sound(
+    tmp_path: Path, results: Path
+) -> None:
+    server = Desk(tmp_path / "authority").begin().folder / "server"
+    folder = results / JOURNAL_FOLDER
+    earlier = (folder / JOURNAL).read_bytes()
+    with closing(reopen(folder) or pytest.fail("no journal")) as journal:
+        journal.commit(progress(2), replace(record(2), updates=0))
+    assert len(verify_run(results, server).faults) == 1, "round 1 has no signatures"
+    (folder / JOURNAL).write_bytes(earlier)
+    faults = [fault.what for fault in verify_run(results, server).faults]
+    assert "the journal ends with round 1, and its copy with round 2" in faults
 
 
 def test_without_a_member_list_nothing_is_verified(tmp_path: Path, results: Path) -> None:

@@ -47,7 +47,7 @@ def test_a_file_that_came_in_becomes_a_value_without_a_copy(blobs: Blobs, tmp_pa
     before = array.data
     del array  # and with it the name that it came in under
     assert [path.parent.name for path in tmp_path.rglob("*") if path.is_file()] == ["values"]
-    assert blobs.checked(name).read_bytes() == before
+    assert blobs.checked(name, size_bytes).read_bytes() == before
 
 
 def test_one_that_is_there_already_is_replaced_by_the_same(blobs: Blobs, tmp_path: Path) -> None:
@@ -57,9 +57,9 @@ def test_one_that_is_there_already_is_replaced_by_the_same(blobs: Blobs, tmp_pat
     (name,), (again,) = (add(blobs, each) for each in (one, one))
     blobs.path(name).write_bytes(b"damaged")
     with pytest.raises(DataError, match="do not match the digest"):
-        blobs.checked(name)
+        blobs.checked(name, values.nbytes)
     assert add(blobs, other, other) == [name, name] == [again, again]
-    assert blobs.checked(name).read_bytes() == values.tobytes()
+    assert blobs.checked(name, values.nbytes).read_bytes() == values.tobytes()
     assert [path.name for path in (tmp_path / "values").iterdir()] == [name]
 
 
@@ -69,10 +69,10 @@ def test_a_byte_that_was_changed_shows(blobs: Blobs, tmp_path: Path) -> None:
         file.seek(7_000_000)
         file.write(b"\1")
     with pytest.raises(DataError, match="do not match the digest"):
-        blobs.checked(name)
+        blobs.checked(name, 8_000_000)
     blobs.path(name).unlink()
     with pytest.raises(DataError, match="cannot read"):
-        blobs.checked(name)
+        blobs.checked(name, 8_000_000)
 
 
 @pytest.mark.parametrize("number", [errno.EXDEV, errno.EPERM])
@@ -85,7 +85,7 @@ def test_where_there_are_no_links_it_is_copied(
     monkeypatch.setattr(os, "link", refused)
     array = joined(tmp_path, np.arange(100_000, dtype=np.float32))
     (name,) = add(blobs, array)
-    assert blobs.checked(name).read_bytes() == array.data
+    assert blobs.checked(name, array.size_bytes).read_bytes() == array.data
     assert [path.name for path in (tmp_path / "values").iterdir()] == [name]
 
 

@@ -1,28 +1,21 @@
-"""What the signatures in a journal prove, and how a journal that was tampered with is found out."""
+"""What the signatures in a journal prove."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 from dataclasses import replace
-from datetime import UTC, datetime, timedelta
-from functools import cache
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
-from flwr.app import ConfigRecord, Message, MetricRecord, RecordDict
 
-from fedcore.crypto.keys import new_key, public_bytes
-from fedcore.crypto.roster import Member
 from fedcore.errors import SignatureInvalid
-from fedcore.flower.fleet import node_id_of
-from fedcore.updates.messages import ARRAYS, CONFIG, ENVELOPE, METRICS, weights_record
-from fedcore.updates.seal import base_digest, sign_reply, verify_reply
-from server.live.journal.blobs import Blobs
-from server.live.journal.entries import Entries, JournalEntry, new_entry
-from server.live.journal.evidence import Evidence, require_sound, verify_signatures
-from server.live.journal.head import JOURNAL, SIGNATURE
-from server.live.journal.journal import VALUES, Journal, create
+from fedcore.updates.messages import ENVELOPE
+from server.live.journal.evidence import Evidence, require_sound
+from server.live.journal.head import (
+    JOURNAL,
+)
+from server.live.journal.journal import create
 from server.rounds.cohort import Cohort
 from tests.unit.server.live.journal.journals import (
     IDENTITY,
@@ -32,91 +25,17 @@ from tests.unit.server.live.journal.journals import (
     progress,
     record,
     signed,
-    vector,
 )
-
-NOW = datetime(2026, 5, 1, tzinfo=UTC)
-NAMES = ("edge-0", "edge-1", "edge-2")
-
-
-@cache
-def keys() -> dict[str, object]:
-    return {name: new_key() for name in NAMES}
-
-
-def member(name: str, revoked_at: datetime | None = None) -> Member:
-    public = public_bytes(keys()[name])  # type: ignore[arg-type]
-    return Member(name, "device", public, "1", NOW + timedelta(days=1), None, revoked_at)
-
-
-MEMBERS = cache(lambda: {member(name).fingerprint: member(name) for name in NAMES})
-
-
-def node(name: str) -> int:
-    return node_id_of(member(name).public)
-
-
-def asked(name: str, number: int, purpose: str = "train") -> Message:
-    content = RecordDict(
-        {ARRAYS: weights_record(vector(number - 1)), CONFIG: ConfigRecord({"server-round": number})}
-    )
-    return Message(content, node(name), purpose)
-
-
-def reply(
-    name: str, number: int, *, purpose: str = "train", run_id: str = "run", size: int = SMALL
-) -> Message:
-    """A device's reply, as the server has it once its signature is verified."""
-    message = asked(name, number, purpose)
-    content = RecordDict(
-        {
-            ARRAYS: weights_record(vector(number / 3, size)),
-            METRICS: MetricRecord({"num-examples": 7, "train_loss": 1 / 3}),
-        }
-    )
-    given = {"purpose": purpose, "run_id": run_id, "node_id": node(name)}
-    now_s = NOW.timestamp()
-    sign_reply(content, message.content, key=keys()[name], now_s=now_s, **given)  # type: ignore[arg-type]
-    base = base_digest(message.content)
-    public = member(name).public
-    verify_reply(
-        content,
-        round=number,
-        base_sha256=base,
-        public_key=public,
-        now_s=now_s,
-        **given,  # type: ignore[arg-type]
-    )
-    return Message(content, reply_to=message)
-
-
-def run_round(journal: Journal, number: int, size: int = SMALL) -> None:
-    nodes = [node(name) for name in NAMES]
-    journal.record_cohort("train", Cohort(nodes, dict.fromkeys(nodes, 5)))
-    for name in NAMES:
-        journal.accept(reply(name, number, size=size))
-    journal.record_cohort("evaluate", Cohort(nodes[:1], {nodes[0]: 1}))
-    journal.accept(reply(NAMES[0], number, purpose="evaluate"))
-    journal.commit(progress(number, size), record(number))
-
-
-def a_run(folder: Path, size: int = SMALL) -> None:
-    """Two rounds that are over, and one in which two of three devices have answered."""
-    with closing(create(folder, IDENTITY)) as journal:
-        journal.commit(progress(0, size), None)
-        for number in (1, 2):
-            run_round(journal, number, size)
-        nodes = [node(name) for name in NAMES]
-        journal.record_cohort("train", Cohort(nodes, dict.fromkeys(nodes, 5)))
-        for name in NAMES[:2]:
-            journal.accept(reply(name, 3, size=size))
-
-
-def verified(folder: Path, **changes: object) -> Evidence:
-    members = MEMBERS()
-    with closing(Entries(folder / JOURNAL)) as entries:
-        given: dict[str, object] = {"run_id": "run", "known": members.get} | changes
-        return verify_signatures(entries, Blobs(folder / VALUES), **given)  # type: ignore[arg-type]
+from tests.unit.server.live.journal.signed_runs import (
+    MEMBERS,
+    NAMES,
+    NOW,
+    a_run,
+    asked,
+    node,
+    reply,
+    verified,
+)
 
 
 @pytest.mark.parametrize("size", [SMALL, LARGE])
@@ -187,91 +106,6 @@ def test_nothing_is_accepted_without_a_signature(tmp_path: Path) -> None:
             journal.accept(bare)
         assert not journal.holds("train", node(NAMES[0]))
         assert journal.reply(asked(NAMES[0], 1)) is None
-
-
-Edit = Callable[[Entries, dict[tuple[str, int, int], JournalEntry]], None]
-
-
-def key(name: str, number: int, kind: str = SIGNATURE) -> tuple[str, int, int]:
-    return f"{kind}train", number, node(name)
-
-
-def rewrite(entries: Entries, old: JournalEntry, **changes: object) -> None:
-    """Writes an entry with a digest that fits: what whoever can write to the folder can do."""
-    new = replace(old, **changes)  # type: ignore[arg-type]
-    entries.write([new_entry(new.kind, new.round, new.node, new.values, new.data)])
-
-
-def drops(entries: Entries, found: dict[tuple[str, int, int], JournalEntry]) -> None:
-    entries.remove([key("edge-1", 1)])
-
-
-def drops_of_a_reply(entries: Entries, found: dict[tuple[str, int, int], JournalEntry]) -> None:
-    entries.remove([key("edge-1", 3)])
-
-
-def flips_a_bit(entries: Entries, found: dict[tuple[str, int, int], JournalEntry]) -> None:
-    old = found[key("edge-1", 1)]
-    rewrite(entries, old, data=bytes((*old.data[:60], old.data[60] ^ 1, *old.data[61:])))
-
-
-def swaps(entries: Entries, found: dict[tuple[str, int, int], JournalEntry]) -> None:
-    one, other = found[key("edge-0", 1)], found[key("edge-1", 1)]
-    rewrite(entries, one, doc=other.doc, data=other.data)
-    rewrite(entries, other, doc=one.doc, data=one.data)
-
-
-def swaps_bytes_alone(entries: Entries, found: dict[tuple[str, int, int], JournalEntry]) -> None:
-    one, other = found[key("edge-0", 1)], found[key("edge-1", 1)]
-    rewrite(entries, one, data=other.data)
-
-
-def moves_to_another_round(
-    entries: Entries, found: dict[tuple[str, int, int], JournalEntry]
-) -> None:
-    rewrite(entries, found[key("edge-1", 2)], data=found[key("edge-1", 1)].data)
-
-
-def changes_the_reply(entries: Entries, found: dict[tuple[str, int, int], JournalEntry]) -> None:
-    old, other = found[key("edge-1", 3, "reply/")], found[key("edge-0", 3, "reply/")]
-    raw = bytes((*other.data[:-1], other.data[-1] ^ 1))
-    rewrite(entries, old, data=raw)
-
-
-def adds(entries: Entries, found: dict[tuple[str, int, int], JournalEntry]) -> None:
-    rewrite(entries, found[key("edge-1", 1)], node=7)
-
-
-def damages(entries: Entries, found: dict[tuple[str, int, int], JournalEntry]) -> None:
-    entries.write([replace(found[key("edge-1", 1)], sha256="0" * 64)])
-
-
-@pytest.mark.parametrize(
-    ("edit", "kinds", "named"),
-    [
-        (drops, ["missing"], "round 1, train: 3 updates and 2 signatures"),
-        (drops_of_a_reply, ["missing"], "no signature is kept with its reply"),
-        (flips_a_bit, ["changed"], "client 'edge-1': what is kept was not signed with its key"),
-        (swaps, ["changed", "changed"], "it signed for the node"),
-        (swaps_bytes_alone, ["changed"], "client 'edge-0': what is kept was not signed"),
-        (moves_to_another_round, ["changed"], "it signed for the round 1, and this is kept for 2"),
-        (changes_the_reply, ["changed"], "its reply has the digest"),
-        (adds, ["changed", "extra"], "it signed for the node"),
-        (damages, ["changed"], "does not match the entry's digest"),
-    ],
-)
-def test_what_was_changed_is_named(
-    tmp_path: Path, edit: Edit, kinds: list[str], named: str
-) -> None:
-    a_run(tmp_path)
-    with closing(Entries(tmp_path / JOURNAL)) as entries:
-        every = [one for kind in ("signature/train", "reply/train") for one in entries.of(kind)]
-        edit(entries, {(one.kind, one.round, one.node): one for one in every})
-    found = verified(tmp_path)
-    assert sorted(fault.kind for fault in found.faults) == kinds
-    with pytest.raises(SignatureInvalid) as raised:
-        require_sound(found, where=tmp_path)
-    assert named in str(raised.value)
 
 
 def test_another_run_and_a_key_that_nobody_had_prove_nothing(tmp_path: Path) -> None:

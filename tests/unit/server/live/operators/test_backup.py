@@ -261,6 +261,24 @@ def test_a_journal_that_never_rests_is_not_backed_up(
     assert {path.name for path in run.iterdir()} == {JOURNAL_FOLDER}
 
 
+def test_a_value_that_was_deleted_is_missed_at_once(run: Path, tmp_path: Path) -> None:
+    with begun(run):
+        pass
+    values = sorted((run / JOURNAL_FOLDER / VALUES).iterdir())
+    values[0].unlink()
+    with pytest.raises(DataError, match=f"1 value missing, such as '{values[0].name}'"):
+        back_up(run, tmp_path / "b.tar", now=NOW)
+    assert not (tmp_path / "b.tar").exists()
+
+
+def test_a_folder_may_have_any_name(tmp_path: Path) -> None:
+    run = tmp_path / "50% off?mode=memory#1" / "orchard"
+    with begun(run):
+        pass
+    back_up(run, tmp_path / "b.tar", now=NOW)
+    assert restored(tmp_path / "b.tar", tmp_path / "again")[1].round == 3
+
+
 def test_no_run_a_damaged_journal_and_a_full_disk_leave_nothing_behind(
     run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

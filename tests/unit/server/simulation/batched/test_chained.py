@@ -172,6 +172,13 @@ SETTINGS = [
     ClientConfig(batch_size=8, learning_rate=0.01, optimizer="adam", epochs=2),
 ]
 IDS = ["sgd", "decay", "momentum", "adam"]
+MORE = [
+    ClientConfig(batch_size=8, learning_rate=0.01, optimizer="adamw", weight_decay=0.1),
+    ClientConfig(batch_size=5, momentum=0.9, nesterov=True, weight_decay=0.01, steps=7),
+    ClientConfig(batch_size=5, max_grad_norm=0.3, steps=3),
+    ClientConfig(batch_size=8, max_grad_norm=0.1, epochs=2),
+]
+MORE_IDS = ["adamw", "nesterov, by steps", "clipped, in one pass", "clipped"]
 
 
 def work_of(
@@ -205,12 +212,7 @@ def distance(alone: nn.Module, weights: Tensor, before: Tensor) -> float:
     return (expected - weights).norm().item() / moved
 
 
-@pytest.mark.parametrize(("name", "method"), WAYS, ids=NAMED)
-@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
-@pytest.mark.parametrize("mu", [0.0, 0.5])
-def test_each_learns_what_it_would_alone(
-    name: str, method: Way, settings: ClientConfig, mu: float
-) -> None:
+def _check_alone(name: str, method: Way, settings: ClientConfig, mu: float) -> None:
     net, make, loss = CASES[name]
     model = FullModel(nn.Identity(), copy.deepcopy(net))
     before = torch.from_numpy(pack(model.model))
@@ -227,11 +229,31 @@ def test_each_learns_what_it_would_alone(
             settings,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
+            steps=settings.steps,
             rng=one.order(),
             penalty=proximal(alone.model, mu) if mu else None,
         )
         assert distance(alone.model, together.weights[place], before) <= 1e-5
         assert together.losses[place] == pytest.approx(value, rel=1e-5)
+
+
+@pytest.mark.parametrize(("name", "method"), WAYS, ids=NAMED)
+@pytest.mark.parametrize("settings", SETTINGS, ids=IDS)
+@pytest.mark.parametrize("mu", [0.0, 0.5])
+def test_each_learns_what_it_would_alone(
+    name: str, method: Way, settings: ClientConfig, mu: float
+) -> None:
+    _check_alone(name, method, settings, mu)
+
+
+@pytest.mark.parametrize(
+    ("name", "method"), [("residual", torchs), ("cnn", torchs), ("cnn", kernels)]
+)
+@pytest.mark.parametrize("settings", MORE, ids=MORE_IDS)
+def test_each_learns_alone_with_any_optimiser(
+    name: str, method: Way, settings: ClientConfig
+) -> None:
+    _check_alone(name, method, settings, 0.5)
 
 
 @pytest.mark.parametrize(

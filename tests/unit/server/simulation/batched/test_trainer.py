@@ -84,6 +84,17 @@ def sizes_of_groups(client: Client, count: int) -> list[int]:
     return sizes
 
 
+def test_clients_whose_batches_are_computed_in_parts_train_alone() -> None:
+    client = client_of(small)
+    sample = LocalWork(data("0", None), lambda: torch_rng(0))  # type: ignore[arg-type]
+    parts = client.run.client.model_copy(update={"physical_batch_size": 4})
+    found = find_trainer(client, client.resident, sample, parts)
+    assert isinstance(found, str)
+    assert found.startswith("client.physical_batch_size = 4 bounds memory")
+    enough = parts.model_copy(update={"physical_batch_size": 10})
+    assert isinstance(find_trainer(client, client.resident, sample, enough), Trainer)
+
+
 def test_a_small_models_clients_go_all_at_once() -> None:
     assert sizes_of_groups(client_of(small), 40) == [40]
 

@@ -87,6 +87,7 @@ def both(
             settings,
             epochs=settings.epochs,
             batch_size=settings.batch_size,
+            steps=settings.steps,
             rng=torch_rng(0, "order", place),
             penalty=proximal(alone.model, mu) if mu else None,
         )
@@ -105,8 +106,10 @@ def both(
         ClientConfig(batch_size=5, learning_rate=0.1),
         ClientConfig(batch_size=8, learning_rate=0.01, momentum=0.9, weight_decay=0.01, epochs=3),
         ClientConfig(batch_size=8, learning_rate=0.01, optimizer="adam", epochs=2),
+        ClientConfig(batch_size=8, learning_rate=0.01, optimizer="adamw", weight_decay=0.1),
+        ClientConfig(batch_size=5, momentum=0.9, nesterov=True, max_grad_norm=0.3, steps=7),
     ],
-    ids=["sgd", "momentum", "adam"],
+    ids=["sgd", "momentum", "adam", "adamw", "nesterov, clipped, by steps"],
 )
 @pytest.mark.parametrize("mu", [0.0, 0.5])
 def test_each_learns_what_it_would_alone(name: str, settings: ClientConfig, mu: float) -> None:
