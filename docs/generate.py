@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import get_args, get_origin
 
-from pydantic import BaseModel
+from pydantic import BaseModel, BeforeValidator
 from pydantic.fields import FieldInfo
 
 from fedcore.cli import build_parser
@@ -64,6 +64,8 @@ def kind(schema: dict[str, object]) -> str:
     if "anyOf" in schema:
         parts = [kind(part) for part in schema["anyOf"] if part.get("type") != "null"]  # type: ignore[attr-defined]
         return " or ".join(parts)
+    if "$ref" in schema:
+        return "a kind, a list of numbers, or a table (below)"
     if "enum" in schema:
         return ", ".join(f"`{value}`" for value in schema["enum"])  # type: ignore[attr-defined]
     if "const" in schema:
@@ -87,7 +89,7 @@ def table(model: type[BaseModel]) -> str:
     properties = model.model_json_schema(ref_template="{model}")["properties"]
     lines = ["| key | default | allowed | what it does |", "|---|---|---|---|"]
     for name, field in model.model_fields.items():
-        if field.exclude or section_of(field.annotation):
+        if field.exclude or (section_of(field.annotation) and not short_form(field)):
             continue
         default = field.get_default(call_default_factory=True)
         shown = (
@@ -100,6 +102,11 @@ def table(model: type[BaseModel]) -> str:
         text = one_line(field)
         lines.append(f"| `{name}` | {shown} | {kind(properties[name])} | {text} |")
     return "\n".join(lines)
+
+
+def short_form(field: FieldInfo) -> bool:
+    """Whether a table may also be given as a single value."""
+    return any(isinstance(part, BeforeValidator) for part in field.metadata)
 
 
 def one_line(field: FieldInfo) -> str:
@@ -141,6 +148,11 @@ def tables_in(section: type[Section], prefix: str) -> list[str]:
             many = get_origin(inner.annotation) is tuple
             head = f"[[{prefix}{key}]]" if many else f"[{prefix}{key}]"
             parts += [f"\n### `{head}`\n", told, table(below)]
+            short = [section_of(one.annotation) for one in below.model_fields.values()]
+            for nested in dict.fromkeys(one for one in short if one is not None):
+                name, _, said = (nested.__doc__ or "").strip().partition("``: ")
+                text = f"{said[0].upper()}{said[1:]}\n"
+                parts += [f"\n### {name.replace('``', '`')}`\n", text, table(nested)]
     return parts
 
 

@@ -16,6 +16,7 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from fedcore.config.in_round import client_in_round, planned_epochs
 from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError, TaskError
 from fedcore.observability.words import counted
@@ -269,7 +270,15 @@ def _privacy(state: _State) -> str:
     method = choose_method(state.task, model)
     if run.private:  # rejects a delta that protects nobody on a client of this size
         count = size_of(cast(Examples, state.examples))
-        plan_for(count, run.client, run.privacy, round=1, participations=run.federation.rounds)
+        rounds = run.federation.rounds
+        plan_for(
+            count,
+            client_in_round(run, 1),
+            run.privacy,
+            round=1,
+            participations=rounds,
+            epochs_in_all=planned_epochs(run, rounds),
+        )
     examples = state.few()
     charge = Charge(round=1, noise_multiplier=1.0, sample_rate=0.5, steps=2)
     skipped = train_private(

@@ -68,6 +68,9 @@ class RoundRecord:
     median_norm: float | None = None
     """L2 norm of the round's median update, as used for the adaptive bound on update norms; None if
     that bound is not in use or there were too few updates."""
+    client: dict[str, float] = field(default_factory=dict)
+    """Settings of local training that are this round's own, by name: of a schedule, or common to
+    all clients by the strategy. Empty where the run's hold."""
 
 
 @dataclass(frozen=True)

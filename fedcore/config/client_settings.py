@@ -95,7 +95,7 @@ def settings_with(run: ClientConfig, changed: ClientSettings, *, private: bool) 
         charge for the round follows from the settings that training uses.
 
     Args:
-        run: The run's ``[client]``.
+        run: The run's ``[client]`` in this round, see `fedcore.config.in_round`.
         changed: The server's changes.
         private: Whether clients train with example-level privacy.
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedcore.config.in_round import schedule_problems
 from fedcore.privacy.unsound import unsound
 
 if TYPE_CHECKING:
@@ -16,6 +17,7 @@ def contradictions(run: RunConfig) -> list[str]:
     found = unsound(run)
     found += of_optimizer("client", run.client, private=run.private)
     found += of_optimizer("finetune", run.finetune)
+    found += schedule_problems(run)
     names = [device.name for device in run.simulation.devices]
     if len(set(names)) < len(names):
         found.append(

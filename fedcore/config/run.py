@@ -13,6 +13,7 @@ from pydantic import Field, model_validator
 
 from fedcore.config.contradictions import contradictions
 from fedcore.config.patterns import NAME
+from fedcore.config.schedule import ClientSchedule
 from fedcore.config.section import (
     BatchSize,
     ClipNorm,
@@ -123,6 +124,10 @@ class ClientConfig(Section):
     """The local optimiser. Its state begins anew in every round."""
     device: DeviceChoice = "auto"
     """Where to train: CUDA, else MPS, else CPU when ``auto``."""
+    schedule: ClientSchedule = Field(default_factory=ClientSchedule)
+    """A setting's schedule is a kind (``learning_rate = "cosine"``), a list
+    (``epochs = [5, 3, 1]``) or a table (``learning_rate = { kind = "step", every = 10,
+    factor = 0.5, warmup = 3 }``). What a strategy or an algorithm sends takes precedence."""
 
     def steps_of(self, examples: int) -> int:
         """Returns the optimiser steps of one round on this many examples."""

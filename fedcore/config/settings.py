@@ -150,6 +150,8 @@ def _apply(values: dict[str, Any], override: _Override, model: type[BaseModel]) 
     table = values
     for part in override.key[:-1]:
         below = table.setdefault(part, {})
+        if below is None:  # an optional table, from a model
+            below = table[part] = {}
         if not isinstance(below, dict):
             source = _Source("", (override,))
             raise ConfigError(_unknown(source, override.key, override.value, model))

@@ -33,6 +33,7 @@ def plan(
     *,
     round: int,
     participations: int,
+    epochs_in_all: int | None = None,
     max_delta_share: float = MAX_DELTA_SHARE,
 ) -> PrivatePlan:
     """Returns the noise and the steps for a client, which depend only on its number of examples.
@@ -45,6 +46,7 @@ def plan(
         privacy,
         round=round,
         participations=participations,
+        epochs_in_all=epochs_in_all,
         max_delta_share=max_delta_share,
     )
 
@@ -56,6 +58,7 @@ def plan_for(
     *,
     round: int,
     participations: int,
+    epochs_in_all: int | None = None,
     max_delta_share: float = MAX_DELTA_SHARE,
 ) -> PrivatePlan:
     """Returns the noise and the steps for a client of ``count`` examples.
@@ -66,10 +69,12 @@ def plan_for(
 
     Args:
         count: Number of the client's examples.
-        client: The training settings.
+        client: The training settings of this round.
         privacy: The privacy settings, with the budget.
         round: Round of the charge.
         participations: Number of rounds that the noise is planned for.
+        epochs_in_all: Epochs of all these rounds, where they differ from round to round; None where
+            each round has those of ``client``.
         max_delta_share: Maximum of ``target_delta * count``. A mechanism that publishes one
             example, chosen at random, has a delta of ``1 / count``.
 
@@ -105,7 +110,9 @@ def plan_for(
             max_epsilon=privacy.max_epsilon,
             target_delta=privacy.target_delta,
             sample_rate=sample_rate,
-            steps=steps * participations,
+            steps=steps * participations
+            if epochs_in_all is None
+            else steps_per_epoch * epochs_in_all,
             accountant=privacy.accountant,
         )
     return PrivatePlan(Charge(round, noise, sample_rate, steps), privacy.clip_norm)

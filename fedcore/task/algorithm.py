@@ -35,7 +35,8 @@ class Round:
     rounds: int
     """``federation.rounds``: the last round's number, unless the run ends earlier."""
     client: ClientConfig
-    """The run's ``[client]``: settings of local training unless an algorithm changes them."""
+    """The run's ``[client]`` in this round, after its schedules: settings of local training unless
+    an algorithm changes them."""
     seed: int
     """Seed of this round, from the run's seed; unchanged when the round is repeated. Draw all
     randomness from it, with ``numpy.random.default_rng(round.seed)``."""

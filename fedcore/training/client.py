@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils.data import Subset
 
 from fedcore.config.client_settings import settings_with
+from fedcore.config.in_round import client_in_round, planned_epochs, privacy_in_round
 from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import ClientConfig as Settings
 from fedcore.config.run import RunConfig
@@ -296,7 +297,7 @@ def _largest(values: Tensor) -> float:
 
 
 def settings_of(client: Client, instruction: Instruction) -> Settings:
-    """Returns the client settings for this round: the run's, with the server's overrides.
+    """Returns this round's client settings: the run's by its schedules, with the server's changes.
 
     Raises:
         InvalidUpdate: An override is out of bounds, or may not change under privacy. Nothing was
@@ -304,7 +305,8 @@ def settings_of(client: Client, instruction: Instruction) -> Settings:
     """
     try:
         asked = instruction.settings
-        return settings_with(client.run.client, asked, private=client.run.private)
+        run = client_in_round(client.run, instruction.round)
+        return settings_with(run, asked, private=client.run.private)
     except ValueError as error:
         raise InvalidUpdate(
             f"round {instruction.round}: invalid settings from the server: {error}. Nothing was "
@@ -331,9 +333,10 @@ def spend(
     planned = plan(
         examples,
         settings,
-        run.privacy,
+        privacy_in_round(run, round),
         round=round,
         participations=participations,
+        epochs_in_all=planned_epochs(run, participations),
         max_delta_share=client.owner.max_delta_share,
     )
     after = charge(

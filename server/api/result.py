@@ -37,12 +37,12 @@ class History:
         return len(self.rounds)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns one flat dict per round: its fields, and each metric under its own name."""
+        """Returns one flat dict per round: its fields, and each metric and setting by its name."""
         rows = []
         for each in self.rounds:
             row = asdict(each)
-            metrics, virtual = row.pop("metrics"), row.pop("virtual")
-            rows.append({**row, **(virtual or {}), **metrics})
+            metrics, virtual, client = row.pop("metrics"), row.pop("virtual"), row.pop("client")
+            rows.append({**row, **(virtual or {}), **client, **metrics})
         return rows
 
     def to_pandas(self) -> Any:

@@ -159,12 +159,20 @@ def _statements(options: argparse.Namespace) -> list[Statement]:
 def _of_run(run: RunConfig, examples: int | None) -> list[Statement]:
     from dataclasses import replace
 
+    from fedcore.config.in_round import client_in_round, planned_epochs, privacy_in_round
     from fedcore.privacy.planning import plan
     from server.privacy.audit import Statement
 
     data = _first_client(run) if examples is None else cast("Examples", range(examples))
     participations = run.privacy.participations or run.federation.rounds
-    planned = plan(data, run.client, run.privacy, round=1, participations=participations)
+    planned = plan(
+        data,
+        client_in_round(run, 1),
+        privacy_in_round(run, 1),
+        round=1,
+        participations=participations,
+        epochs_in_all=planned_epochs(run, participations),
+    )
     delta, accountant = run.privacy.target_delta, run.privacy.accountant
     one = replace(planned, charge=replace(planned.charge, sample_rate=1.0, steps=1))
     found = [Statement("one step with every example", one, delta, accountant)]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from fedcore.config.run import ClientConfig, Privacy
+from fedcore.config.schedule import NO_SCHEDULE
 from fedcore.errors import PrivacyError
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.planning import MAX_DELTA_SHARE, plan_for
@@ -33,6 +34,20 @@ class Question:
     privacy: Privacy
     max_delta_share: float = MAX_DELTA_SHARE
     """Limit on delta times the number of examples; see `fedcore.privacy.planning.plan_for`."""
+    epochs: tuple[int, ...] = ()
+    """Epochs of each round, where they have a schedule; the last ones hold in all rounds after."""
+
+    def epochs_of(self, rounds: int) -> int:
+        """Returns the epochs of the first rounds together, which have a schedule."""
+        known = self.epochs[:rounds]
+        return sum(known) + (rounds - len(known)) * self.epochs[-1]
+
+    @property
+    def first(self) -> ClientConfig:
+        """The client's settings in the first round."""
+        if not self.epochs:
+            return self.client
+        return self.client.model_copy(update={"epochs": self.epochs[0], "schedule": NO_SCHEDULE})
 
 
 @dataclass(frozen=True)
@@ -46,8 +61,11 @@ class Forecast:
     noise_multiplier: float
     sample_rate: float
     steps_per_round: int
+    """Steps of the first round."""
+    steps: int
+    """Total number of steps."""
     gradients_per_round: int
-    """Expected number of per-example gradients per round: the computing cost."""
+    """Expected number of per-example gradients in the first round: the computing cost."""
     epsilon: float
     """Epsilon after the last round, at ``target_delta``."""
     step_noise: float
@@ -55,11 +73,6 @@ class Forecast:
     run_noise: float
     """Standard deviation of the noise per coordinate of the mean gradient over all steps of all
     rounds, in clip norms."""
-
-    @property
-    def steps(self) -> int:
-        """Total number of steps."""
-        return self.steps_per_round * self.participations
 
 
 @dataclass(frozen=True)
@@ -113,16 +126,33 @@ def _lasts(question: Question, charge: Charge) -> int:
 def _charge(question: Question) -> Charge:
     return plan_for(
         question.examples,
-        question.client,
+        question.first,
         question.privacy,
         round=1,
         participations=question.participations,
+        epochs_in_all=_most_epochs(question),
         max_delta_share=question.max_delta_share,
     ).charge
 
 
+def _most_epochs(question: Question) -> int | None:
+    """Returns the epochs that noise is planned for; None without a schedule."""
+    if not question.epochs:
+        return None
+    each = sorted(question.epochs, reverse=True)[: question.participations]
+    return sum(each) + (question.participations - len(each)) * question.epochs[-1]
+
+
+def _steps(question: Question, charge: Charge, rounds: int) -> int:
+    """Returns the steps of the first rounds together."""
+    if not question.epochs:
+        return charge.steps * rounds
+    return charge.steps // question.epochs[0] * question.epochs_of(rounds)
+
+
 def _epsilon(question: Question, charge: Charge, rounds: int) -> float:
-    whole = Charge(1, charge.noise_multiplier, charge.sample_rate, charge.steps * rounds)
+    steps = _steps(question, charge, rounds)
+    whole = Charge(1, charge.noise_multiplier, charge.sample_rate, steps)
     privacy = question.privacy
     return epsilon_of([whole], target_delta=privacy.target_delta, accountant=privacy.accountant)
 
@@ -130,7 +160,7 @@ def _epsilon(question: Question, charge: Charge, rounds: int) -> float:
 def _forecast(question: Question, charge: Charge) -> Forecast:
     batch_size = question.examples * charge.sample_rate
     step_noise = charge.noise_multiplier / batch_size
-    steps = charge.steps * question.participations
+    steps = _steps(question, charge, question.participations)
     return Forecast(
         examples=question.examples,
         batch_size=batch_size,
@@ -138,7 +168,8 @@ def _forecast(question: Question, charge: Charge) -> Forecast:
         noise_multiplier=charge.noise_multiplier,
         sample_rate=charge.sample_rate,
         steps_per_round=charge.steps,
-        gradients_per_round=round(question.examples * question.client.passes_of(question.examples)),
+        steps=steps,
+        gradients_per_round=round(question.examples * question.first.passes_of(question.examples)),
         epsilon=_epsilon(question, charge, question.participations),
         step_noise=step_noise,
         run_noise=step_noise / math.sqrt(steps),
@@ -161,6 +192,7 @@ def _around(question: Question) -> Iterator[tuple[str, Question]]:
             client.model_copy(update={"batch_size": batch_size}),
             privacy.model_copy(update={"target_delta": target_delta}),
             question.max_delta_share,
+            question.epochs,
         )
 
     twice = 2 * question.examples  # may require a smaller delta

@@ -11,7 +11,9 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from fedcore.cli import Command
+from fedcore.config.in_round import epochs_by_round
 from fedcore.config.run import MAX_CLIENTS, ClientConfig, Privacy, RunConfig
+from fedcore.config.schedule import NO_SCHEDULE
 from fedcore.config.section import Section
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
@@ -154,7 +156,7 @@ def _question(options: argparse.Namespace) -> Question:
         )
     client = _changed(run.client, options, _CLIENT)
     if options.epochs is not None:
-        client = client.model_copy(update={"steps": None})
+        client = client.model_copy(update={"steps": None, "schedule": NO_SCHEDULE})
     privacy = _changed(run.privacy, options, {**_PRIVACY, "rounds": "participations"})
     from server.privacy.plan import Question
 
@@ -163,6 +165,7 @@ def _question(options: argparse.Namespace) -> Question:
         participations=privacy.participations or run.federation.rounds,
         client=client,
         privacy=privacy,
+        epochs=epochs_by_round(run) if options.epochs is None else (),
     )
 
 
@@ -192,6 +195,7 @@ def _record(found: PlanResult, question: Question) -> dict[str, object]:
         "accountant": privacy.accountant,
         "epochs": client.epochs if client.steps is None else None,
         "steps": client.steps,
+        "epochs_by_round": question.epochs or None,
         "plan": asdict(found.forecast),
         "budget_lasts_rounds": found.lasts,
         "epsilon_by_round": [
@@ -213,7 +217,8 @@ def table(found: PlanResult, question: Question) -> str:
         f"epsilon               {epsilon_text(plan.epsilon)} of {privacy.max_epsilon:g} at delta "
         f"{privacy.target_delta:g} after "
         f"{plan.participations:,} {'round' if plan.participations == 1 else 'rounds'}",
-        f"steps                 {plan.steps_per_round:,} a round, {plan.steps:,} in all, of "
+        f"steps                 {plan.steps_per_round:,} "
+        f"{'in round 1' if question.epochs else 'a round'}, {plan.steps:,} in all, of "
         f"{plan.batch_size:.1f} examples expected (rate {plan.sample_rate:.4g})",
         f"gradients             {plan.gradients_per_round:,} expected a round",
         f"noise, mean gradient  {plan.step_noise:.4g} of clip_norm in a coordinate of one step; "

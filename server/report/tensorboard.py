@@ -67,9 +67,10 @@ def _round_scalars(values: Mapping[str, Value]) -> tuple[int, dict[str, float]]:
     scalars = {tag: numbers[name] for name, tag in _TAGS.items() if name in numbers}
     for name, value in metrics.items() if isinstance(metrics, dict) else ():
         scalars[f"metrics/{name}"] = value
-    virtual = values.get("virtual")
-    for name, value in virtual.items() if isinstance(virtual, dict) else ():
-        scalars[f"virtual/{name}"] = value
+    for group in ("virtual", "client"):
+        figures = values.get(group)
+        for name, value in figures.items() if isinstance(figures, dict) else ():
+            scalars[f"{group}/{name}"] = value
     return int(numbers["round"]), scalars
 
 

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from flwr.app import ConfigRecord, Message, MessageType
 
+from fedcore.config.client_settings import read_settings
+from fedcore.config.in_round import changed_in_round
+from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.grid import CohortGrid
 from fedcore.updates.messages import instruction_config, weights_record
@@ -63,6 +66,28 @@ def instruction_in_place(
         number, weights_record(progress.weights), _config(progress, layout), nodes
     )
     return Message(content, nodes[0], MessageType.TRAIN), dict(configs)
+
+
+def settings_in_round(
+    run: RunConfig, number: int, configs: Iterable[ConfigRecord]
+) -> dict[str, float]:
+    """Returns the settings of local training that are this round's own, by name.
+
+    Args:
+        run: The run, whose schedules hold.
+        number: The round.
+        configs: Configurations that were sent. A setting in them takes precedence, and is returned
+            if all have the same.
+    """
+    different = {id(one): one for one in configs}.values()
+    asked = [read_settings(one).changes for one in different]
+    common = asked[0] if asked and all(one == asked[0] for one in asked) else {}
+    found = changed_in_round(run, number)
+    for names in (common,) if common else asked:
+        for name in names:  # where clients differ, no value is everyone's
+            found.pop({"max_grad_norm": "clip_norm"}.get(name, name), None)
+    numbers = {k: v for k, v in common.items() if type(v) in (int, float)}
+    return found | numbers
 
 
 def _config(progress: Progress, layout: Layout) -> ConfigRecord:

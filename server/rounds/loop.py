@@ -26,7 +26,7 @@ from server.rounds.evaluation.evaluate import evaluate_round, is_better
 from server.rounds.federation import Federation
 from server.rounds.inbound import Tally
 from server.rounds.strategies.state import strategy_state_of
-from server.rounds.training import train_round
+from server.rounds.training import Sent, train_round
 
 
 @dataclass(frozen=True)
@@ -167,7 +167,7 @@ def _record(
     tally: Tally,
     metrics: dict[str, float],
     judged_on: str,
-    sent: int,
+    sent: Sent,
 ) -> RoundRecord:
     return RoundRecord(
         round=number,
@@ -182,6 +182,7 @@ def _record(
         judged_on=judged_on,
         epsilon_max=tally.epsilon_max,
         bytes_up=tally.bytes_up,
-        bytes_down=sent,
+        bytes_down=sent.bytes_down,
         median_norm=tally.median_norm,
+        client=dict(sent.client),
     )

@@ -5,16 +5,16 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from flwr.app import ArrayRecord, Message
 
 from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.grid import reply_batches
 from fedcore.observability.words import counted
-from fedcore.updates.messages import check_weights, joined
+from fedcore.updates.messages import CONFIG, check_weights, joined
 from fedcore.updates.pack import Layout, Vector
 from server.records import RoundRecord
 from server.rounds.aggregation.bounded_mean import BoundedMean
@@ -39,7 +39,12 @@ from server.rounds.inbound import (
     mean_as_reply,
     payload_bytes,
 )
-from server.rounds.instructions import instruction_in_place, instructions, streams
+from server.rounds.instructions import (
+    instruction_in_place,
+    instructions,
+    settings_in_round,
+    streams,
+)
 from server.rounds.quorum import check_quorum
 
 
@@ -80,6 +85,8 @@ class Sent:
     """One of the messages; a strategy's input is built as a reply to it."""
     bytes_down: int
     """Bytes of the arrays that were sent, over all clients."""
+    client: Mapping[str, float] = field(default_factory=dict)
+    """Settings of local training that are this round's own."""
 
 
 def train_round(
@@ -89,7 +96,7 @@ def train_round(
     layout: Layout,
     cohort: Cohort,
     tally: Tally,
-) -> tuple[Released, int]:
+) -> tuple[Released, Sent]:
     """Trains the weights of ``progress`` for one round on a cohort.
 
     Args:
@@ -101,7 +108,7 @@ def train_round(
         tally: Counts replies; modified in place.
 
     Returns:
-        The new weights, and the bytes of arrays that were sent.
+        The new weights, and what was sent.
 
     Raises:
         RoundFailed: there were fewer updates than the quorum, or the strategy rejected them.
@@ -115,8 +122,8 @@ def train_round(
     others = _others(federation, progress, cohort.nodes, tally)
     check_quorum(tally, run.federation.quorum, federation.cohort, this.number, others=others)
     if tally.over or (not tally.updates and protection is None):
-        return Released(progress.weights, protection), sent.bytes_down
-    return _new_weights(this, aggregate, sent), sent.bytes_down
+        return Released(progress.weights, protection), sent
+    return _new_weights(this, aggregate, sent), sent
 
 
 def _train(this: TrainingRound) -> tuple[Aggregate, Sent]:
@@ -128,7 +135,11 @@ def _train(this: TrainingRound) -> tuple[Aggregate, Sent]:
     if not nodes:
         return aggregation.result(), Sent(messages[0], 0)
     messages.sort(key=lambda message: message.metadata.dst_node_id)
-    sent = Sent(messages[0], sum(payload_bytes(message) for message in messages))
+    settings = settings_in_round(
+        run, this.number, (message.content.config_records[CONFIG] for message in messages)
+    )
+    bytes_down = sum(payload_bytes(message) for message in messages)
+    sent = Sent(messages[0], bytes_down, settings)
     intake = Intake(
         update_spec(run, this.layout),
         checkpointer=federation.checkpointer,
@@ -173,7 +184,9 @@ def _train_in_place(this: TrainingRound) -> tuple[Aggregate, Sent]:
             uniform=federation.run.uniform,
             deadline_s=federation.run.federation.deadline_s,
         )
-    return total.result(), Sent(first, payload_bytes(first) * len(nodes))
+    common = first.content.config_records[CONFIG]
+    settings = settings_in_round(federation.run, this.number, [common, *configs.values()])
+    return total.result(), Sent(first, payload_bytes(first) * len(nodes), settings)
 
 
 def _new_weights(this: TrainingRound, aggregate: Aggregate, sent: Sent) -> Released:

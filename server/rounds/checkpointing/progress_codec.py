@@ -7,7 +7,7 @@ in its own file format, and read it back with `decode_progress`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from typing import Any
 
 import numpy as np
@@ -96,7 +96,11 @@ def decode_record(values: Mapping[str, Any]) -> RoundRecord:
         KeyError: a field is missing.
         TypeError: the virtual time has other fields, or the round's number is none.
     """
-    own = {field.name: values[field.name] for field in fields(RoundRecord)}
+    own = {
+        field.name: values[field.name]
+        for field in fields(RoundRecord)
+        if field.name in values or field.default_factory is MISSING  # else: of an earlier version
+    }
     virtual = own["virtual"] and VirtualRecord(**own["virtual"])
     record = RoundRecord(**(own | {"virtual": virtual}))
     if type(record.round) is not int:

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from fedcore.config.client_settings import RUN_SETTINGS, ClientSettings, settings_with
+from fedcore.config.in_round import client_in_round
 from fedcore.config.run import RunConfig
 from fedcore.files import sha256_hex
 from fedcore.observability.words import a_or_an
@@ -60,7 +61,7 @@ class CheckedAlgorithm:
         """Returns the description of a round that the algorithm's methods get."""
         run = self.run
         seed = derive(run.seed, "strategy", number)
-        return Round(number, run.federation.rounds, run.client, seed)
+        return Round(number, run.federation.rounds, client_in_round(run, number), seed)
 
     def initial(self, weights: Vector) -> State:
         """Returns the state before the first round."""
@@ -71,7 +72,7 @@ class CheckedAlgorithm:
         shown = () if self.run.client_private else tuple(clients)
         settings = self._call("configure", self.round(number), shown, _read_only_copy(state))
         if isinstance(settings, ClientSettings):
-            self._check(settings, "configure asks for")
+            self._check(settings, number, "configure asks for")
             return RoundSettings(settings, {})
         if not isinstance(settings, Mapping):
             raise AlgorithmRefused(
@@ -89,7 +90,7 @@ class CheckedAlgorithm:
                 raise AlgorithmRefused(
                     f"configure returned {_kind(one)} for client {name!r}, expected ClientSettings"
                 )
-            self._check(one, f"configure asks client {name!r} for")
+            self._check(one, number, f"configure asks client {name!r} for")
         return RoundSettings(
             RUN_SETTINGS, {name: settings[name] for name in clients if name in settings}
         )
@@ -110,9 +111,9 @@ class CheckedAlgorithm:
         result = self._call("aggregate", self.round(number), *given)
         return _next(result, weights, "aggregate")
 
-    def _check(self, settings: ClientSettings, what: str) -> None:
+    def _check(self, settings: ClientSettings, number: int, what: str) -> None:
         try:
-            settings_with(self.run.client, settings, private=self.run.private)
+            settings_with(client_in_round(self.run, number), settings, private=self.run.private)
         except ValueError as error:
             raise AlgorithmRefused(f"{what} {error}") from None
 

@@ -118,3 +118,47 @@ def test_under_privacy_nothing_that_is_charged_for_changes(asked: dict[str, Any]
     assert (
         update_of(one, task, run).weights.tobytes() != update_of(two, task, run).weights.tobytes()
     )
+
+
+def test_a_client_trains_with_the_schedules_value_and_what_a_server_sends_wins() -> None:
+    task = make_task()
+    run = make_run(client={"schedule": {"learning_rate": [0.03, 0.5], "epochs": [3, 1]}})
+    plain = make_run(client={"learning_rate": 0.03, "epochs": 3})
+    found = update_of(app_of(task, run)(instruct(task, run), context()), task, run)
+    same = update_of(app_of(task, plain)(instruct(task, plain), context()), task, plain)
+    assert found.weights.tobytes() == same.weights.tobytes()
+    message = asking(task, run, learning_rate=0.2)
+    sent = update_of(app_of(task, run)(message, context()), task, run)
+    other = make_run(client={"learning_rate": 0.2, "epochs": 3})
+    expected = update_of(app_of(task, other)(instruct(task, other), context()), task, other)
+    assert sent.weights.tobytes() == expected.weights.tobytes()
+
+
+def test_under_privacy_scheduled_epochs_are_charged_and_a_clip_norm_costs_nothing() -> None:
+    def ledger(**settings: Any) -> Ledger:
+        run, where = make_run(privacy=PRIVATE, **settings), context()
+        assert not app_of(make_task(), run)(instruct(make_task(), run), where).has_error()
+        return read_ledger(where)
+
+    usual = ledger(client={"batch_size": 10})
+    clipped = ledger(client={"batch_size": 10, "schedule": {"clip_norm": [0.3, 0.1]}})
+    assert clipped == usual
+    (rated,) = ledger(client={"batch_size": 10, "schedule": {"learning_rate": "cosine"}}).charges
+    assert (rated,) == usual.charges
+    (more,) = ledger(client={"batch_size": 10, "schedule": {"epochs": [3, 1]}}).charges
+    assert more.steps == 3 * rated.steps
+    assert more.noise_multiplier > rated.noise_multiplier  # planned for what all rounds train
+
+
+def test_scheduled_epochs_spend_the_budget_and_no_more() -> None:
+    federation = {"rounds": 4}
+    client = {"batch_size": 10, "schedule": {"epochs": [1, 4, 2, 1]}}
+    run = make_run(privacy=PRIVATE, federation=federation, client=client)
+    task, where = make_task(), context()
+    app = app_of(task, run)
+    for number in range(1, 5):
+        assert not app(instruct(task, run, number=number), where).has_error()
+    ledger = read_ledger(where)
+    assert [each.steps for each in ledger.charges] == [4, 16, 8, 4]
+    assert len({each.noise_multiplier for each in ledger.charges}) == 1
+    assert 0.99 * run.privacy.max_epsilon < ledger.epsilon(run.privacy) <= run.privacy.max_epsilon

@@ -96,6 +96,25 @@ def test_each_start_is_trained_into_a_file_beside_it(tmp_path: Path) -> None:
     assert not job.error_file(0).exists()
 
 
+def test_every_optimiser_and_the_bound_of_gradients_apply(tmp_path: Path) -> None:
+    results = []
+    for name, settings in {
+        "plain": {},
+        "nesterov": {"nesterov": True},
+        "clipped": {"max_grad_norm": 1e-3},
+        "adamw": {"optimizer": "adamw", "weight_decay": 0.5},
+        "adam": {"optimizer": "adam", "weight_decay": 0.5},
+    }.items():
+        (tmp_path / name).mkdir()
+        job = make_job(tmp_path / name, epochs=1, remember=0.0, **settings)
+        work(job)
+        before, after = (load_file(path) for path in (job.starts[0], trained(Path(job.starts[0]))))
+        results.append(torch.cat([(after[key] - before[key]).flatten() for key in before]))
+    moved = [one.norm().item() for one in results]
+    assert len(set(moved)) == 5
+    assert moved[2] < 0.01 * moved[0]
+
+
 def test_the_seed_fixes_every_bit(tmp_path: Path) -> None:
     results = []
     for number in (1, 2):

@@ -1,0 +1,91 @@
+"""A run whose settings change from round to round, in a simulation."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import fedcore
+from fedcore.seeds import torch_rng
+from server.api.result import Result
+
+_RUN: dict[str, Any] = {
+    "name": "tiny",
+    "task": "task.py",
+    "seed": 3,
+    "federation": {"rounds": 3, "cohort": 3},
+    "client": {"batch_size": 8},
+    "finetune": {"epochs": 0},
+    "compression": {"candidates": ("fp32",), "timing_runs": 100},
+    "simulation": {"workers": 1},
+}
+
+
+def _data(name: str, folder: Path | None) -> TensorDataset:
+    rng = torch_rng(0, name)
+    targets = torch.randint(3, (20,), generator=rng)
+    inputs = nn.functional.one_hot(targets, 5) + 0.3 * torch.randn(20, 5, generator=rng)
+    return TensorDataset(inputs, targets)
+
+
+TASK = fedcore.Task(
+    name="tiny",
+    kind="classification",
+    model=lambda: nn.Sequential(nn.Linear(5, 8), nn.ReLU(), nn.Linear(8, 3)),
+    clients=lambda folder: [f"client-{number}" for number in range(6)],
+    client_data=_data,  # type: ignore[arg-type]
+    test_data=lambda folder: _data("test", folder),  # type: ignore[arg-type, return-value]
+    example_input=torch.zeros(5),
+)
+
+
+def run(**settings: Any) -> Result:
+    """Simulates the tiny run with these settings."""
+    values = {
+        key: value | settings.pop(key, {}) for key, value in _RUN.items() if type(value) is dict
+    }
+    return fedcore.simulate(TASK, fedcore.RunConfig.model_validate(_RUN | values), **settings)
+
+
+class Doubled(fedcore.Algorithm):
+    """Doubles the learning rate of the round."""
+
+    def configure(self, round: Any, clients: Any, state: Any) -> fedcore.ClientSettings:
+        return fedcore.ClientSettings(learning_rate=2 * round.client.learning_rate)
+
+    def step(self, round: Any, weights: Any, mean: Any, state: Any) -> Any:
+        return mean, state
+
+
+def _bits(result: Result) -> bytes:
+    return b"".join(one.numpy().tobytes() for one in result.federated.state_dict().values())
+
+
+@pytest.mark.parametrize("training", ["loop", "vectorised"])
+def test_each_round_trains_with_its_own_values_and_records_them(training: str) -> None:
+    schedule = {"learning_rate": (0.2, 0.1), "epochs": (2, 1, 1)}
+    how = {"simulation": {"training": training}}
+    scheduled = run(client={"schedule": schedule}, **how)
+    rows = scheduled.history.rows()
+    assert [(row["learning_rate"], row["epochs"]) for row in rows] == [(0.2, 2), (0.1, 1), (0.1, 1)]
+    first = run(client={"learning_rate": 0.2, "epochs": 2}, federation={"rounds": 1}, **how)
+    same = run(client={"schedule": schedule}, federation={"rounds": 1}, **how)
+    assert _bits(first) == _bits(same) != _bits(scheduled)
+    assert "learning_rate" not in first.history.rows()[0]
+
+
+def test_what_an_algorithm_sends_takes_precedence_over_the_schedule() -> None:
+    client = {"schedule": {"learning_rate": (0.2, 0.1), "epochs": (2, 1)}}
+    how = {"federation": {"rounds": 2}, "simulation": {"training": "loop"}}
+    found = run(client=client, strategy=Doubled(), **how)
+    assert [one.client for one in found.record.rounds] == [
+        {"learning_rate": 0.4, "epochs": 2},
+        {"learning_rate": 0.2, "epochs": 1},
+    ]
+    client = {"schedule": {"learning_rate": (0.4, 0.2), "epochs": (2, 1)}}
+    assert _bits(run(client=client, **how)) == _bits(found)
