@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from benchmarks.tasks.models import cnn, logistic
-from fedcore.task.definition import Kind, Task
+from fedcore.task.definition import Task
+from fedcore.task.kinds.registry import KindName
 
 _VOCABULARY = 96
 _TABLE = (125_000, 64)  # 8 million numbers
@@ -21,7 +22,7 @@ class Setting:
     """One workload: a model and one batch of made-up examples."""
 
     name: str
-    kind: Kind
+    kind: KindName
     model: Callable[[], nn.Module]
     inputs: Tensor
     """``(B, ...)``."""

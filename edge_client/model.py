@@ -14,12 +14,13 @@ from edge_client.delivery.roots import MAX_ROOT_BYTES
 from edge_client.delivery.source import folder_source
 from edge_client.delivery.store import Installed, serving
 from edge_client.delivery.update import UpdateResult, update
-from edge_client.inference.answers import labels
+from edge_client.inference.answers import LABELLED, label_sets, labels
 from edge_client.inference.confined import ModelLimits, predict
 from edge_client.inference.inputs import as_batch
 from fedcore.artifacts.golden import AnyArray
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
+from fedcore.artifacts.presentation import probabilities
 from fedcore.config.run import Serving
 from fedcore.errors import DataError, DeviceError
 from fedcore.files import read_bytes
@@ -99,30 +100,59 @@ class EdgeModel:
         )
         return outputs[0] if alone else outputs
 
-    def predict_labels(self, x: Inputs) -> str | list[str]:
+    def predict_probabilities(self, x: Inputs) -> FloatArray:
+        """Returns the probabilities of classes or labels, for one input or each input of a batch.
+
+        Args:
+            x: Raw inputs: shape ``input_shape`` for one input, ``(B, *input_shape)`` for a batch.
+
+        Returns:
+            In the shape of the outputs, with a sum of 1 over the classes. For ``binary`` the
+            probability of the second class, and for ``multilabel`` one for each label.
+
+        Raises:
+            DeviceError: the model has no classes, or cannot be run (see `predict`).
+            DataError: the inputs are not valid (see `predict`).
+            LimitExceeded: the model exceeded its limits on time or memory.
+            ResourceError: no process could be started.
+        """
+        if self.manifest.presents == "values":
+            raise self._without("probabilities")
+        batch, alone = self._batch(x)
+        found = probabilities(self.predict(batch), self.manifest.presents)
+        return found[0] if alone else found
+
+    def predict_labels(self, x: Inputs) -> str | list[str] | list[list[str]]:
         """Returns the name of the most likely class, for one input or each input of a batch.
 
         Args:
             x: Raw inputs: shape ``input_shape`` for one input, ``(B, *input_shape)`` for a batch.
 
         Returns:
-            One name, or a list of B names; the class's index as text if classes have no names.
+            One name, or a list of B names; the class's index as text if classes have no names. For
+            ``multilabel`` a list of names for each input: those of labels with a positive logit.
 
         Raises:
-            DeviceError: the model is not a classifier, or cannot be run (see `predict`).
+            DeviceError: the model gives no label to an input, or cannot be run (see `predict`).
             DataError: the inputs are not valid (see `predict`).
             LimitExceeded: the model exceeded its limits on time or memory.
             ResourceError: no process could be started.
         """
-        if self.manifest.kind != "classification":
-            raise DeviceError(
-                f"model {self.name!r} version {self.version}: its kind is "
-                f"{self.manifest.kind}, which has no labels. Nothing was answered; predict() "
-                "gives its outputs."
-            )
+        if self.manifest.presents not in LABELLED:
+            raise self._without("labels")
         batch, alone = self._batch(x)
-        found = labels(self.manifest, self.predict(batch))
+        outputs = self.predict(batch)
+        if self.manifest.presents == "labels":
+            sets = label_sets(self.manifest, outputs)
+            return sets[0] if alone else sets
+        found = labels(self.manifest, outputs)
         return found[0] if alone else found
+
+    def _without(self, what: str) -> DeviceError:
+        return DeviceError(
+            f"model {self.name!r} version {self.version}: its kind is {self.manifest.kind}, which "
+            f"has no {what}. Nothing was answered; predict() gives its outputs."
+        )
 
     def _batch(self, x: Inputs) -> tuple[AnyArray, bool]:
         """Returns the inputs as a batch, and whether ``x`` was a single input."""

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from fedcore.errors import FedcoreError
     from fedcore.task.algorithm import Algorithm, ClientUpdate, Round
     from fedcore.task.definition import Task, load_task
+    from fedcore.task.kinds.protocol import Kind
     from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
     from fedcore.task.partition import by_column, dirichlet, iid, shards
     from fedcore.task.templates import NewTask, new_task
@@ -65,6 +66,7 @@ _LAZY = {
     "FedcoreError": "fedcore.errors",
     "Finetuned": "server.finetune.launch",
     "History": "server.api.result",
+    "Kind": "fedcore.task.kinds.protocol",
     "MAE": "fedcore.task.metrics",
     "Manifest": "fedcore.artifacts.manifest",
     "Metric": "fedcore.task.metrics",
@@ -119,6 +121,7 @@ __all__ = [
     "FedcoreError",
     "Finetuned",
     "History",
+    "Kind",
     "Manifest",
     "Metric",
     "MetricSpread",

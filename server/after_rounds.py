@@ -196,7 +196,7 @@ def after_rounds(
     record = RunRecord(
         name=run.name,
         task=task.name,
-        kind=task.kind,
+        kind=task.problem.name,
         primary=task.primary.name,
         higher_is_better=task.primary.higher_is_better,
         device=trained.device,

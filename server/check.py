@@ -23,10 +23,13 @@ from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SystemDraws
 from fedcore.privacy.planning import PrivatePlan, plan_for
-from fedcore.task.definition import Examples, Task, data_folder, read_examples, size_of
+from fedcore.task.definition import Examples, Task, data_folder, size_of
+from fedcore.task.kinds.protocol import OutputForm
+from fedcore.task.kinds.settings import check_outputs
 from fedcore.task.model import FullModel, build_model
 from fedcore.training.batches import gather
 from fedcore.training.evaluate import evaluate
+from fedcore.training.examples import task_examples
 from fedcore.training.local import train
 from fedcore.training.per_example.trial import choose_method
 from fedcore.training.private import train_private
@@ -181,8 +184,10 @@ def _clients(state: _State) -> str:
 
 def _client_data(state: _State) -> str:
     name = cast(str, state.client)
-    state.examples = read_examples(
-        lambda: state.task.client_data(name, data_folder()), what=f"data of client {name!r}"
+    state.examples = task_examples(
+        state.task,
+        lambda: state.task.client_data(name, data_folder()),
+        what=f"data of client {name!r}",
     )
     inputs, targets = state.sample_batch()
     return (
@@ -207,24 +212,14 @@ def _schema(state: _State) -> str:
         )
     if not torch.isfinite(inputs.float()).all():
         raise TaskError("the client's inputs contain values that are not finite.")
-    outputs = _outputs(state, inputs)
-    if state.task.kind == "regression":
-        if outputs[0].numel() != targets[0].numel():
-            raise TaskError(
-                f"outputs are {tuple(outputs.shape[1:])}, targets {tuple(targets.shape[1:])}: a "
-                "regression needs as many outputs as targets."
-            )
-        return f"outputs {tuple(outputs.shape[1:])} for targets {tuple(targets.shape[1:])}"
-    classes = outputs.shape[-1]
-    if targets.is_floating_point() or int(targets.min()) < 0 or int(targets.max()) >= classes:
-        raise TaskError(
-            f"targets are {targets.dtype} from {targets.min()} to {targets.max()}; with {classes} "
-            f"outputs they must be whole numbers from 0 to {classes - 1}."
-        )
-    labels = state.task.labels
-    if labels and len(labels) != classes:
-        raise TaskError(f"{counted(len(labels), 'label')} for {counted(classes, 'output')}.")
-    return f"{classes} classes" + (f", named {labels[0]!r} to {labels[-1]!r}" if labels else "")
+    outputs, task = _outputs(state, inputs), state.task
+    form = OutputForm(outputs.shape[1:], outputs.dtype)
+    check_outputs(task.problem, task.options, form, task=task.name, labels=task.labels)
+    said = f"outputs {tuple(form.shape)} for targets {tuple(targets.shape[1:])}"
+    classes, labels = task.problem.labels(form), task.labels
+    if classes is not None:
+        said = f"{classes} classes" + (f", named {labels[0]!r} to {labels[-1]!r}" if labels else "")
+    return said
 
 
 def _outputs(state: _State, inputs: Tensor) -> Tensor:
@@ -303,7 +298,7 @@ def _export(state: _State) -> str:
     inputs, _ = state.sample_batch()
     model = cast(FullModel, state.model).eval()
     example = torch.stack([state.task.example_input] * 2)
-    onnx = export_onnx(model, example, labels=state.task.labels, kind=state.task.kind)
+    onnx = export_onnx(model, example, labels=state.task.labels, kind=state.task.problem.name)
     answered = torch.from_numpy(answer(open_session(onnx, threads=1), inputs.numpy()))
     error = (answered - _outputs(state, inputs)).abs().max().item()
     return f"ONNX of {len(onnx):,} bytes; largest difference from torch {error:.2g}"
@@ -331,10 +326,10 @@ def _tests(state: _State) -> str:
 def _other(
     state: _State, what: str, loader: Callable[[Path | None], Examples], *, least: int = 1
 ) -> str:
-    examples = read_examples(lambda: loader(data_folder()), what=what, least=least)
+    examples = task_examples(state.task, lambda: loader(data_folder()), what=what, least=least)
     if not size_of(examples):
         return "no examples"
-    inputs, _ = gather(examples, [0])
+    inputs, _ = gather(examples, list(range(min(size_of(examples), _MAX_EXAMPLES))))
     if inputs.shape[1:] != state.task.example_input.shape:
         raise TaskError(
             f"{what}: inputs are {tuple(inputs.shape[1:])}, the clients' "

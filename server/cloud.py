@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from fedcore.seeds import derive
-from fedcore.task.definition import Examples, Folder, Task, read_examples
+from fedcore.task.definition import Examples, Folder, Task
 from fedcore.training.batches import split
+from fedcore.training.examples import task_examples
 
 
 @dataclass(frozen=True)
@@ -33,10 +34,10 @@ def read_cloud_data(task: Task, folder: Folder, *, holdout: float, seed: int) ->
     loader = task.cloud_data
     if loader is None:
         return None
-    examples = read_examples(lambda: loader(folder), what=f"task {task.name!r}: cloud data")
+    examples = task_examples(task, lambda: loader(folder), what=f"task {task.name!r}: cloud data")
     judge = task.cloud_heldout
     if judge is not None:
         what = f"task {task.name!r}: held-out cloud data"
-        return CloudData(examples, read_examples(lambda: judge(folder), what=what))
+        return CloudData(examples, task_examples(task, lambda: judge(folder), what=what))
     train, heldout = split(examples, holdout, derive(seed, "cloud"))
     return CloudData(train, heldout)

@@ -6,13 +6,16 @@ from pathlib import Path
 
 from torch import Tensor, nn
 
-from fedcore.task.definition import Kind, Loss, Task
+from fedcore.task.definition import Loss, Task
+from fedcore.task.kinds.registry import KindName
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.gradient_methods import GradientMethod, GradientPart, zero_totals
 from fedcore.training.per_example.trial import choose_method
 
 
-def task_of(model: nn.Module, loss: Loss, example: Tensor, kind: Kind = "classification") -> Task:
+def task_of(
+    model: nn.Module, loss: Loss, example: Tensor, kind: KindName = "classification"
+) -> Task:
     """A task of a model and a loss, without data."""
 
     def none(*_: str | Path | None) -> list[str]:
@@ -34,7 +37,7 @@ def way_of(
     model: nn.Module,
     loss: Loss,
     example: Tensor,
-    kind: Kind = "classification",
+    kind: KindName = "classification",
     *,
     preprocess: nn.Module | None = None,
 ) -> GradientMethod:

@@ -1,4 +1,7 @@
-"""Model outputs as text: labels, numbers or tokens, one line per input, or JSON."""
+"""Model outputs as text: labels, numbers or tokens, one line per input, or JSON.
+
+The manifest's presentation decides the form, so that a device needs no code of a kind of problem.
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Iterable, Iterator
 
 import numpy as np
 
+from fedcore.artifacts import presentation
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
 from fedcore.errors import DeviceError, LimitExceeded
@@ -16,10 +20,14 @@ from fedcore.observability.words import counted
 MAX_PRINTED = 4_000_000
 """Most numbers in one answer: 100 MB of text."""
 _PIECE = 1 << 16
+LABELLED = ("label", "binary", "labels")
+"""Presentations that give an input as a whole the name of a class, or names of labels."""
 
 
 def answers(manifest: Manifest, outputs: FloatArray) -> Iterable[str]:
-    """Returns one line per input: the class, the values, or the likeliest token at each position.
+    """Returns one line per input: its class or labels, the values, or the class at each position.
+
+    Several labels are separated by spaces; the line of an input without any is empty.
 
     Lines are made lazily: a byte of output can take 20 bytes as text, and 50 in Python lists.
 
@@ -32,16 +40,20 @@ def answers(manifest: Manifest, outputs: FloatArray) -> Iterable[str]:
         LimitExceeded: more than `MAX_PRINTED` numbers would be printed.
     """
     _check_shape(manifest, outputs)
-    if manifest.kind == "classification":
+    if manifest.presents == "labels":
+        return (" ".join(map(foreign, names)) for names in label_sets(manifest, outputs))
+    if manifest.presents in LABELLED:
         found = labels(manifest, outputs)
         return (foreign(label) for label in found)
-    rows = outputs if manifest.kind == "regression" else outputs.argmax(axis=-1)
+    rows = presentation.decisions(outputs, manifest.presents)
     _check_size(manifest, rows)
     return (" ".join(f"{number:.6g}" for number in np.ravel(row)) for row in rows)
 
 
 def answer_lines(manifest: Manifest, outputs: FloatArray) -> Iterator[str]:
-    """Yields the lines of one JSON object: model, version, outputs, and a classifier's labels.
+    """Yields the lines of one JSON object: model, version, outputs, and labels where it has any.
+
+    Where each output is the logit of one label, there are ``probabilities``, too.
 
     Converts a limited number of outputs to text at a time, to save memory.
 
@@ -58,9 +70,13 @@ def answer_lines(manifest: Manifest, outputs: FloatArray) -> Iterator[str]:
     head = json.dumps({"model": manifest.model, "version": manifest.version})
     yield head[:-1] + ', "outputs":'
     yield from _array_lines(outputs)
-    if manifest.kind == "classification":
+    if manifest.presents in ("binary", "labels"):
+        yield ', "probabilities":'
+        yield from _array_lines(presentation.probabilities(outputs, manifest.presents))
+    if manifest.presents in LABELLED:
+        of = label_sets if manifest.presents == "labels" else labels
         yield ', "labels":'
-        yield from _list_lines(json.dumps(name) for name in labels(manifest, outputs))
+        yield from _list_lines(json.dumps(names) for names in of(manifest, outputs))
     yield "}"
 
 
@@ -99,25 +115,48 @@ def labels(manifest: Manifest, outputs: FloatArray) -> list[str]:
     """Returns the name of each row's most likely class, or its index if classes have no names.
 
     Args:
-        manifest: A classifier's manifest.
-        outputs: Shape ``(B, C)``.
+        manifest: The manifest of a model that presents one label for each input.
+        outputs: Shape ``(B, C)``, or one logit for each input.
 
     Raises:
         DeviceError: the outputs have another shape.
         LimitExceeded: there are more than `MAX_PRINTED` rows.
     """
     _check_shape(manifest, outputs)
-    classes = outputs.argmax(axis=-1)
+    classes = presentation.decisions(outputs, manifest.presents)
     _check_size(manifest, classes)
-    names = manifest.labels
-    return [names[row] if row < len(names) else str(row) for row in classes.tolist()]
+    return [_name(manifest, row) for row in classes.tolist()]
+
+
+def label_sets(manifest: Manifest, outputs: FloatArray) -> list[list[str]]:
+    """Returns the names of each row's labels, those with a positive logit; or their indices.
+
+    Args:
+        manifest: The manifest of a model that presents any number of labels.
+        outputs: Logits, shape ``(B, L)``.
+
+    Raises:
+        DeviceError: the outputs have another shape.
+        LimitExceeded: there are more than `MAX_PRINTED` outputs.
+    """
+    _check_shape(manifest, outputs)
+    _check_size(manifest, outputs)
+    found = presentation.decisions(outputs, manifest.presents)
+    return [[_name(manifest, int(place)) for place in np.flatnonzero(row)] for row in found]
+
+
+def _name(manifest: Manifest, place: int) -> str:
+    return manifest.labels[place] if place < len(manifest.labels) else str(place)
 
 
 def _check_shape(manifest: Manifest, outputs: FloatArray) -> None:
     """Checks the outputs' shape, which for some inputs may differ from the self-test's."""
-    dimensions = {"classification": 2, "next_token": 3}.get(manifest.kind)
-    if dimensions is None or (outputs.ndim == dimensions and outputs.shape[-1] > 0):
+    least, most = presentation.dimensions_of(manifest.presents)
+    axis = 1 if manifest.presents == "dense" else -1
+    fits = least <= outputs.ndim <= (most or outputs.ndim)
+    if manifest.presents == "values" or (fits and outputs.shape[axis] > 0):
         return
+    dimensions = f"{least}" if most == least else f"{least} or more" if most is None else "1 or 2"
     raise DeviceError(
         f"model {manifest.model!r} version {manifest.version}: for these inputs its outputs have "
         f"shape {outputs.shape}, expected {dimensions} dimensions and at least one class. "

@@ -7,6 +7,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
+from fedcore.artifacts.presentation import Presentation, presentation_of
 from fedcore.errors import TrustError
 from fedcore.observability.faults import first_fault
 
@@ -140,7 +141,10 @@ class Manifest(_Part):
     version: Annotated[int, Field(ge=1, le=MAX_VERSION)]
     created: str
     """UTC, ISO 8601, to the second."""
-    kind: Literal["classification", "regression", "next_token"]
+    kind: Annotated[str, Field(pattern=r"^[a-z][a-z0-9_]{0,63}$")]
+    """The kind of problem, which says what outputs mean."""
+    presentation: Presentation | None = None
+    """How devices tell an answer; None where the kind says it (see `presents`)."""
     labels: tuple[str, ...]
     input_shape: tuple[int, ...]
     """Shape of one input, without the batch dimension."""
@@ -155,12 +159,18 @@ class Manifest(_Part):
     test: TestStatement | None = None
     """Results on the final test split; None without a test."""
 
+    @property
+    def presents(self) -> Presentation:
+        """How devices tell an answer."""
+        return self.presentation or presentation_of(self.kind)
+
 
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Returns the manifest as canonical JSON: sorted keys, no optional white space."""
-    return json.dumps(
-        manifest.model_dump(mode="json"), sort_keys=True, separators=(",", ":")
-    ).encode()
+    values = manifest.model_dump(mode="json")
+    if manifest.presentation is None:  # unknown to devices of version 0.1
+        del values["presentation"]
+    return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
 
 def parse_manifest(raw: bytes) -> Manifest:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcore.artifacts.presentation import Presentation, decisions
+
 FloatArray = NDArray[np.float32]
 
 
@@ -19,18 +21,19 @@ def max_abs_error(reference: FloatArray, candidate: FloatArray) -> float:
     return difference if np.isfinite(difference) else float("inf")
 
 
-def agreement(reference: FloatArray, candidate: FloatArray, *, kind: str) -> float:
+def agreement(reference: FloatArray, candidate: FloatArray, *, presentation: Presentation) -> float:
     """Returns how well the decisions of two models agree, from 0 to 1.
 
     Args:
         reference: Outputs ``(N, ...)`` of the reference model.
         candidate: Outputs of the other model, of the same shape.
-        kind: For ``classification`` and ``next_token`` the share of equal arg-maxima along the last
-            axis; for ``regression`` one minus the RMS difference over the standard deviation of
-            the reference, never below 0.
+        presentation: How devices tell an answer. Where they tell classes or labels, the result is
+            the share of equal decisions; for ``values`` one minus the RMS difference over the
+            standard deviation of the reference, never below 0.
     """
-    if kind == "regression":
+    if presentation == "values":
         spread = float(np.std(reference)) or 1.0
         difference = reference.astype(np.float64) - candidate
         return max(0.0, 1.0 - float(np.sqrt(np.mean(np.square(difference)))) / spread)
-    return float(np.mean(reference.argmax(axis=-1) == candidate.argmax(axis=-1)))
+    same = decisions(reference, presentation) == decisions(candidate, presentation)
+    return float(np.mean(same))

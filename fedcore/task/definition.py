@@ -8,46 +8,33 @@ from __future__ import annotations
 import importlib.util
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence, Sized
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Literal, cast
 
+import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from fedcore.errors import DataError, FedcoreError, TaskError
 from fedcore.files import sha256_hex
 from fedcore.rpc.hello import is_task_name
-from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
+from fedcore.seeds import global_streams
+from fedcore.task.kinds.conform import TargetRule, shape_safe
+from fedcore.task.kinds.protocol import Kind, OutputForm, TargetOptions
+from fedcore.task.kinds.protocol import Loss as Loss
+from fedcore.task.kinds.registry import KindName, kind_of
+from fedcore.task.kinds.settings import check_options
+from fedcore.task.metrics import Metric
 
-Kind = Literal["classification", "regression", "next_token"]
-Loss = Callable[[Tensor, Tensor], Tensor]
 Folder = Path | None
 Examples = Dataset[tuple[Tensor, Tensor]]
 Part = Literal["heldout", "test", "all"]
 """Which of a client's examples: held back from training (``federation.holdout``), the task's
 ``client_test``, or all of ``client_data``."""
-
-
-def _regression_loss(output: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.mse_loss(output.reshape(target.shape), target)
-
-
-def _token_loss(output: Tensor, target: Tensor) -> Tensor:
-    return nn.functional.cross_entropy(output.transpose(1, 2), target)
-
-
-_LOSSES: dict[Kind, Loss] = {
-    "classification": nn.functional.cross_entropy,
-    "regression": _regression_loss,
-    "next_token": _token_loss,
-}
-_METRICS: dict[Kind, tuple[Metric, ...]] = {
-    "classification": (ACCURACY,),
-    "regression": (RMSE, MAE),
-    "next_token": (ACCURACY, PERPLEXITY),
-}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,10 +60,16 @@ class Task:
 
     name: str
     """1 to 64 of ``A-Za-z0-9._-``; devices and the server send it to each other."""
-    kind: Kind
-    """``classification``: outputs ``(B, C)``, targets ``(B,)`` of class numbers.
+    kind: KindName | Kind
+    """What outputs and targets mean; it decides loss and metrics, and how devices answer.
+    ``classification``: outputs ``(B, C)``, targets ``(B,)`` of class numbers.
+    ``binary``: outputs ``(B,)`` or ``(B, 1)``, the logit of 1; targets ``(B,)`` of 0 and 1.
+    ``multilabel``: outputs and targets ``(B, L)``, 0 or 1 for each label.
     ``regression``: outputs and targets ``(B,)`` or ``(B, K)``.
-    ``next_token``: outputs ``(B, T, V)``, targets ``(B, T)`` of token numbers."""
+    ``segmentation``: outputs ``(B, C, ...)``, targets ``(B, ...)`` of class numbers.
+    ``next_token``: outputs ``(B, T, V)``, targets ``(B, T)`` of token numbers.
+    ``sequence``: outputs ``(B, T, C)``, targets ``(B, T)`` of class numbers, -100 for none.
+    Or an object of your own subclass of `fedcore.Kind`."""
     model: Callable[[], nn.Module]
     """Builds the model; initial weights come from torch's default generator, which is seeded."""
     clients: Callable[[Folder], Sequence[str]]
@@ -104,6 +97,14 @@ class Task:
     """Mean loss over a batch, ``(outputs, targets)``; the kind's usual one when unset."""
     metrics: tuple[Metric, ...] = ()
     """The first is the primary one; the kind's usual ones when unset."""
+    class_weights: tuple[float, ...] = ()
+    """Weight of each class in the kind's usual loss, for rare classes; in ``multilabel`` the weight
+    of each label's ones. A batch's loss is divided by the number of its examples, not by the sum of
+    their weights, so that no example's share depends on the others."""
+    ignore_index: int | None = None
+    """Targets of this value count in neither loss nor metrics."""
+    label_smoothing: float = 0.0
+    """Share of each target's probability that the kind's usual loss spreads evenly, below 1."""
 
     def __post_init__(self) -> None:
         if not is_task_name(self.name):
@@ -112,12 +113,60 @@ class Task:
                 "digits, '.', '_' and '-', because devices and the server exchange it. Nothing "
                 "was run; choose another name in the task file."
             )
-        if self.kind not in _LOSSES:
+        kind, options = kind_of(self.kind, task=self.name), self.options
+        loss = kind.loss(options)
+        own_loss = self.loss is not None and self.loss != loss  # a copy states the usual one
+        check_options(kind, options, task=self.name, own_loss=own_loss)
+        object.__setattr__(self, "loss", self.loss or loss)
+        usual = kind.metrics(options)
+        own = tuple(self.metrics or ())
+        if own and kind.presentation == "values":
+            own = tuple(one if one in usual else shape_safe(one) for one in own)
+        object.__setattr__(self, "metrics", own or usual)
+        missing = [name for name in ("loss", "metrics") if not getattr(self, name)]
+        if missing:
             raise TaskError(
-                f"task {self.name!r}: kind = {self.kind!r}; allowed: {', '.join(_LOSSES)}."
+                f"task {self.name!r}: its kind {kind.name!r} has no usual {' or '.join(missing)}. "
+                f"Nothing was run; state {' and '.join(missing)} in the task or in the kind."
             )
-        object.__setattr__(self, "loss", self.loss or _LOSSES[self.kind])
-        object.__setattr__(self, "metrics", self.metrics or _METRICS[self.kind])
+
+    @property
+    def problem(self) -> Kind:
+        """The kind of problem, as an object."""
+        return kind_of(self.kind, task=self.name)
+
+    @property
+    def options(self) -> TargetOptions:
+        """The settings for targets."""
+        try:
+            weights = tuple(float(one) for one in self.class_weights)
+        except (TypeError, ValueError) as error:
+            raise TaskError(
+                f"task {self.name!r}: class_weights are {self.class_weights!r}, expected one "
+                "number for each class. Nothing was run; correct the task file."
+            ) from error
+        return TargetOptions(weights, self.ignore_index, self.label_smoothing)
+
+    @cached_property
+    def outputs(self) -> OutputForm | None:
+        """Form of the model's outputs for ``example_input``; None if it cannot answer it."""
+        try:
+            with warnings.catch_warnings(), global_streams(0, "outputs"), torch.no_grad():
+                warnings.simplefilter("ignore")
+                before = self.preprocess() if self.preprocess else nn.Identity()
+                found = self.model().eval()(before.eval()(torch.stack([self.example_input] * 2)))
+        except Exception:  # the task's code may raise anything; building the model reports it
+            return None
+        if not isinstance(found, Tensor) or found.shape[:1] != (2,):
+            return None
+        return OutputForm(found.shape[1:], found.dtype)
+
+    @cached_property
+    def targets(self) -> TargetRule:
+        """How targets are brought to the form that the loss takes."""
+        problem, options = self.problem, self.options
+        own_loss = None if self.loss == problem.loss(options) else self.loss
+        return TargetRule(problem, options, self.outputs, own_loss)
 
     @property
     def primary(self) -> Metric:

@@ -17,6 +17,14 @@ _NO_BATCH = (
 )
 
 
+class BatchReader(Dataset[tuple[Tensor, Tensor]]):
+    """A data set that reads many rows in one call."""
+
+    def rows(self, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
+        """Returns the examples of the given rows as one batch."""
+        raise NotImplementedError
+
+
 def gather(examples: Examples, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
     """Returns the examples of the given rows as one batch of inputs and one of targets.
 
@@ -28,9 +36,12 @@ def gather(examples: Examples, rows: Sequence[int] | Tensor) -> tuple[Tensor, Te
         index = torch.as_tensor(rows, dtype=torch.long)
         inputs, targets = (tensor[index] for tensor in examples.tensors)
         return inputs, targets
+    if isinstance(examples, BatchReader):
+        return examples.rows(rows)
     if isinstance(examples, Subset):
         return gather(examples.dataset, [examples.indices[int(row)] for row in rows])
     found = [_example(examples, int(row)) for row in rows]
+    _refuse_text(found, rows)
     try:
         inputs, targets = default_collate(found)
     except (RuntimeError, TypeError, ValueError) as error:
@@ -38,6 +49,17 @@ def gather(examples: Examples, rows: Sequence[int] | Tensor) -> tuple[Tensor, Te
     if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
         raise DataError(f"{_NO_BATCH}: got {type(found[0]).__name__}.")
     return inputs, targets
+
+
+def _refuse_text(found: Sequence[object], rows: Sequence[int] | Tensor) -> None:
+    """Refuses targets that are text, such as names of classes."""
+    for place, example in enumerate(found):
+        if isinstance(example, tuple) and len(example) == 2 and isinstance(example[1], str):
+            raise DataError(
+                f"data: row {int(rows[place])}: the target is the text {example[1]!r}, expected a "
+                "number. These examples were not used; number the classes from 0, and give "
+                "their names as `labels` of the task, in that order."
+            )
 
 
 def gather_all(examples: Examples) -> tuple[Tensor, Tensor]:

@@ -23,11 +23,12 @@ from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import NO_OTHER_RUNS, Ledger, OtherRuns, charge
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size, plan
 from fedcore.seeds import Randomness, derive
-from fedcore.task.definition import Examples, Folder, Task, data_folder, read_examples, size_of
+from fedcore.task.definition import Examples, Folder, Task, data_folder, size_of
 from fedcore.task.model import FullModel, build_model
 from fedcore.training.batches import split
 from fedcore.training.bounds import Bounds, unbounded
 from fedcore.training.device import available
+from fedcore.training.examples import task_examples
 from fedcore.training.local import proximal, train
 from fedcore.training.memory import check_memory, memory_errors
 from fedcore.training.per_example.gradient_methods import GradientMethod
@@ -357,8 +358,10 @@ def local_data(client: Client, name: str) -> tuple[Examples, Examples]:
         DataError: The data cannot be read, or are empty.
     """
     folder = client.folder
-    examples = read_examples(
-        lambda: client.task.client_data(name, folder), what=f"data of client {name!r}"
+    examples = task_examples(
+        client.task,
+        lambda: client.task.client_data(name, folder),
+        what=f"data of client {name!r}",
     )
     holdout = client.run.federation.holdout
     if not holdout:

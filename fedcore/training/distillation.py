@@ -11,9 +11,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
-from fedcore.task.definition import Kind, Loss
+from fedcore.task.kinds.protocol import Kind, Loss
 
 Both = tuple[Tensor, Tensor]
 """Outputs of a model and of its teacher, each ``(B, ...)``."""
@@ -46,9 +45,9 @@ def beside_teacher(
 ) -> tuple[nn.Module, BothLoss]:
     """Returns a module and a loss that train ``student`` in place, close to ``teacher``.
 
-    The loss is ``(1 - weight) * loss + weight * distance``. The distance is the cross-entropy of
-    the teacher's distribution for classes and tokens, and for a regression the task's own loss with
-    the teacher's outputs as targets. Both have the scale of the task's loss.
+    The loss is ``(1 - weight) * loss + weight * distance``. The kind decides the distance: the
+    cross-entropy of the teacher's distribution for classes and tokens, for a regression the task's
+    own loss with the teacher's outputs as targets. Both have the scale of the task's loss.
 
     Args:
         student: The model to train.
@@ -66,11 +65,7 @@ def beside_teacher(
 
     def combined(outputs: Both, targets: Tensor) -> Tensor:
         own, told = outputs
-        if kind == "regression":
-            distance = loss(own, told.reshape(targets.shape).to(targets.dtype))
-        else:
-            likely = functional.log_softmax(own, dim=-1)
-            distance = -(functional.softmax(told, dim=-1) * likely).sum(dim=-1).mean()
+        distance = kind.distance(own, told, targets, loss)
         return (1 - weight) * loss(own, targets) + weight * distance
 
     return BesideTeacher(student, frozen.to(device)), combined

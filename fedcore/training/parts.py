@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from fedcore.errors import DataError
-from fedcore.task.definition import Examples, Part, read_examples, size_of
+from fedcore.task.definition import Examples, Part, size_of
 from fedcore.training.client import Client, local_data
+from fedcore.training.examples import task_examples
 
 
 def part_of(client: Client, name: str, part: Part) -> Examples:
@@ -27,4 +28,4 @@ def part_of(client: Client, name: str, part: Part) -> Examples:
         assert task.client_test is not None  # callers check the task
         load = task.client_test
     what = f"{'test data' if part == 'test' else 'data'} of client {name!r}"
-    return read_examples(lambda: load(name, folder), what=what)
+    return task_examples(task, lambda: load(name, folder), what=what)

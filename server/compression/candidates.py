@@ -57,7 +57,7 @@ class Material:
             self.example_batch,
             self.train,
             self.task.loss_of,
-            self.task.kind,
+            self.task.problem,
             self.run.finetune,
             fraction=compression.prune_fraction,
             epochs=compression.prune_epochs,
@@ -93,7 +93,9 @@ class Material:
         )
 
     def _export(self, module: nn.Module) -> bytes:
-        return export_onnx(module, self.example_batch, labels=self.task.labels, kind=self.task.kind)
+        return export_onnx(
+            module, self.example_batch, labels=self.task.labels, kind=self.task.problem.name
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

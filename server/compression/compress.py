@@ -18,12 +18,13 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedcore.artifacts.manifest import Parity
-from fedcore.artifacts.parity import FloatArray, agreement, max_abs_error
+from fedcore.artifacts.parity import FloatArray, max_abs_error
 from fedcore.config.run import RunConfig
 from fedcore.errors import CompressionError, FedcoreError, ParityError, TaskError
 from fedcore.files import sha256_hex
 from fedcore.observability.words import counted
 from fedcore.task.definition import Task, size_of
+from fedcore.task.kinds.protocol import Kind
 from fedcore.task.metrics import Metric
 from fedcore.task.model import checkpoint_bytes
 from server.cloud import CloudData
@@ -157,7 +158,7 @@ def compress(
         threads=run.serving.threads,
         runs=run.compression.timing_runs,
     )
-    measured = _records(evaluated, timings, task.primary, task.kind)
+    measured = _records(evaluated, timings, task.primary, task.problem)
     judged, chosen = choose(measured, run.compression, unjudged=_unjudged(run, evaluated))
     of = {**{record.name: record for record in judged}, **_unbuilt_records(refused)}
     records = tuple(of[candidate.name] for candidate in wanted)
@@ -287,7 +288,7 @@ def _records(
     evaluated: Mapping[str, _Evaluated],
     timings: Mapping[str, CandidateTiming],
     metric: Metric,
-    kind: str,
+    kind: Kind,
 ) -> list[CandidateRecord]:
     """Returns each candidate's figures relative to fp32; verdicts are still open."""
     base = evaluated[FP32.name]
@@ -299,7 +300,7 @@ def _records(
             agreement=(
                 1.0
                 if each.heldout is None or base.heldout is None
-                else agreement(base.heldout, each.heldout, kind=kind)
+                else kind.agreement(base.heldout, each.heldout)
             ),
             max_abs_error=each.max_abs_error,
             bytes=len(each.built.onnx),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Lineage, TestStatement
+from fedcore.artifacts.presentation import presentation_of
 from fedcore.task.definition import Task
 from server.compression.compress import Compressed
 from server.release.publish import Draft, Origin
@@ -21,11 +22,13 @@ def draft_of(
         compressed: The candidates; the chosen one is released.
         tested: The chosen candidate's result on the final test split; None without one.
     """
+    kind = task.problem
     return Draft(
         model=model,
         onnx=compressed.files[compressed.chosen],
         golden=golden_bytes(compressed.golden_inputs, compressed.golden_outputs),
-        kind=task.kind,
+        kind=kind.name,
+        presentation=None if presentation_of(kind.name) == kind.presentation else kind.presentation,
         labels=task.labels,
         input_shape=tuple(task.example_input.shape),
         input_dtype=str(task.example_input.dtype).removeprefix("torch."),

@@ -13,7 +13,8 @@ from torch import Tensor, nn
 from fedcore.config.run import Finetune
 from fedcore.errors import CompressionError, TrainingDiverged
 from fedcore.seeds import global_streams, torch_rng
-from fedcore.task.definition import Examples, Kind, Loss
+from fedcore.task.definition import Examples, Loss
+from fedcore.task.kinds.protocol import Kind
 from fedcore.training.distillation import beside_teacher
 from fedcore.training.local import train
 from server.compression.export import quiet

@@ -114,7 +114,7 @@ def train_start(
     torch.manual_seed(derive(run.seed, "fine-tuning", rank))  # for dropout
     trained, loss_of = model, cast(Callable[[Any, Tensor], Tensor], task.loss_of)
     if remember:
-        trained, loss_of = beside_teacher(model, model, task.loss_of, task.kind, weight=remember)
+        trained, loss_of = beside_teacher(model, model, task.loss_of, task.problem, weight=remember)
     parallel = trained
     batch = max(1, settings.batch_size // world)
     if world > 1:

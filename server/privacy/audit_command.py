@@ -183,7 +183,8 @@ def _of_run(run: RunConfig, examples: int | None) -> list[Statement]:
 
 def _first_client(run: RunConfig) -> Examples:
     from fedcore.errors import DataError
-    from fedcore.task.definition import data_folder, load_task, read_examples
+    from fedcore.task.definition import data_folder, load_task
+    from fedcore.training.examples import task_examples
 
     task, folder = load_task(run.path(run.task)), data_folder()
     name = next(iter(task.clients(folder)), None)
@@ -192,7 +193,9 @@ def _first_client(run: RunConfig) -> Examples:
             f"task {task.name!r}: clients() returned none, but the audit needs the number of "
             "examples of the first. Nothing was audited; pass it with --examples."
         )
-    return read_examples(lambda: task.client_data(name, folder), what=f"data of client {name!r}")
+    return task_examples(
+        task, lambda: task.client_data(name, folder), what=f"data of client {name!r}"
+    )
 
 
 def _audited(statement: Statement, seeds: int, confidence: float, emit: Sink) -> Audited:

@@ -23,7 +23,8 @@ from fedcore.config.run import ClientConfig
 from fedcore.errors import PrivacyError
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size
 from fedcore.seeds import Randomness
-from fedcore.task.definition import Examples, Kind, Loss, Task
+from fedcore.task.definition import Examples, Loss, Task
+from fedcore.task.kinds.registry import KindName
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.gradient_methods import GradientMethod
 from fedcore.training.per_example.trial import choose_method
@@ -125,7 +126,7 @@ def canary_task(canaries: int) -> Task:
 
 
 def artificial_task(
-    name: str, *, kind: Kind, model: Callable[[], nn.Module], loss: Loss, example_input: Tensor
+    name: str, *, kind: KindName, model: Callable[[], nn.Module], loss: Loss, example_input: Tensor
 ) -> Task:
     """Builds a task without own data; the caller passes examples to the training function."""
 

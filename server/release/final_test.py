@@ -16,9 +16,10 @@ from fedcore.errors import DataError
 from fedcore.finite import finite_or_none
 from fedcore.observability.words import counted
 from fedcore.seeds import numpy_rng
-from fedcore.task.definition import Examples, Folder, Task, check_inputs, read_examples, size_of
+from fedcore.task.definition import Examples, Folder, Task, check_inputs, size_of
 from fedcore.task.metrics import Metric
 from fedcore.training.batches import gather_all
+from fedcore.training.examples import task_examples
 
 Scores = dict[str, dict[str, float]]
 """Scores by metric, then by model."""
@@ -60,7 +61,7 @@ def read_final_test(
     load = task.test_data
     if load is not None:
         what = f"task {task.name!r}: test data"
-        examples = read_examples(lambda: load(data), what=what)
+        examples = task_examples(task, lambda: load(data), what=what)
         check_inputs(task, examples, what=what)
         return FinalTest(examples, by_client)
     if not by_client:
@@ -80,7 +81,7 @@ def _by_client(
     drawn = numpy_rng(run.seed, "client tests").choice(len(clients), size=size, replace=False)
     for name in (clients[int(place)] for place in sorted(drawn)):
         what = f"test data of client {name!r}"
-        examples = read_examples(partial(load, name, data), what=what, least=0)
+        examples = task_examples(task, partial(load, name, data), what=what, least=0)
         if size_of(examples):
             check_inputs(task, examples, what=what)
             found[name] = examples

@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Literal
 
 from pydantic import TypeAdapter, ValidationError
 
@@ -29,6 +28,7 @@ from fedcore.artifacts.manifest import (
     manifest_bytes,
     parse_manifest,
 )
+from fedcore.artifacts.presentation import Presentation
 from fedcore.config.run import Name
 from fedcore.errors import ReleaseError, TrustError
 from fedcore.files import disk_errors, sha256_hex, write_atomic
@@ -55,7 +55,8 @@ class Draft:
 
     model: str
     """The name under which devices request the model."""
-    kind: Literal["classification", "regression", "next_token"]
+    kind: str
+    """The kind of problem, which says what outputs mean."""
     labels: tuple[str, ...]
     input_shape: tuple[int, ...]
     input_dtype: str
@@ -67,6 +68,8 @@ class Draft:
     golden: bytes = field(repr=False)
     """Golden inputs and outputs, encoded by `fedcore.artifacts.golden.golden_bytes`."""
     test: TestStatement | None = None
+    presentation: Presentation | None = None
+    """How devices tell an answer; None where the kind says it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,6 +194,7 @@ def rollback(
         draft = Draft(
             model=model,
             kind=old.kind,
+            presentation=old.presentation,
             labels=old.labels,
             input_shape=old.input_shape,
             input_dtype=old.input_dtype,
@@ -305,6 +309,7 @@ def _files(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[st
         version=version,
         created=f"{now:%Y-%m-%dT%H:%M:%SZ}",
         kind=draft.kind,
+        presentation=draft.presentation,
         labels=draft.labels,
         input_shape=draft.input_shape,
         input_dtype=draft.input_dtype,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from fedcore.config.run import RunConfig
 from fedcore.errors import InsufficientMemory
 from fedcore.privacy.ledger import Ledger
-from fedcore.task.definition import Examples, Folder, Task, read_examples, size_of
+from fedcore.task.definition import Examples, Folder, Task, size_of
 from fedcore.task.model import FullModel
 from fedcore.training.evaluate import evaluate
+from fedcore.training.examples import task_examples
 from server.records import ClientRecord
 from server.simulation.virtual.state import SimulationState
 
@@ -52,8 +53,8 @@ def _judged(task: Task, model: FullModel, name: str, data: Folder) -> tuple[Exam
     None where they cannot be read or evaluated; such a client has also failed in the rounds.
     """
     try:
-        examples = read_examples(
-            lambda: task.client_data(name, data), what=f"data of client {name!r}"
+        examples = task_examples(
+            task, lambda: task.client_data(name, data), what=f"data of client {name!r}"
         )
         return examples, evaluate(model, examples, [task.primary])[task.primary.name]
     except InsufficientMemory:

@@ -10,7 +10,8 @@ import torch
 from opacus.layers import DPGRU, DPLSTM, DPMultiheadAttention
 from torch import Tensor, nn
 
-from fedcore.task.definition import Kind, Loss
+from fedcore.task.definition import Loss
+from fedcore.task.kinds.registry import KindName
 from tests.property import zoo_models as m
 from tests.property import zoo_state as s
 from tests.property.zoo_models import CLASSES, STEPS, TOKENS, WIDTH, made
@@ -30,7 +31,7 @@ class Case:
     example: Tensor
     targets: Targets
     loss: Loss | None = None
-    kind: Kind = "classification"
+    kind: KindName = "classification"
     preprocess: Build | None = None
     remedy: str = ""
     """What the refusal must tell to do."""

@@ -12,6 +12,7 @@ from torch.utils.data import Subset, TensorDataset, default_collate
 from fedcore.seeds import drawn_outside_torch, global_streams, kept_streams, pin_streams
 from fedcore.task.definition import Examples, Loss
 from fedcore.training.batches import gather
+from fedcore.training.examples import TaskExamples
 from fedcore.training.per_example.clipping import clip_factors
 from fedcore.training.per_example.gradient_methods import (
     GradientMethod,
@@ -218,7 +219,7 @@ def read_batch(
 def _gathered(examples: Examples, rows: Tensor) -> _Pair | None:
     """Returns the rows as slices of two tensors; None for other data, or if reading fails."""
     whole = examples
-    while isinstance(whole, Subset):
+    while isinstance(whole, Subset | TaskExamples):
         whole = whole.dataset
     if not isinstance(whole, TensorDataset) or len(whole.tensors) != 2:
         return None

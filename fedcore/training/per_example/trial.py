@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import copy
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -19,7 +19,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from fedcore.errors import PrivacyError, UnsupportedLayer
 from fedcore.privacy.layers import check_layers
 from fedcore.seeds import drawn_outside_torch, global_streams
-from fedcore.task.definition import Kind, Loss, Task
+from fedcore.task.definition import Task
+from fedcore.task.kinds.protocol import Loss
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.chain import torch_run
 from fedcore.training.per_example.gradient_methods import (
@@ -203,9 +204,8 @@ def synthetic_examples(task: Task, model: FullModel, count: int = _EXAMPLES) -> 
         inputs = torch.stack([task.example_input] * count).to(device)
         with torch.no_grad(), _deterministic(model):
             outputs = model(inputs)
-    fitting = (
-        one for one in _targets(task.kind, outputs, rng) if _accepts(task.loss_of, outputs, one)
-    )
+    drawn = (one.to(device) for one in task.problem.synthetic(outputs, rng))
+    fitting = (one for one in drawn if _accepts(task.loss_of, outputs, one))
     return SyntheticExamples(inputs, next(fitting, None))
 
 
@@ -228,25 +228,6 @@ def _inputs(example: Tensor, model: nn.Module, count: int, rng: torch.Generator)
     tables = [one.num_embeddings for one in model.modules() if isinstance(one, nn.Embedding)]
     most = min(tables, default=int(example.max()) + 1 if example.numel() else 1)
     return torch.randint(max(1, min(most, 2**31)), shape, generator=rng).to(example.dtype)
-
-
-def _targets(kind: Kind, outputs: Tensor, rng: torch.Generator) -> Iterator[Tensor]:
-    """Yields targets of the usual forms for outputs ``(B, ...)``."""
-    count, device = len(outputs), outputs.device
-    classes = outputs.shape[-1] if outputs.dim() > 1 else 2
-    draws: list[Callable[[], Tensor]] = [
-        lambda: torch.arange(count) % classes,  # always more than one class
-        lambda: torch.randint(classes, tuple(outputs.shape[:-1]), generator=rng),
-        lambda: torch.randn(tuple(outputs.shape), generator=rng),
-        lambda: torch.randn((count,), generator=rng),
-        lambda: torch.randint(2, tuple(outputs.shape), generator=rng).float(),
-    ]
-    if kind == "regression":
-        draws = [*draws[2:], *draws[:2]]
-    elif kind == "next_token":
-        draws = [draws[1], draws[0], *draws[2:]]
-    for draw in draws:
-        yield draw().to(device)
 
 
 def _copied(model: FullModel, loss: Loss) -> FullModel:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.utils.data import Dataset, TensorDataset
 
 from fedcore.errors import DataError, TaskError
-from fedcore.task.definition import Kind, Task, data_folder, load_task, read_examples
+from fedcore.task.definition import Task, data_folder, load_task, read_examples
+from fedcore.task.kinds.registry import KindName
 from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE
 
 MINIMAL = """
@@ -27,7 +28,7 @@ task = Task(name="t", kind="classification", model=lambda: torch.nn.Linear(2, 3)
 """
 
 
-def make(kind: Kind, name: str = "t") -> Task:
+def make(kind: KindName, name: str = "t") -> Task:
     data = TensorDataset(torch.zeros(2, 2), torch.zeros(2))
     return Task(
         name=name,

@@ -54,7 +54,7 @@ def test_rows_are_gathered_alike_from_every_kind_of_data_set(examples: Examples)
         ([(torch.zeros(1), torch.zeros(1), 3)] * 2, "too many values to unpack"),
         ([torch.zeros(3)] * 3, "too many values|not enough values"),
         ([{"x": torch.zeros(1), "y": torch.zeros(1)}] * 2, "got dict"),
-        ([("text", "label")] * 2, "got tuple"),
+        ([("text", "label")] * 2, "the target is the text 'label', expected a number"),
         ([(None, None)] * 2, "NoneType"),
     ],
 )

@@ -21,7 +21,8 @@ from fedcore.artifacts.golden import golden_bytes, parse_golden
 from fedcore.config.run import CANDIDATES, FederationConfig, Finetune, RunConfig
 from fedcore.errors import CompressionError, ParityError
 from fedcore.files import sha256_hex
-from fedcore.task.definition import Kind, size_of
+from fedcore.task.definition import size_of
+from fedcore.task.kinds.registry import KindName
 from fedcore.task.model import FullModel
 from server.cloud import CloudData
 from server.compression.candidates import ALL
@@ -36,7 +37,7 @@ def quiet(line: str) -> None:
 
 
 def task_of(
-    kind: Kind,
+    kind: KindName,
     model: Callable[[], nn.Module],
     example_input: Tensor,
     inputs: Tensor,

@@ -8,6 +8,7 @@ from torch.utils.data import TensorDataset
 from fedcore import Task
 from fedcore.config.run import Finetune
 from fedcore.errors import CompressionError
+from fedcore.task.kinds.classification import Classification
 from fedcore.task.metrics import ACCURACY
 from fedcore.task.model import FullModel
 from fedcore.training.batches import gather_all
@@ -139,7 +140,7 @@ def test_training_recovers_what_pruning_lost(
             torch.zeros(2, 64),
             digits_cloud.train,
             digits.loss_of,
-            digits.kind,
+            digits.problem,
             Finetune(),
             fraction=0.9,
             epochs=epochs,
@@ -169,7 +170,7 @@ def test_a_pruned_model_remembers_what_the_cloud_does_not_show(
             torch.zeros(2, 64),
             few,
             digits.loss_of,
-            digits.kind,
+            digits.problem,
             Finetune(remember=remember),
             fraction=0.5,
             epochs=10,
@@ -190,7 +191,7 @@ def test_dropout_draws_from_the_seed_and_leaves_the_global_stream_alone() -> Non
             torch.zeros(2, 4),
             examples,
             nn.functional.cross_entropy,
-            "classification",
+            Classification(),
             Finetune(),
             fraction=0.5,
             epochs=2,
@@ -214,7 +215,7 @@ def test_training_that_diverges_is_a_reason_not_a_crash(
             torch.zeros(2, 64),
             digits_cloud.train,
             digits.loss_of,
-            digits.kind,
+            digits.problem,
             Finetune(learning_rate=1e6),
             fraction=0.5,
             epochs=5,

@@ -19,7 +19,8 @@ from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
-from fedcore.task.definition import Examples, Kind, Loss
+from fedcore.task.definition import Examples, Loss
+from fedcore.task.kinds.registry import KindName
 from fedcore.task.model import FullModel
 from fedcore.training.per_example.trial import synthetic_examples
 from fedcore.training.private import train_private
@@ -159,7 +160,7 @@ def relative(outputs: Tensor, targets: Tensor) -> Tensor:
     ],
 )
 def test_a_loss_that_is_no_mean_over_examples_is_refused_with_the_remedy(
-    loss: Loss, kind: Kind
+    loss: Loss, kind: KindName
 ) -> None:
     with pytest.raises(PrivacyError, match=r"not the mean of the losses.*reduction='none'"):
         way_of(dense(), loss, torch.zeros(6), kind)
@@ -185,7 +186,7 @@ def multi_label(outputs: Tensor, targets: Tensor) -> Tensor:
         (multi_label, "classification"),
     ],
 )
-def test_a_loss_that_is_a_mean_is_taken(loss: Loss, kind: Kind) -> None:
+def test_a_loss_that_is_a_mean_is_taken(loss: Loss, kind: KindName) -> None:
     assert way_of(dense(), loss, torch.zeros(6), kind).name == "chain"
 
 

@@ -16,7 +16,8 @@ from fedcore.privacy.accounting import Charge
 from fedcore.privacy.draws import FLOAT_MARGIN, SimulatedDraws
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import torch_rng
-from fedcore.task.definition import Examples, Kind, Loss
+from fedcore.task.definition import Examples, Loss
+from fedcore.task.kinds.registry import KindName
 from fedcore.task.model import FullModel
 from fedcore.training.local import proximal, train
 from fedcore.training.per_example.chain import Chain, Run, torch_run
@@ -280,7 +281,9 @@ def test_each_learns_with_privacy_what_it_would_alone(
     work = work_of(make, SIZES, private)
     chain, run = chain_of(model, work[0].examples[0][0], method, settings, private=True)
     together = train_chained(model, chain, work, loss, settings, proximal_mu=mu, run=run)
-    kind: Kind = "regression" if work[0].examples[0][1].is_floating_point() else "classification"
+    kind: KindName = (
+        "regression" if work[0].examples[0][1].is_floating_point() else "classification"
+    )
     found = way_of(model.model, loss, work[0].examples[0][0], kind)
     for place, one in enumerate(work):
         assert one.private is not None

@@ -313,9 +313,8 @@ def test_a_loss_that_was_infinite_once_is_told(chain: bool) -> None:
     assert failed["vectorised"] == failed["loop"] == [LATER]
 
 
-@pytest.mark.parametrize("kind", [torch.float16, torch.float64])
-def test_data_of_another_kind_are_their_clients_failure(kind: torch.dtype) -> None:
-    task = later(lambda x, y: TensorDataset(x.to(kind), y))  # type: ignore[arg-type,return-value]
+def test_data_of_another_kind_are_their_clients_failure() -> None:
+    task = later(lambda x, y: TensorDataset(x.to(torch.complex64), y))  # type: ignore[arg-type,return-value]
     bench = Bench(replace(task, model=Normed))
     failed = {
         way: [one.client.name for one in bench.answers(way) if one.error]  # type: ignore[arg-type]
