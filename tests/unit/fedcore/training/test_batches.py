@@ -54,7 +54,7 @@ def test_rows_are_gathered_alike_from_every_kind_of_data_set(examples: Examples)
         ([(torch.zeros(1), torch.zeros(1), 3)] * 2, "too many values to unpack"),
         ([torch.zeros(3)] * 3, "too many values|not enough values"),
         ([{"x": torch.zeros(1), "y": torch.zeros(1)}] * 2, "got dict"),
-        ([("text", "label")] * 2, "the target is the text 'label', expected a number"),
+        ([("text", torch.zeros(1))] * 2, "got tuple"),
         ([(None, None)] * 2, "NoneType"),
     ],
 )
@@ -108,3 +108,9 @@ def test_a_split_is_fixed_by_its_seed() -> None:
 
     assert held_out(5) == held_out(5)
     assert held_out(5) != held_out(6)
+
+
+def test_text_as_targets_is_refused_with_its_row_and_the_remedy() -> None:
+    rows = [(torch.zeros(1), 0), (torch.zeros(1), "high")]
+    with pytest.raises(DataError, match="row 1: the target is the text 'high'.*`labels`"):
+        gather(Rows(rows), [0, 1])  # type: ignore[arg-type]
