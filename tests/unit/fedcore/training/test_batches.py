@@ -112,5 +112,5 @@ def test_a_split_is_fixed_by_its_seed() -> None:
 
 def test_text_as_targets_is_refused_with_its_row_and_the_remedy() -> None:
     rows = [(torch.zeros(1), 0), (torch.zeros(1), "high")]
-    with pytest.raises(DataError, match="row 1: the target is the text 'high'.*`labels`"):
+    with pytest.raises(DataError, match=r"row 1: the target is the text 'high'.*`labels`"):
         gather(Rows(rows), [0, 1])  # type: ignore[arg-type]
