@@ -223,7 +223,8 @@ class Journal:
         for _ in new:
             self._on_point(ACCEPTING)
         if new:
-            self._entries.write([entry for _, entries, _ in new for entry in entries])
+            stale = self._evaluations([reply.metadata.message_type for reply, _, _ in new])
+            self._entries.write([entry for _, entries, _ in new for entry in entries], drop=stale)
         for reply, _, doc in new:
             self._on_point(ACCEPTED)
             self._replies.add((reply.metadata.message_type, reply.metadata.src_node_id))
@@ -257,8 +258,21 @@ class Journal:
         if not self.holds(kind, node):
             return False
         self._replies.discard((kind, node))
+        if stale := self._evaluations([kind]):
+            self._entries.write(drop=stale)
         self._entries.remove([(one + kind, self.round + 1, node) for one in (REPLY, SIGNATURE)])
         return True
+
+    def _evaluations(self, changed: Sequence[str]) -> Sequence[tuple[str, int, int]]:
+        """Returns the current round's evaluations to drop if replies of these types change.
+
+        After a restart a round may get an update that it ended without before. Its model is then
+        another than the one that devices have evaluated.
+        """
+        if MessageType.TRAIN not in changed:
+            return ()
+        number = self.round + 1
+        return [(kind + MessageType.EVALUATE, number, number) for kind in (REPLY, SIGNATURE)]
 
     def reply(self, message: Message) -> Message | None:
         """Returns the accepted reply to ``message`` of the current round.

@@ -159,6 +159,30 @@ def test_a_cohort_that_was_dropped_leaves_its_replies(tmp_path: Path) -> None:
         assert weights_of(journal.reply(asked(5))) == [0.25]
 
 
+@pytest.mark.parametrize("late", [True, False])
+def test_an_evaluation_of_a_model_that_changes_is_asked_for_again(
+    tmp_path: Path, late: bool
+) -> None:
+    """After a restart, a device that the round went on without has answered, or one is refused."""
+    two_rounds(tmp_path)
+    with opened(tmp_path) as journal:
+        journal.accept(answer(asked(4, "evaluate"), 0.5))
+    with opened(tmp_path) as journal:
+        journal.accept(answer(asked(6, "evaluate"), 0.5))
+        assert journal.reply(asked(4, "evaluate")) is not None, "nothing has changed"
+    with opened(tmp_path) as journal:
+        assert journal.reply(asked(5)) is not None
+        if late:
+            journal.accept(answer(asked(6), 0.5))
+        else:
+            assert journal.discard("train", 5)
+        assert journal.reply(asked(4, "evaluate")) is None
+        journal.accept(answer(asked(4, "evaluate"), 0.75))
+    with opened(tmp_path) as journal:
+        assert weights_of(journal.reply(asked(4, "evaluate"))) == [0.75]
+        assert journal.reply(asked(6, "evaluate")) is None
+
+
 def test_what_those_asked_weigh_is_kept(tmp_path: Path) -> None:
     with closing(create(tmp_path, IDENTITY)) as journal:
         journal.record_cohort("train", Cohort([4, 6], {4: 1000, 6: 1}))
