@@ -336,8 +336,9 @@ class Fleet:
         state.message_ins_id_to_message_res_id.pop(message_id, None)
         state.message_res_store.pop(root, None)
         state.end_session(pending.session)
-        for one in (pending.reply, *iterate_object_tree(pending.reply)):
+        below = (one.object_id for one in iterate_object_tree(pending.reply))
+        for object_id in dict.fromkeys((root, *below)):
             # Also objects that Flower counts as no other's part, since another node's reply
             # announced their parents first, without them.
-            state.object_store.delete(one.object_id)
+            state.object_store.delete(object_id)
         pending.drop_reply()

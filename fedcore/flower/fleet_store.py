@@ -16,6 +16,9 @@ from fedcore.updates.piece_digests import CUT_BYTES, cut_head
 from fedcore.updates.pieces import CutFile
 
 LARGE_BYTES = 2**16
+_MAX_HELD_BYTES = 2**28
+"""Most bytes of small objects in memory; further ones have files, too. Messages and honest replies
+have a few kilobytes each; a reply of small objects alone may have 256 MiB."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +49,8 @@ class ReplyBytes:
 class FleetStore(InMemoryObjectStore):
     """Keeps objects larger than `LARGE_BYTES` in files of a folder, until they are deleted.
 
+    So it does with small ones where those in memory already take much.
+
     Nothing is fsynced: after a crash the folder is emptied, and devices send again.
     """
 
@@ -56,6 +61,9 @@ class FleetStore(InMemoryObjectStore):
         self._cuts: dict[str, StoredChunk] = {}
         self._filed = set[str]()
         """Ids of the objects that have a file of their own."""
+        self._held: dict[str, int] = {}
+        """Sizes of the objects in memory."""
+        self._held_bytes = 0
 
     def add_chunk(self, object_id: str, cut: StoredChunk) -> None:
         """Registers a chunk's bytes in an array's file for the next `put` without content.
@@ -118,16 +126,20 @@ class FleetStore(InMemoryObjectStore):
                     self.store[object_id].is_available = True
                     return
         super().put(object_id, object_content)
-        if len(object_content) <= LARGE_BYTES:
-            return
-        path = self._path(object_id)
         with self.lock_store:
             entry = self.store.get(object_id)
-            if entry is not None and entry.content:
-                self._filed.add(object_id)
-                with disk_errors(path):
-                    path.write_bytes(object_content)
-                entry.content = b""
+            if entry is None or not entry.content or object_id in self._held:
+                return
+            size_bytes = len(entry.content)
+            if size_bytes <= LARGE_BYTES and self._held_bytes + size_bytes <= _MAX_HELD_BYTES:
+                self._held[object_id] = size_bytes
+                self._held_bytes += size_bytes
+                return
+            path = self._path(object_id)
+            self._filed.add(object_id)
+            with disk_errors(path):
+                path.write_bytes(object_content)
+            entry.content = b""
 
     def get(self, object_id: str) -> bytes | None:
         """Returns an object: empty if it has not arrived, None if it was not announced."""
@@ -195,6 +207,7 @@ class FleetStore(InMemoryObjectStore):
             super().delete(object_id)
             if object_id not in self.store:
                 self._cuts.pop(object_id, None)
+                self._held_bytes -= self._held.pop(object_id, 0)
                 if object_id in self._filed:  # asking the system for each small one takes longer
                     self._filed.discard(object_id)
                     self._path(object_id).unlink(missing_ok=True)

@@ -14,6 +14,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
 from fedcore.errors import InvalidUpdate
+from fedcore.flower import fleet_store
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, call
 from fedcore.flower.identity import assume_identity
@@ -117,3 +118,26 @@ def test_parents_announced_without_their_parts_leave_no_part_behind(fleet: Fleet
     assert taken.content == content(1)
     fleet.forget([other.metadata.message_id])
     assert len(fleet.store) == 0
+
+
+def test_small_objects_in_memory_have_a_bound(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    message, other = asked(fleet)
+    monkeypatch.setattr(fleet_store, "_MAX_HELD_BYTES", fleet.store._held_bytes + 1000)
+    arrays = {str(place): Array(np.full(100, place, np.float32)) for place in range(30)}
+    replies = [
+        Message(RecordDict({"arrays": ArrayRecord(arrays)}), reply_to=message),
+        Message(content(1), reply_to=other),
+    ]
+    for key, reply in zip(KEYS, replies, strict=True):
+        answer_whole(fleet, key, reply)
+    held = [one.content for one in fleet.store.store.values()]
+    assert sum(map(len, held)) == fleet.store._held_bytes <= 3000
+    assert held.count(b"") > 40
+    for reply in replies:
+        taken = fleet.pop_reply(reply.metadata.reply_to_message_id)
+        assert taken is not None
+        assert taken.content == reply.content
+    assert len(fleet.store) == fleet.store._held_bytes == 0
+    assert not [*fleet.store.folder.iterdir()]
