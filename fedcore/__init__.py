@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fedcore.task.kinds.protocol import Kind
     from fedcore.task.metrics import ACCURACY, MAE, PERPLEXITY, RMSE, Metric
     from fedcore.task.partition import by_column, dirichlet, iid, shards
+    from fedcore.task.statistics import Statistics
     from fedcore.task.templates import NewTask, new_task
     from server.api.checking import check
     from server.api.evaluating import evaluate
@@ -80,6 +81,7 @@ _LAZY = {
     "Rotation": "server.release.registry.rotation",
     "Round": "fedcore.task.algorithm",
     "RunConfig": "fedcore.config.run",
+    "Statistics": "fedcore.task.statistics",
     "Task": "fedcore.task.definition",
     "TaskCheck": "server.check",
     "UpdateResult": "edge_client.delivery.update",
@@ -132,6 +134,7 @@ __all__ = [
     "Rotation",
     "Round",
     "RunConfig",
+    "Statistics",
     "Task",
     "TaskCheck",
     "UpdateResult",
@@ -161,6 +164,8 @@ __all__ = [
 
 
 def __getattr__(name: str) -> Any:
+    if name == "metrics":  # a module, whose names are not repeated here
+        return import_module("fedcore.metrics")
     if name not in _LAZY:
         raise AttributeError(f"module 'fedcore' has no attribute {name!r}")
     return getattr(import_module(_LAZY[name]), name)

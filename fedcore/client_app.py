@@ -36,7 +36,8 @@ from fedcore.training.batches import in_order
 from fedcore.training.bounds import Bounds, bounds_of
 from fedcore.training.client import Client, learn, local_data, log_skipped, model_of
 from fedcore.training.device import available
-from fedcore.training.evaluate import BATCH_SIZE, evaluate
+from fedcore.training.evaluate import BATCH_SIZE, measure
+from fedcore.updates.evaluation import evaluation_content
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINES,
@@ -223,8 +224,7 @@ def _evaluate(client: Client, name: str, message: Message, context: Context) -> 
     if not size_of(held_out):
         raise InvalidUpdate("evaluation: this client has no held-out data; set federation.holdout.")
     model = model_of(client, instruction).to(available(client.run.client.device))
-    values = evaluate(model, held_out, client.task.metrics, between=bounds.check)
-    return RecordDict({METRICS: MetricRecord({NUM_EXAMPLES: size_of(held_out), **values})})
+    return evaluation_content(measure(model, held_out, client.task.metrics, between=bounds.check))
 
 
 def _statistics(client: Client, name: str, message: Message, context: Context) -> RecordDict:

@@ -28,7 +28,7 @@ from fedcore.task.kinds.protocol import OutputForm
 from fedcore.task.kinds.settings import check_outputs
 from fedcore.task.model import FullModel, build_model
 from fedcore.training.batches import gather
-from fedcore.training.evaluate import evaluate
+from fedcore.training.evaluate import measure
 from fedcore.training.examples import task_examples
 from fedcore.training.local import train
 from fedcore.training.per_example.trial import choose_method
@@ -250,8 +250,16 @@ def _training(state: _State) -> str:
 
 
 def _metrics(state: _State) -> str:
-    values = evaluate(cast(FullModel, state.model), state.few(), state.task.metrics)
-    return ", ".join(f"{name} {value:.4g}" for name, value in values.items())
+    measured = measure(cast(FullModel, state.model), state.few(), state.task.metrics)
+    found = [(metric.name, *measured.judged(metric)) for metric in state.task.metrics]
+    for name, _, why in found:
+        if name in measured.faults:
+            raise TaskError(
+                f"metric {name!r} failed: {why}. Correct its function in the task file."
+            )
+    return ", ".join(
+        f"{name} undefined ({why})" if why else f"{name} {value:.4g}" for name, value, why in found
+    )
 
 
 def _strategy(state: _State) -> str:

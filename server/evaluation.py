@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -16,7 +16,9 @@ from scipy.stats import t as student
 
 from fedcore.observability.words import counted, figure
 from fedcore.task.definition import Part
+from fedcore.task.measured import Measured, value_of_sums
 from fedcore.task.metrics import Metric
+from fedcore.task.statistics import FloatVector, exact_sum
 
 PARTS: Mapping[Part, str] = {
     "heldout": "examples that clients hold back from training",
@@ -42,6 +44,22 @@ class ClientScores:
     examples: int
     metrics: Mapping[str, float]
     """Finite values by metric; a metric that is undefined on this client's data is left out."""
+    undefined: Mapping[str, str] = field(default_factory=dict)
+    """Reasons by metric, for metrics that are undefined on this client's data."""
+    sums: Mapping[str, FloatVector] = field(default_factory=dict, compare=False, repr=False)
+    """Sums that metrics are computed from, by metric, for the value over several clients."""
+
+    @classmethod
+    def of(cls, client: str, measured: Measured, metrics: Sequence[Metric]) -> ClientScores:
+        """Returns the scores of a client from what was measured on its data."""
+        judged = {metric.name: measured.judged(metric) for metric in metrics}
+        return cls(
+            client,
+            measured.examples,
+            {name: value for name, (value, why) in judged.items() if not why},
+            {name: why for name, (_, why) in judged.items() if why},
+            measured.sums,
+        )
 
 
 @dataclass(frozen=True)
@@ -61,6 +79,9 @@ class MetricSpread:
     """Number of their examples in total."""
     undefined: int
     """Number of clients on whose data the metric is undefined; they count for nothing here."""
+    pooled: float | None
+    """The value over all examples of all clients; None for a metric that is not computed from
+    `fedcore.Statistics`, whose value over them is not known, or where it is undefined."""
     mean: float
     """Mean of the clients' values, weighted by number of examples."""
     margin: float | None
@@ -113,7 +134,18 @@ class Evaluation:
             (each.examples, each.metrics[metric]) for each in self.clients if metric in each.metrics
         ]
         undefined = len(self.clients) - len(measured)
-        return spread_of(metric, measured, undefined=undefined) if measured else None
+        if not measured:
+            return None
+        return spread_of(metric, measured, undefined=undefined, pooled=self.pooled(metric))
+
+    def pooled(self, metric: str) -> float | None:
+        """Returns a metric over all examples of all clients; None where it is not known."""
+        of = next((each for each in self.metrics if each.name == metric), None)
+        rows = [each.sums[metric] for each in self.clients if metric in each.sums]
+        if of is None or not rows:
+            return None
+        value, why = value_of_sums(of, exact_sum(rows))
+        return None if why else value
 
     def worst(self, count: int = _WORST) -> tuple[ClientScores, ...]:
         """Returns the clients with the worst primary metric, the worst first."""
@@ -140,7 +172,12 @@ class Evaluation:
             },
             "worst": [each.client for each in self.worst()],
             "by_client": [
-                {"client": each.client, "examples": each.examples, "metrics": dict(each.metrics)}
+                {
+                    "client": each.client,
+                    "examples": each.examples,
+                    "metrics": dict(each.metrics),
+                    "undefined": dict(each.undefined),
+                }
                 for each in self.clients
             ],
             "failed": dict(self.failed),
@@ -179,30 +216,52 @@ class Evaluation:
     def _row(self, metric: Metric) -> list[str]:
         found = self.spread(metric.name)
         if found is None:
-            return [metric.name, *[figure(None)] * (len(_HEADINGS) - 2), "0"]
+            empty = [figure(None)] * (len(_HEADINGS) - 3)
+            return [metric.name, figure(self.pooled(metric.name)), *empty, "0"]
         interval = figure(None)
         if found.margin is not None:
             low = max(found.mean - found.margin, metric.low)
             high = min(found.mean + found.margin, metric.high)
             interval = f"{figure(low)} to {figure(high)}"
         values = (found.deviation, found.low, found.tenth, found.median, found.high)
-        return [metric.name, figure(found.mean), interval, *map(figure, values), str(found.clients)]
+        means = [figure(found.pooled), figure(found.mean), interval]
+        return [metric.name, *means, *map(figure, values), str(found.clients)]
 
     def _undefined(self, metric: Metric) -> str:
         count = sum(metric.name not in each.metrics for each in self.clients)
         if not count:
             return ""
+        whys = [each.undefined[metric.name] for each in self.clients if each.undefined]
+        because = f" ({whys[0]})" if whys else ""
+        rest = "the other metrics alone"
+        if metric.statistics is not None:
+            rest = "its pooled value and the other metrics"
         return (
-            f"{metric.name} is undefined on the data of {counted(count, 'client')}, which "
-            f"{'counts' if count == 1 else 'count'} for the other metrics alone."
+            f"{metric.name} is undefined on the data of {counted(count, 'client')}{because}, which "
+            f"{'counts' if count == 1 else 'count'} for {rest}."
         )
 
 
-_HEADINGS = ["metric", "mean", "95 % interval", "sd", "lowest", "10 %", "median", "highest", "of"]
+_HEADINGS = [
+    "metric",
+    "pooled",
+    "mean",
+    "95 % interval",
+    "sd",
+    "lowest",
+    "10 %",
+    "median",
+    "highest",
+    "of",
+]
 
 
 def spread_of(
-    metric: str, measured: Sequence[tuple[int, float]], *, undefined: int = 0
+    metric: str,
+    measured: Sequence[tuple[int, float]],
+    *,
+    undefined: int = 0,
+    pooled: float | None = None,
 ) -> MetricSpread:
     """Computes the distribution of a metric over clients.
 
@@ -210,6 +269,7 @@ def spread_of(
         metric: Name of the metric.
         measured: Number of examples and value, one pair per client; not empty.
         undefined: Number of clients on whose data the metric is undefined.
+        pooled: The metric over all examples of all clients, if known.
     """
     count, total = len(measured), sum(examples for examples, _ in measured)
     # Exact sums: the result must not depend on the order of the clients.
@@ -226,6 +286,7 @@ def spread_of(
         clients=count,
         examples=total,
         undefined=undefined,
+        pooled=pooled,
         mean=mean,
         margin=margin,
         mean_of_clients=math.fsum(values) / count,

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from fedcore.task.definition import Examples, Task, size_of
+from fedcore.task.measured import measure_outputs
 from fedcore.task.model import FullModel
 from fedcore.training.evaluate import evaluate
 from server.compression.compress import Compressed
@@ -33,7 +34,7 @@ def answers_of_chosen(compressed: Compressed, *, threads: int) -> Released:
 def final_scores(
     task: Task, examples: Examples, models: Mapping[str, FullModel], released: Released
 ) -> Scores:
-    """Computes every metric of every model on the final test split.
+    """Computes every metric of every model on the final test split; NaN where one is undefined.
 
     Args:
         task: Defines the metrics.
@@ -45,9 +46,9 @@ def final_scores(
     for name, model in models.items():
         for measured, value in evaluate(model, examples, task.metrics).items():
             scores[measured][name] = value
-    outputs, targets = released(examples)
-    for metric in task.metrics:
-        scores[metric.name]["released"] = metric.compute(outputs, targets)
+    found = measure_outputs(task.metrics, *released(examples)).scores(task.metrics)
+    for name, value in found.items():
+        scores[name]["released"] = value
     return scores
 
 
@@ -65,6 +66,6 @@ def client_tests(
     primary, records = task.primary, []
     for name, examples in sorted(test.clients.items()):
         before = evaluate(federated, examples, [primary])[primary.name]
-        after = primary.compute(*released(examples))
+        after = measure_outputs([primary], *released(examples)).score(primary)
         records.append(ClientTestRecord(name, size_of(examples), before, after))
     return tuple(records)

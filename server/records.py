@@ -32,6 +32,23 @@ class VirtualRecord:
 
 
 @dataclass(frozen=True)
+class MetricSource:
+    """The clients that a metric of a round comes from, where clients evaluated it."""
+
+    clients: int
+    """Number of clients whose sums or values count."""
+    asked: int
+    """Number of clients that evaluated the round's model."""
+    undefined: int
+    """Number of clients on whose data the metric is undefined; they count for the other metrics."""
+    averaged: bool
+    """Whether the value is the mean of the clients' values. Otherwise it follows from sums over
+    all of their examples, and is the value over these."""
+    reason: str
+    """Why the metric is undefined, by the first such client; empty if none is undefined."""
+
+
+@dataclass(frozen=True)
 class RoundRecord:
     """One round of federated training."""
 
@@ -50,8 +67,9 @@ class RoundRecord:
     """Clients that failed, or whose update was rejected."""
     train_loss: float | None
     """Mean training loss over clients; None if privacy keeps losses on the devices."""
-    metrics: dict[str, float]
-    """Metrics of the new global model, on data it was not trained on (see ``judged_on``)."""
+    metrics: dict[str, float | None]
+    """Metrics of the new global model, on data it was not trained on (see ``judged_on``); None
+    where one is undefined."""
     judged_on: str
     """Data of the metrics: ``cloud`` (no round trains on it), ``clients`` (held back),
     ``nothing``."""
@@ -71,6 +89,8 @@ class RoundRecord:
     client: dict[str, float] = field(default_factory=dict)
     """Settings of local training that are this round's own, by name: of a schedule, or common to
     all clients by the strategy. Empty where the run's hold."""
+    sources: dict[str, MetricSource] = field(default_factory=dict)
+    """Clients behind each metric, by metric; empty unless clients evaluated the round."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +238,7 @@ class RunRecord:
     @property
     def judged(self) -> bool:
         """Whether any data judged the rounds, so that one of them can be called the best."""
-        return any(self.primary in each.metrics for each in self.rounds)
+        return any(each.metrics.get(self.primary) is not None for each in self.rounds)
 
 
 @dataclass(frozen=True)

@@ -28,7 +28,7 @@ from fedcore.task.kinds.protocol import Kind, OutputForm, TargetOptions
 from fedcore.task.kinds.protocol import Loss as Loss
 from fedcore.task.kinds.registry import KindName, kind_of
 from fedcore.task.kinds.settings import check_options
-from fedcore.task.metrics import Metric
+from fedcore.task.metrics import Metric, check_metrics
 
 Folder = Path | None
 Examples = Dataset[tuple[Tensor, Tensor]]
@@ -120,6 +120,7 @@ class Task:
         object.__setattr__(self, "loss", self.loss or loss)
         usual = kind.metrics(options)
         own = tuple(self.metrics or ())
+        check_metrics(own, task=self.name)
         if own and kind.presentation == "values":
             own = tuple(one if one in usual else shape_safe(one) for one in own)
         object.__setattr__(self, "metrics", own or usual)

@@ -21,8 +21,10 @@ from flwr.app import Array, ArrayRecord, Message, MetricRecord, RecordDict
 from numpy.typing import NDArray
 
 from fedcore.errors import InvalidUpdate, ResourceError
-from fedcore.finite import all_finite, largest_magnitude
 from fedcore.observability.foreign import foreign
+from fedcore.task.statistics import SumLimits
+from fedcore.updates.distance import measure
+from fedcore.updates.evaluation import UNDEFINED, check_sums, undefined_in
 from fedcore.updates.messages import (
     ARRAYS,
     ENVELOPE,
@@ -33,7 +35,7 @@ from fedcore.updates.messages import (
     Update,
     vector_header,
 )
-from fedcore.updates.pack import LARGEST_WHOLE, Vector
+from fedcore.updates.pack import Vector
 from fedcore.updates.pieces import PIECE_BYTES, pieces, size_of
 
 LARGEST = 1e18
@@ -49,7 +51,6 @@ MAX_SETTING_BYTES = 4096
 """Most bytes of a setting in a record, such as the signature."""
 _SHOWN = 80  # most characters of a peer's text that an error quotes
 _MAX_HEADER_BYTES = 2**14
-_CHUNK = 1 << 16  # elements: float64 temporaries stay in the cache
 _NOT_USED = "It was not used"
 
 
@@ -81,8 +82,22 @@ class ReplySpec:
     metrics: Mapping[str, Range] = field(default_factory=dict)
     arrays: Mapping[str, ArraySpec] = field(default_factory=dict)
     """Arrays by name; each is required."""
+    sums: Mapping[str, SumLimits] = field(default_factory=dict)
+    """Limits of the sums that metrics are computed from, by metric; each arrives as an array."""
     every_metric: bool = False
-    """Whether each metric is required; otherwise metrics are optional."""
+    """Whether each metric and each of ``sums`` is required unless the client gives the reason why
+    it is undefined on its data; otherwise metrics are optional."""
+
+    @property
+    def optional(self) -> frozenset[str]:
+        """The names that a client may call undefined."""
+        return frozenset({*self.metrics, *self.sums} if self.every_metric else ())
+
+    def forms(self, undefined: Collection[str]) -> dict[str, ArraySpec]:
+        """Returns the required arrays, without sums that are undefined."""
+        known = {name: each for name, each in self.sums.items() if name not in undefined}
+        sums = {name: ArraySpec("float64", each.low.shape) for name, each in known.items()}
+        return {**self.arrays, **sums}
 
 
 @dataclass(frozen=True)
@@ -96,6 +111,8 @@ class Reply:
     """L2 distance of its weights to the sent weights; None if no base was given."""
     peaks: Sequence[float] | None = None
     """The largest magnitude in each of `parts`; None if unknown."""
+    undefined: Mapping[str, str] = field(default_factory=dict)
+    """Reasons by metric, for metrics that are undefined on the client's data."""
 
     def parts(self, name: str = MODEL) -> Iterator[Vector]:
         """Yields the weights in order, in parts that fit the processor's cache."""
@@ -155,24 +172,32 @@ def read_reply(reply: Message, spec: ReplySpec, *, where: str, base: Vector | No
     with _one_refusal(where):
         content = reply.content
         check_structure(content, where=where)
+        undefined = undefined_in(content.get(UNDEFINED), spec.optional, where=where)
+        forms = spec.forms(undefined)
         kind = reply.metadata.message_type
         if kind != spec.purpose:
             raise InvalidUpdate(
                 f"{where}: it replies to {_shown(kind)}, expected one to {spec.purpose!r}. "
                 f"{_NOT_USED}; a client must reply to the request that it received."
             )
-        expected = {METRICS, ARRAYS} if spec.arrays else {METRICS}
+        expected = {METRICS}
+        expected |= ({ARRAYS} if forms else set()) | ({UNDEFINED} if undefined else set())
         _check_names([one for one in content if one != ENVELOPE], expected, "record", where)
-        count, metrics = _metrics(content.get(METRICS), spec, where)
+        count, metrics = _metrics(content.get(METRICS), spec, undefined, where)
         arrays: dict[str, Array] = {}
         distance, peaks = None, None
-        if spec.arrays:
-            arrays = _arrays(content.get(ARRAYS), spec.arrays, where)
+        if forms:
+            arrays = _arrays(content.get(ARRAYS), forms, where)
             for name, array in arrays.items():
                 measured = base if name == MODEL else None
-                found = _measure(array, measured, spec.arrays[name].whole, where)
+                floats = prod(array.shape) - forms[name].whole
+                found = measure(_parts(array), measured, floats=floats, where=where)
                 distance, peaks = found if name == MODEL else (distance, peaks)
-        return Reply(count, metrics, arrays, distance, peaks)
+        read = Reply(count, metrics, arrays, distance, peaks, undefined)
+        for name, limits in spec.sums.items():
+            if name not in undefined:
+                check_sums(read.values(name), limits, count, name=name, where=where)
+        return read
 
 
 @contextmanager
@@ -239,7 +264,9 @@ def _check_names(found: Collection[str], expected: set[str], what: str, where: s
             )
 
 
-def _metrics(record: object, spec: ReplySpec, where: str) -> tuple[int, dict[str, float]]:
+def _metrics(
+    record: object, spec: ReplySpec, undefined: Collection[str], where: str
+) -> tuple[int, dict[str, float]]:
     if not isinstance(record, MetricRecord):
         raise InvalidUpdate(f"{where}: {METRICS!r} is not a record of metrics. {_NOT_USED}.")
     told = dict(record)
@@ -253,8 +280,9 @@ def _metrics(record: object, spec: ReplySpec, where: str) -> tuple[int, dict[str
             f"{where}: num-examples = {count!r}, expected a whole number from 1 to {MAX_EXAMPLES}. "
             f"{_NOT_USED}."
         )
-    _check_names(told, set(spec.metrics if spec.every_metric else told), "metric", where)
-    _check_names({**spec.metrics, **told}, set(spec.metrics), "metric", where)
+    possible = set(spec.metrics).difference(undefined)
+    _check_names(told, possible if spec.every_metric else set(told), "metric", where)
+    _check_names(possible.union(told), possible, "metric", where)
     values: dict[str, float] = {}
     for name, value in told.items():
         number = float(value)  # type: ignore[arg-type]
@@ -332,69 +360,3 @@ def _parts(array: Array) -> Iterator[NDArray[Any]]:
     step = PIECE_BYTES // dtype.itemsize * dtype.itemsize
     assert step == PIECE_BYTES  # true of every dtype that is requested
     yield from (np.frombuffer(piece, dtype) for piece in pieces(array, start))
-
-
-class _Squared:
-    """Computes squared distances of short vectors in buffers that are allocated once.
-
-    If each call allocated memory, the kernel would map and zero it each time, which takes longer
-    than the arithmetic.
-    """
-
-    def __init__(self) -> None:
-        self._gap = np.empty(_CHUNK, np.float32)
-        self._wide = np.empty(_CHUNK, np.float64)
-
-    def distance(self, one: Vector, other: Vector) -> float:
-        """Returns the squared L2 distance of two float32 vectors of at most `_CHUNK` elements.
-
-        Differences are rounded to float32; their squares and sums are float64. The result does not
-        depend on any library's number of threads; it is not finite if a value is not.
-        """
-        gap, wide = self._gap[: len(one)], self._wide[: len(one)]
-        np.subtract(one, other, out=gap)
-        np.copyto(wide, gap)
-        np.square(wide, out=wide)
-        found = float(wide.sum())
-        if math.isinf(found):  # the difference of two numbers may overflow float32
-            np.subtract(one, other, out=wide, dtype=np.float64)
-            np.square(wide, out=wide)
-            found = float(wide.sum())
-        return found
-
-
-def _measure(
-    array: Array, base: Vector | None, whole: int, where: str
-) -> tuple[float | None, Sequence[float]]:
-    """Checks that all values are finite, and the last ``whole`` possible integers, in one pass.
-
-    Returns the others' L2 distance to ``base``, if given, and each part's largest magnitude.
-    """
-    sums: list[float] = []
-    peaks: list[float] = []
-    place, floats = 0, prod(array.shape) - whole
-    squared = _Squared()
-    with np.errstate(over="ignore", invalid="ignore"):  # non-finite values raise below
-        for part in _parts(array):
-            peaks.append(largest_magnitude(part))
-            first = max(0, floats - place)
-            _check_integers(part[first:], where)
-            for start in range(0, min(first, len(part)) if base is not None else 0, _CHUNK):
-                piece = part[start : min(start + _CHUNK, first)]
-                sent = base[place + start : place + start + len(piece)]  # type: ignore[index]
-                sums.append(squared.distance(piece, sent))
-            place += len(part)
-    # In float64 no sum of squares of finite float32 values overflows.
-    if not all_finite(peaks):
-        raise InvalidUpdate(
-            f"{where}: it holds values that are not finite. {_NOT_USED}; a lower "
-            "client.learning_rate usually fixes this."
-        )
-    return (math.sqrt(math.fsum(sums)) if base is not None else None), peaks
-
-
-def _check_integers(values: Vector, where: str) -> None:
-    if len(values) and largest_magnitude(values) > LARGEST_WHOLE:
-        raise InvalidUpdate(
-            f"{where}: an integer of its state is above 2**24, which no model sends. {_NOT_USED}."
-        )

@@ -25,6 +25,7 @@ from fedcore.files import sha256_hex
 from fedcore.observability.words import counted
 from fedcore.task.definition import Task, size_of
 from fedcore.task.kinds.protocol import Kind
+from fedcore.task.measured import measure_outputs
 from fedcore.task.metrics import Metric
 from fedcore.task.model import checkpoint_bytes
 from server.cloud import CloudData
@@ -230,10 +231,12 @@ def _evaluate_candidate(
     heldout, metric = None, math.nan
     if cloud is not None:
         heldout, targets = answers(session, cloud.heldout)
-        metric = material.task.primary.compute(torch.from_numpy(heldout), targets)
-        if not math.isfinite(metric):
+        primary = material.task.primary
+        measured = measure_outputs([primary], torch.from_numpy(heldout), targets)
+        metric, why = measured.judged(primary)
+        if why:
             raise CompressionError(
-                f"its {material.task.primary.name} on the cloud's held-out data is {metric}"
+                f"its {primary.name} on the cloud's held-out data is undefined ({why})"
             )
     return _Evaluated(
         built=built,

@@ -43,7 +43,8 @@ def rounds_plot(
     rounds: Sequence[RoundRecord], *, primary: str, higher_is_better: bool, best_round: int
 ) -> str | None:
     """Plots the primary metric above epsilon, by round, and marks the best round."""
-    metric = [(r.round, r.metrics[primary]) for r in rounds if drawable(r.metrics.get(primary))]
+    values = [(r.round, r.metrics.get(primary)) for r in rounds]
+    metric = [(number, value) for number, value in values if value is not None and drawable(value)]
     of_clients = all(r.epsilon_max is None for r in rounds)
     spent = [(r.round, r.client_epsilon if of_clients else r.epsilon_max) for r in rounds]
     epsilon = [(number, value) for number, value in spent if value is not None]

@@ -9,6 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sized
 from dataclasses import dataclass
+from functools import partial
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -20,12 +21,13 @@ from fedcore.observability.words import counted, seconds_text
 from fedcore.seeds import Randomness
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, build_model, load_preprocess, warm_start
-from fedcore.training.evaluate import evaluate
+from fedcore.training.evaluate import measure, output_shape
 from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
 from server.records import RoundRecord
 from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpointer
 from server.rounds.checkpointing.progress import Start
+from server.rounds.expected import evaluation_spec
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
@@ -121,10 +123,6 @@ def server_app(
             load_preprocess(start.progress.preprocess, model)
             restore_strategy(chosen.strategy, start.progress.strategy)
 
-        def evaluate_on_cloud(candidate: FullModel) -> dict[str, float]:
-            assert cloud is not None
-            return evaluate(candidate, cloud.train, task.metrics)
-
         federation = Federation(
             run=run,
             grid=grid,
@@ -132,7 +130,9 @@ def server_app(
             cohort=cohort,
             metrics=tuple(task.metrics),
             randomness=randomness,
-            evaluate_on_cloud=evaluate_on_cloud if cloud else None,
+            evaluate_on_cloud=partial(measure, examples=cloud.train, metrics=task.metrics)
+            if cloud
+            else None,
             on_round=listener.on_round,
             on_note=listener.on_note,
             annotate=annotate,
@@ -140,6 +140,7 @@ def server_app(
             start=start,
             peers=peers or NumberedPeers(),
             live=peers is not None,
+            outputs=_outputs(task, model) if run.federation.evaluate_cohort else (),
             clients=max(_count(grid), awaited()) if run.client_private else 0,
         )
         federated = run_rounds(federation, model)
@@ -147,6 +148,17 @@ def server_app(
         listener.on_end(Outcome(model.eval(), federated))
 
     return app
+
+
+def _outputs(task: Task, model: FullModel) -> tuple[int, ...]:
+    """Returns the shape of the model's outputs for one example, which all metrics fit.
+
+    Raises:
+        TaskError: a metric's limits do not fit it.
+    """
+    found = output_shape(model, task.example_input)
+    evaluation_spec(task.metrics, found)
+    return found
 
 
 def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener: Listener) -> int:

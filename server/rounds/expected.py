@@ -7,7 +7,9 @@ from collections.abc import Sequence
 from flwr.app import MessageType
 
 from fedcore.config.run import RunConfig
+from fedcore.errors import TaskError
 from fedcore.task.metrics import Metric
+from fedcore.task.statistics import MAX_SUMS
 from fedcore.updates.messages import EPSILON, MODEL, STATISTICS, TRAIN_LOSS, UNCLIPPED
 from fedcore.updates.pack import Layout
 from fedcore.updates.replies import ArraySpec, Range, ReplySpec
@@ -35,10 +37,29 @@ def update_spec(run: RunConfig, layout: Layout) -> ReplySpec:
     return ReplySpec(MessageType.TRAIN, metrics, weights)
 
 
-def evaluation_spec(metrics: Sequence[Metric]) -> ReplySpec:
-    """Returns the specification of an evaluation reply: every metric of the task."""
-    ranges = {metric.name: Range(metric.low, metric.high) for metric in metrics}
-    return ReplySpec(MessageType.EVALUATE, ranges, every_metric=True)
+def evaluation_spec(metrics: Sequence[Metric], outputs: tuple[int, ...]) -> ReplySpec:
+    """Returns the specification of an evaluation reply: every metric of the task.
+
+    Args:
+        metrics: Those of the task. One with statistics arrives as sums, another as a value.
+        outputs: Shape of the model's outputs for one example, which limits sums.
+
+    Raises:
+        TaskError: the limits of a metric's sums are not usable, or there are too many sums.
+    """
+    sums = {
+        each.name: each.statistics.limits_for(outputs, name=each.name)
+        for each in metrics
+        if each.statistics is not None
+    }
+    count = sum(len(each.low) for each in sums.values())
+    if count > MAX_SUMS:
+        raise TaskError(
+            f"metrics: their statistics have {count} sums for outputs of shape {outputs}, expected "
+            f"at most {MAX_SUMS} together. Nothing was evaluated; use fewer bins or metrics."
+        )
+    ranges = {each.name: Range(each.low, each.high) for each in metrics if each.statistics is None}
+    return ReplySpec(MessageType.EVALUATE, ranges, sums=sums, every_metric=True)
 
 
 def sums_spec(shape: tuple[int, ...]) -> ReplySpec:

@@ -10,6 +10,7 @@ from flwr.serverapp import Grid
 
 from fedcore.config.run import RunConfig
 from fedcore.seeds import Randomness
+from fedcore.task.measured import Measured
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel
 from server.records import RoundRecord
@@ -21,7 +22,7 @@ from server.rounds.inbound import FoldingGrid
 from server.rounds.peers import NumberedPeers, Peers
 from server.rounds.strategies.flower import ChosenStrategy
 
-EvaluateModel = Callable[[FullModel], dict[str, float]]
+EvaluateModel = Callable[[FullModel], Measured]
 
 
 @dataclass(frozen=True)
@@ -48,6 +49,8 @@ class Federation:
     """Names of the clients."""
     live: bool = False
     """Whether clients are devices, whose updates are bounded unless the run specifies otherwise."""
+    outputs: tuple[int, ...] = ()
+    """Shape of the model's outputs for one example, where clients evaluate rounds."""
     clients: int = 0
     """Number of clients that rounds draw from, which client-level privacy relies on. Its plan
     uses the number of connected nodes, or the cohort's size, where that is larger."""

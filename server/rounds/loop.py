@@ -22,7 +22,12 @@ from server.rounds.client_privacy.mechanism import draw, draws_of, epsilon, prot
 from server.rounds.client_privacy.protection import Protection
 from server.rounds.cohort import Cohort, select
 from server.rounds.endings import end_early, is_over
-from server.rounds.evaluation.evaluate import evaluate_round, is_better
+from server.rounds.evaluation.evaluate import (
+    RoundEvaluation,
+    announce_undefined,
+    evaluate_round,
+    is_better,
+)
 from server.rounds.federation import Federation
 from server.rounds.inbound import Tally
 from server.rounds.strategies.state import strategy_state_of
@@ -74,16 +79,17 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
                 progress = replace(progress, over=True)
                 checkpointer.commit(progress, None)
                 continue
-            metrics, judged_on = evaluate_round(federation, model, layout, progress, arrays)
+            judged = evaluate_round(federation, model, layout, progress, arrays)
         except Exception:
             checkpointer.fail(progress)
             raise
         seconds = time.monotonic() - started
         protection = released.protection
         spent = epsilon(federation.run, protection, rounds=number) if protection else None
-        record = _record(federation, number, seconds, tally, metrics, judged_on, sent)
+        record = _record(federation, number, seconds, tally, judged, sent)
         epsilon_max = _largest(epsilon_max, record.epsilon_max)
         record = federation.annotate(replace(record, epsilon_max=epsilon_max, client_epsilon=spent))
+        announce_undefined(federation, records, number, judged)
         records.append(record)
         federation.on_round(record)
         better = is_better(federation.primary, records, progress.best_round)
@@ -165,8 +171,7 @@ def _record(
     number: int,
     seconds: float,
     tally: Tally,
-    metrics: dict[str, float],
-    judged_on: str,
+    judged: RoundEvaluation,
     sent: Sent,
 ) -> RoundRecord:
     return RoundRecord(
@@ -178,8 +183,9 @@ def _record(
         declined=tally.declined,
         failed=tally.failed,
         train_loss=tally.train_loss,
-        metrics=metrics,
-        judged_on=judged_on,
+        metrics=judged.metrics,
+        judged_on=judged.judged_on,
+        sources=judged.sources,
         epsilon_max=tally.epsilon_max,
         bytes_up=tally.bytes_up,
         bytes_down=sent.bytes_down,

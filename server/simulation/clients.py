@@ -50,7 +50,8 @@ def client_records(
 def _judged(task: Task, model: FullModel, name: str, data: Folder) -> tuple[Examples, float] | None:
     """Returns a client's examples and the model's metric on them.
 
-    None where they cannot be read or evaluated; such a client has also failed in the rounds.
+    None where they cannot be read or evaluated; such a client has also failed in the rounds. The
+    metric is NaN where it is undefined on them.
     """
     try:
         examples = task_examples(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -13,7 +12,8 @@ from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError, InsufficientMemory
 from fedcore.seeds import Simulated
-from fedcore.task.definition import Examples, Part, Task, size_of
+from fedcore.task.definition import Examples, Part, Task
+from fedcore.task.measured import measure_outputs
 from fedcore.task.model import FullModel
 from fedcore.training.client import Client
 from fedcore.training.evaluate import outputs_of
@@ -76,13 +76,11 @@ def measure_clients(
     for name in clients:
         try:
             examples = part_of(client, name, part)
-            outputs, targets = answer(examples)
-            values = {each.name: each.compute(outputs, targets) for each in task.metrics}
+            measured = measure_outputs(task.metrics, *answer(examples))
         except InsufficientMemory:
             raise
         except (Exception, SystemExit) as error:  # the task's code may raise anything
             kind = "" if isinstance(error, FedcoreError) else f"{type(error).__name__}: "
             yield Unmeasured(name, f"{kind}{error}")
             continue
-        finite = {metric: value for metric, value in values.items() if math.isfinite(value)}
-        yield ClientScores(name, size_of(examples), finite)
+        yield ClientScores.of(name, measured, task.metrics)

@@ -66,9 +66,10 @@ def measure_onnx_in_simulation(
                 found[each.client] = (each.examples, each.metrics[primary])
                 continue
             if each.client not in noted:
-                why = f"its {primary} is not finite"
                 if isinstance(each, Unmeasured):
                     why = each.reason
+                else:
+                    why = f"its {primary} is undefined ({each.undefined[primary]})"
                 on_note(f"client {each.client!r} did not measure a candidate: {why}")
             noted.add(each.client)
         return found

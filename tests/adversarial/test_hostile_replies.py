@@ -25,7 +25,8 @@ from hypothesis import strategies as st
 from fedcore.config.run import RunConfig
 from fedcore.errors import InvalidUpdate
 from fedcore.flower.identity import assume_identity
-from fedcore.task.metrics import ACCURACY, RMSE
+from fedcore.task.metrics import ACCURACY, RMSE, Metric
+from fedcore.updates.evaluation import UNDEFINED
 from fedcore.updates.messages import ARRAYS, METRICS, MODEL, NUM_EXAMPLES, Update, update_content
 from fedcore.updates.pack import Layout
 from fedcore.updates.replies import Reply, ReplySpec, check_structure, read_reply
@@ -52,7 +53,7 @@ PRIVATE = RunConfig.model_validate(
 QUESTIONS = (
     update_spec(RUN, LAYOUT),
     update_spec(PRIVATE, LAYOUT),
-    evaluation_spec([ACCURACY, RMSE]),
+    evaluation_spec([ACCURACY, RMSE, Metric("bias", lambda *_: 0.0, False)], (2,)),
     sums_spec((2, 3)),
 )
 MAX_SAID = 2000  # characters of a line of the log
@@ -162,10 +163,13 @@ def contents(draw: st.DrawFn) -> RecordDict:
     metrics: dict[str, Any] = {NUM_EXAMPLES: 3}
     metrics |= dict.fromkeys(asked.metrics, 0.5)
     held: dict[str, Any] = {METRICS: metrics}
-    if asked.arrays:
+    forms = asked.forms(())
+    if forms:
         held[ARRAYS] = {
-            name: Array(np.full(form.shape, 0.5, form.dtype)) for name, form in asked.arrays.items()
+            name: Array(np.full(form.shape, 0.5, form.dtype)) for name, form in forms.items()
         }
+    if asked.every_metric and draw(st.booleans()):
+        held[UNDEFINED] = draw(st.dictionaries(NAMES, SETTINGS, max_size=2))
     for _ in range(draw(st.integers(0, 3))):
         what = draw(st.integers(0, 6))
         if what == 0:
@@ -234,12 +238,18 @@ def test_a_reply_is_read_or_refused_in_words(
     assert found.metrics.keys() <= asked.metrics.keys()
     for name, value in found.metrics.items():
         assert asked.metrics[name].low <= value <= asked.metrics[name].high
-    assert found.arrays.keys() == asked.arrays.keys()
-    for name, form in asked.arrays.items():
+    assert found.undefined.keys() <= asked.optional
+    assert all(map(can_be_printed, found.undefined.values()))
+    forms = asked.forms(found.undefined)
+    assert found.arrays.keys() == forms.keys()
+    for name, form in forms.items():
         values = found.values(name)
         assert (str(values.dtype), values.shape) == (form.dtype, form.shape)
         assert np.isfinite(values).all()
         assert np.concatenate([*found.parts(name)]).tobytes() == values.tobytes()
+        if name in asked.sums:
+            assert (values >= asked.sums[name].low).all()
+            assert np.abs(values).sum() <= asked.sums[name].total * found.num_examples * 1.001
 
 
 def honest(node: int) -> Message:

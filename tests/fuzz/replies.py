@@ -15,7 +15,8 @@ from fedcore.errors import InvalidUpdate, ResourceError
 from fedcore.flower.fleet_payload import read_message
 from fedcore.flower.fleet_store import FleetStore
 from fedcore.flower.identity import assume_identity
-from fedcore.task.metrics import ACCURACY, RMSE
+from fedcore.task.metrics import ACCURACY, RMSE, Metric
+from fedcore.updates.evaluation import UNDEFINED
 from fedcore.updates.messages import REFUSED
 from fedcore.updates.pack import Layout
 from fedcore.updates.replies import ReplySpec, check_structure, read_reply
@@ -39,7 +40,7 @@ def questions() -> tuple[ReplySpec, ...]:
     return (
         update_spec(RunConfig.model_validate(plain), _LAYOUT),
         update_spec(RunConfig.model_validate(both), _LAYOUT),
-        evaluation_spec([ACCURACY, RMSE]),
+        evaluation_spec([ACCURACY, RMSE, Metric("bias", lambda *_: 0.0, False)], (2,)),
         sums_spec((2, 3)),
     )
 
@@ -75,13 +76,17 @@ def make(rng: Random) -> bytes:
         fits = isinstance(value, float) or -(2**63) <= value < 2**63
         metrics[rng.choice([*metrics])] = value if fits else float(value)
     content: dict[str, dict[str, Any]] = {"metrics": metrics}
-    if asked.arrays:
+    forms = asked.forms(())
+    if forms:
         content["arrays"] = {
             name: array(rng, SIZE)
             if number < 2 and rng.randrange(4) == 0
             else Array(np.full(form.shape, 0.5, form.dtype))
-            for name, form in asked.arrays.items()
+            for name, form in forms.items()
         }
+    if asked.every_metric and rng.randrange(4) == 0:
+        name = rng.choice([*sorted(asked.optional), "x"])
+        content[UNDEFINED] = {name: rng.choice((b"why", b"\xff", "", 3))}
     made = odd_content(rng, content, SIZE)
     if signed:
         _sign(rng, made, asked)
@@ -144,7 +149,9 @@ def read(raw: bytes) -> None:
         reply, asked, where=where, base=np.zeros(SIZE, np.float32) if number < 2 else None
     )
     assert found.metrics.keys() <= asked.metrics.keys()
-    for name, form in asked.arrays.items():
+    assert found.undefined.keys() <= asked.optional
+    assert all(why.isprintable() for why in found.undefined.values())
+    for name, form in asked.forms(found.undefined).items():
         values = found.values(name)
         assert (str(values.dtype), values.shape) == (form.dtype, form.shape)
         assert np.isfinite(values).all()

@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedcore.artifacts.presentation import Presentation
+from fedcore.task.class_metrics import accuracy
 from fedcore.task.kinds.classification import CLASS_OPTIONS
 from fedcore.task.kinds.losses import MeanBinaryCrossEntropy
 from fedcore.task.kinds.protocol import Kind, Loss, OutputForm, TargetFault, TargetOptions
-from fedcore.task.kinds.scored import over, two_classes
 from fedcore.task.kinds.targets import shown, zeros_and_ones
-from fedcore.task.metrics import ACCURACY, Metric
+from fedcore.task.metrics import Metric
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Binary(Kind):
 
     def metrics(self, options: TargetOptions) -> tuple[Metric, ...]:
         """Returns the accuracy, with the decision at a logit of 0."""
-        return over(two_classes(options), ACCURACY)
+        return (accuracy(axis=None, ignored=options.ignore_index),)
 
     def wrong_outputs(self, outputs: OutputForm) -> str:
         """Returns why the outputs are not one logit for each input."""

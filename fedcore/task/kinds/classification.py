@@ -10,9 +10,9 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedcore.artifacts.presentation import Presentation
+from fedcore.task.class_metrics import accuracy
 from fedcore.task.kinds.losses import MeanCrossEntropy
 from fedcore.task.kinds.protocol import Kind, Loss, OutputForm, TargetFault, TargetOptions
-from fedcore.task.kinds.scored import over, positions
 from fedcore.task.kinds.targets import (
     MULTILABEL,
     class_numbers,
@@ -43,7 +43,7 @@ class Classification(Kind):
         """Returns the accuracy."""
         if options.ignore_index is None:
             return (ACCURACY,)
-        return over(positions(options, axis=-1), ACCURACY)
+        return (accuracy(ignored=options.ignore_index),)
 
     def wrong_outputs(self, outputs: OutputForm) -> str:
         """Returns why the outputs are not one row of logits for each input."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -118,20 +119,29 @@ def shape_safe(metric: Metric) -> Metric:
 
     A metric that handles both shapes itself is computed as it is.
     """
-    return replace(metric, compute=_guarded(metric.compute))
+    statistics = metric.statistics
+    if statistics is None:
+        return replace(metric, compute=_guarded(metric.compute))
+    return replace(metric, compute=replace(statistics, sums=_guarded(statistics.sums)))
 
 
-def _guarded(compute: Callable[[Tensor, Tensor], float]) -> Callable[[Tensor, Tensor], float]:
-    def guarded(outputs: Tensor, targets: Tensor) -> float:
+_Computed = TypeVar("_Computed", float, Tensor)
+
+
+def _guarded(
+    compute: Callable[[Tensor, Tensor], _Computed],
+) -> Callable[[Tensor, Tensor], _Computed]:
+    def guarded(outputs: Tensor, targets: Tensor) -> _Computed:
         if outputs.shape == targets.shape or outputs.numel() != targets.numel():
             return compute(outputs, targets)
         fitted = outputs.reshape(targets.shape)
         try:
-            raw = float(compute(outputs[:_COMPARED], targets[:_COMPARED]))
+            raw = torch.as_tensor(compute(outputs[:_COMPARED], targets[:_COMPARED]))
         except Exception:  # the task's code may raise anything
             return compute(fitted, targets)
         try:
-            close = abs(raw - float(compute(fitted[:_COMPARED], targets[:_COMPARED]))) <= 1e-6
+            other = torch.as_tensor(compute(fitted[:_COMPARED], targets[:_COMPARED]))
+            close = bool(((raw - other).abs() <= 1e-6).all())
         except Exception:  # it expects the outputs' own shape
             close = True
         return compute(outputs if close else fitted, targets)

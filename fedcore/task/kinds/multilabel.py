@@ -10,10 +10,10 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedcore.artifacts.presentation import Presentation
+from fedcore.task.class_metrics import accuracy
 from fedcore.task.kinds.classification import CLASS_OPTIONS
 from fedcore.task.kinds.losses import MeanBinaryCrossEntropy
 from fedcore.task.kinds.protocol import Kind, Loss, OutputForm, TargetFault, TargetOptions
-from fedcore.task.kinds.scored import LABEL_ACCURACY, over, two_classes
 from fedcore.task.kinds.targets import zeros_and_ones
 from fedcore.task.metrics import Metric
 
@@ -33,7 +33,8 @@ class Multilabel(Kind):
 
     def metrics(self, options: TargetOptions) -> tuple[Metric, ...]:
         """Returns the share of right decisions over all labels."""
-        return over(two_classes(options), LABEL_ACCURACY)
+        ignored = options.ignore_index
+        return (accuracy(axis=None, ignored=ignored, name="label_accuracy"),)
 
     def wrong_outputs(self, outputs: OutputForm) -> str:
         """Returns why the outputs are not one logit for each label."""

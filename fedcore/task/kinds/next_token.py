@@ -10,12 +10,12 @@ from torch import Tensor
 from torch.nn import functional
 
 from fedcore.artifacts.presentation import Presentation
+from fedcore.task.class_metrics import accuracy
 from fedcore.task.kinds.classification import CLASS_OPTIONS, soft_cross_entropy
 from fedcore.task.kinds.losses import MeanCrossEntropy
 from fedcore.task.kinds.protocol import Kind, Loss, OutputForm, TargetFault, TargetOptions
-from fedcore.task.kinds.scored import over, positions
 from fedcore.task.kinds.targets import class_numbers, whole_numbers
-from fedcore.task.metrics import ACCURACY, PERPLEXITY, Metric
+from fedcore.task.metrics import ACCURACY, PERPLEXITY, Metric, perplexity
 
 
 def _token_loss(output: Tensor, target: Tensor) -> Tensor:
@@ -39,7 +39,8 @@ class NextToken(Kind):
         """Returns accuracy and perplexity over positions."""
         if options.ignore_index is None:
             return (ACCURACY, PERPLEXITY)
-        return over(positions(options, axis=-1), ACCURACY, PERPLEXITY)
+        ignored = options.ignore_index
+        return (accuracy(ignored=ignored), perplexity(ignored=ignored))
 
     def wrong_outputs(self, outputs: OutputForm) -> str:
         """Returns why the outputs are not logits at each position."""

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor
 
 from fedcore.artifacts.presentation import Presentation
+from fedcore.task.class_metrics import accuracy, dice, mean_iou
 from fedcore.task.kinds.classification import CLASS_OPTIONS, soft_cross_entropy
 from fedcore.task.kinds.losses import MeanCrossEntropy
 from fedcore.task.kinds.protocol import Kind, Loss, OutputForm, TargetFault, TargetOptions
-from fedcore.task.kinds.scored import DICE, MEAN_IOU, PIXEL_ACCURACY, over, positions
 from fedcore.task.kinds.targets import class_numbers, from_one_hot, squeezed, whole_numbers
 from fedcore.task.metrics import Metric
 
@@ -32,7 +32,9 @@ class Segmentation(Kind):
 
     def metrics(self, options: TargetOptions) -> tuple[Metric, ...]:
         """Returns mean IoU, Dice and the share of right positions."""
-        return over(positions(options, axis=1), MEAN_IOU, DICE, PIXEL_ACCURACY)
+        ignored = options.ignore_index
+        pixels = accuracy(axis=1, ignored=ignored, name="pixel_accuracy")
+        return (mean_iou(ignored=ignored), dice(ignored=ignored), pixels)
 
     def wrong_outputs(self, outputs: OutputForm) -> str:
         """Returns why the outputs are not logits at each position."""

@@ -6,11 +6,11 @@ from dataclasses import dataclass, replace
 
 from torch import Tensor
 
+from fedcore.task.class_metrics import accuracy
 from fedcore.task.kinds.losses import MeanCrossEntropy
 from fedcore.task.kinds.next_token import NextToken
 from fedcore.task.kinds.protocol import Loss, OutputForm, TargetOptions
-from fedcore.task.kinds.scored import over, positions
-from fedcore.task.metrics import ACCURACY, PERPLEXITY, Metric
+from fedcore.task.metrics import Metric, perplexity
 
 IGNORED = -100
 """Target of a position that does not count, where a task names no other."""
@@ -32,7 +32,8 @@ class Sequence(NextToken):
 
     def metrics(self, options: TargetOptions) -> tuple[Metric, ...]:
         """Returns accuracy and perplexity over positions that count."""
-        return over(positions(_with_padding(options), axis=-1), ACCURACY, PERPLEXITY)
+        ignored = _with_padding(options).ignore_index
+        return (accuracy(ignored=ignored), perplexity(ignored=ignored))
 
     def canonical(self, targets: Tensor, outputs: OutputForm, options: TargetOptions) -> Tensor:
         """Returns class numbers ``(B, T)``, and the ignored value."""

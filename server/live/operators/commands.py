@@ -10,7 +10,7 @@ from typing import Any
 
 from fedcore.cli import Command, json_option
 from fedcore.observability.foreign import say
-from fedcore.observability.words import counted
+from fedcore.observability.words import counted, figure
 
 Shown = Callable[[Mapping[str, Any]], str]
 
@@ -83,7 +83,7 @@ def _shown_status(answer: Mapping[str, Any]) -> str:
 
 
 def _shown_round(one: Mapping[str, Any]) -> str:
-    metrics = ", ".join(f"{name} {value:.4g}" for name, value in one["metrics"].items())
+    metrics = ", ".join(f"{name} {figure(value)}" for name, value in one["metrics"].items())
     return (
         f"round {one['round']}: {one['updates']} of {counted(one['cohort'], 'update')}, "
         f"{one['failed']} failed, {one['seconds']:.2f} s{', ' if metrics else ''}{metrics}"

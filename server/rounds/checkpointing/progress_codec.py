@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from server.records import RoundRecord, VirtualRecord
+from server.records import MetricSource, RoundRecord, VirtualRecord
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.client_privacy.protection import noise_of, protection_doc, protection_of
 from server.rounds.strategies.state import StrategyState
@@ -102,7 +102,9 @@ def decode_record(values: Mapping[str, Any]) -> RoundRecord:
         if field.name in values or field.default_factory is MISSING  # else: of an earlier version
     }
     virtual = own["virtual"] and VirtualRecord(**own["virtual"])
-    record = RoundRecord(**(own | {"virtual": virtual}))
+    # Records of earlier versions have no sources.
+    sources = {name: MetricSource(**each) for name, each in values.get("sources", {}).items()}
+    record = RoundRecord(**(own | {"virtual": virtual, "sources": sources}))
     if type(record.round) is not int:
         raise TypeError(f"it is of round {record.round!r}")
     return record

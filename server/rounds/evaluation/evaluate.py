@@ -4,27 +4,27 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
-import numpy as np
 from flwr.app import Message, MessageType, RecordDict
 from flwr.serverapp import Grid
 
 from fedcore.errors import RoundFailed
 from fedcore.flower.grid import reply_batches
 from fedcore.observability.words import counted
-from fedcore.task.metrics import LARGEST_METRIC, Metric
+from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel
 from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights_record
 from fedcore.updates.pack import Layout, Vector, unpack
-from fedcore.updates.replies import Reply
-from server.records import RoundRecord
+from fedcore.updates.replies import ReplySpec
+from server.records import MetricSource, RoundRecord
 from server.rounds.checkpointing.checkpointer import RoundCheckpointer
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort, select
+from server.rounds.evaluation.pooling import EvaluationAnswer, Pooled, answer_of, pool
 from server.rounds.expected import evaluation_spec
 from server.rounds.inbound import Intake, Tally, accepted
-from server.rounds.outliers import outlying
 from server.rounds.peers import Peers
 
 if TYPE_CHECKING:
@@ -33,27 +33,43 @@ if TYPE_CHECKING:
 _NAMED = 5  # names shown in a note
 
 
+@dataclass(frozen=True)
+class RoundEvaluation:
+    """Metrics of a round's model."""
+
+    metrics: dict[str, float | None]
+    """Values by metric; None where one is undefined. Empty where nothing evaluates rounds."""
+    judged_on: str
+    """Data of the metrics: ``clients``, ``cloud`` or ``nothing``."""
+    sources: dict[str, MetricSource] = field(default_factory=dict)
+    """Clients behind each metric; empty unless clients evaluated it."""
+    reasons: dict[str, str] = field(default_factory=dict)
+    """Why a metric is undefined, by metric."""
+
+
 def evaluate_round(
     federation: Federation, model: FullModel, layout: Layout, progress: Progress, weights: Vector
-) -> tuple[dict[str, float], str]:
-    """Evaluates ``weights``, the result of the round after ``progress``.
-
-    Returns:
-        The metrics, and where they were measured: ``clients``, ``cloud`` or ``nothing``.
-    """
+) -> RoundEvaluation:
+    """Evaluates ``weights``, the result of the round after ``progress``."""
     size = federation.run.federation.evaluate_cohort
     if size:
-        return _evaluate_on_clients(federation, weights, layout, progress, size), "clients"
+        return _evaluate_on_clients(federation, weights, layout, progress, size)
     if federation.evaluate_on_cloud:
         unpack(weights, model.model)
-        return federation.evaluate_on_cloud(model), "cloud"
-    return {}, "nothing"
+        measured = federation.evaluate_on_cloud(model)
+        found = {metric.name: measured.judged(metric) for metric in federation.metrics}
+        return RoundEvaluation(
+            {name: None if why else value for name, (value, why) in found.items()},
+            "cloud",
+            reasons={name: why for name, (_, why) in found.items() if why},
+        )
+    return RoundEvaluation({}, "nothing")
 
 
 def _evaluate_on_clients(
     federation: Federation, weights: Vector, layout: Layout, progress: Progress, size: int
-) -> dict[str, float]:
-    """Returns means over some clients' held-out data, weighted by number of examples."""
+) -> RoundEvaluation:
+    """Returns metrics over some clients' held-out data."""
     run, number = federation.run, progress.round + 1
 
     def draw() -> Cohort:
@@ -68,6 +84,7 @@ def _evaluate_on_clients(
         nodes = select(connected, min(size, len(connected)), seed=run.seed, words=words)
         return Cohort(nodes, federation.peers.weights(nodes))
 
+    spec = evaluation_spec(federation.metrics, federation.outputs)
     answers = ask_to_evaluate(
         federation.grid,
         federation.checkpointer.cohort(MessageType.EVALUATE, draw),
@@ -75,14 +92,28 @@ def _evaluate_on_clients(
         layout=layout,
         preprocess=progress.preprocess,
         number=number,
-        metrics=federation.metrics,
+        spec=spec,
         deadline_s=run.federation.deadline_s,
         checkpointer=federation.checkpointer,
         peers=federation.peers,
         on_note=federation.on_note,
     )
-    found = [(federation.peers.name(node), measured) for node, measured in answers]
-    return {metric.name: _mean(federation, metric, found, number) for metric in federation.metrics}
+    found = {
+        metric: pool(metric, [*answers.values()], bounded=_bounded(spec, metric))
+        for metric in federation.metrics
+    }
+    for metric, pooled in found.items():
+        _note_outliers(federation, metric, pooled, number)
+    return RoundEvaluation(
+        {each.name: None if pooled.reason else pooled.value for each, pooled in found.items()},
+        "clients",
+        {each.name: pooled.source for each, pooled in found.items()},
+        {each.name: pooled.reason for each, pooled in found.items() if pooled.reason},
+    )
+
+
+def _bounded(spec: ReplySpec, metric: Metric) -> bool:
+    return metric.name not in spec.sums or spec.sums[metric.name].bounded
 
 
 def ask_to_evaluate(
@@ -93,16 +124,16 @@ def ask_to_evaluate(
     layout: Layout,
     preprocess: bytes,
     number: int,
-    metrics: Sequence[Metric],
+    spec: ReplySpec,
     deadline_s: float,
     checkpointer: RoundCheckpointer,
     peers: Peers,
     on_note: Callable[[str], None],
-) -> list[tuple[int, Reply]]:
+) -> dict[int, EvaluationAnswer]:
     """Has a cohort evaluate ``weights`` on its held-out data.
 
     Returns:
-        Each accepted reply with its node, in order of arrival.
+        Each accepted answer by node, in order of arrival.
 
     Raises:
         RoundFailed: no client could be evaluated.
@@ -111,19 +142,14 @@ def ask_to_evaluate(
     config["server-round"] = number
     record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
     messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
-    intake = Intake(
-        evaluation_spec(metrics),
-        checkpointer=checkpointer,
-        peers=peers,
-        on_note=on_note,
-        weights=cohort.weights,
-    )
-    tally = Tally(len(nodes))
+    intake = Intake(spec, checkpointer=checkpointer, peers=peers, on_note=on_note)
+    tally, weights_of = Tally(len(nodes)), cohort.weights or {}
     replies = reply_batches(grid, messages, timeout=deadline_s)
-    found = [
-        (reply.metadata.src_node_id, measured)
-        for reply, measured in accepted(replies, intake, tally, first=len(nodes))
-    ]
+    found: dict[int, EvaluationAnswer] = {}
+    for reply, checked in accepted(replies, intake, tally, first=len(nodes)):
+        node = reply.metadata.src_node_id
+        weight = weights_of.get(node)
+        found[node] = answer_of(checked, spec, name=peers.name(node), weight=weight)
     if not found:
         raise RoundFailed(
             f"round {number}: none of {counted(len(nodes), 'client')} could be evaluated. First: "
@@ -138,38 +164,64 @@ def ask_to_evaluate(
     return found
 
 
-def _mean(
-    federation: Federation, metric: Metric, found: Sequence[tuple[str, Reply]], number: int
-) -> float:
-    """Returns the example-weighted mean of the clients' values, without outliers.
+def _note_outliers(federation: Federation, metric: Metric, pooled: Pooled, number: int) -> None:
+    if not pooled.outliers:
+        return
+    named = sorted(f"{name} ({value:.4g})" for name, value in pooled.outliers)
+    federation.on_note(
+        f"round {number}: {metric.name} excludes "
+        f"{', '.join(named[:_NAMED])}{', ...' if len(named) > _NAMED else ''}: far "
+        f"from the values of the other {counted(pooled.source.clients, 'client')}."
+    )
 
-    A metric with a bounded range needs no outlier check: a client can move its mean by no more than
-    its share of the examples.
+
+def announce_undefined(
+    federation: Federation,
+    records: Sequence[RoundRecord],
+    number: int,
+    judged: RoundEvaluation,
+) -> None:
+    """Notes metrics that are undefined, on all data or on some clients' data, when each first is.
+
+    Args:
+        federation: Fixed parts of the run.
+        records: Of the rounds before.
+        number: The round that was evaluated.
+        judged: Its evaluation.
     """
-    values = np.array([[one.metrics[metric.name]] for _, one in found], np.float64)
-    bounded = metric.high - metric.low < LARGEST_METRIC
-    far = np.zeros(len(found), np.bool_) if bounded else outlying(values)
-    kept = [one for (_, one), out in zip(found, far, strict=True) if not out]
-    if far.any():
-        named = [
-            f"{name} ({one.metrics[metric.name]:.4g})"
-            for (name, one), out in zip(found, far, strict=True)
-            if out
-        ]
-        federation.on_note(
-            f"round {number}: {metric.name} excludes "
-            f"{', '.join(sorted(named)[:_NAMED])}{', ...' if len(named) > _NAMED else ''}: far "
-            f"from the values of the other {counted(len(kept), 'client')}."
-        )
-    # Exact sums: the result must not depend on the order of the replies.
-    total = sum(one.num_examples for one in kept)
-    return math.fsum(one.metrics[metric.name] * one.num_examples for one in kept) / total
+    for name, value in judged.metrics.items():
+        source, before = judged.sources.get(name), [one for one in records if name in one.metrics]
+        if value is None and not any(one.metrics[name] is None for one in before):
+            why = judged.reasons[name]
+            consequence = ""
+            if name == federation.primary.name:
+                consequence = " This round cannot be the best while another has a value."
+            federation.on_note(f"round {number}: {name} is undefined ({why}).{consequence}")
+        elif (
+            value is not None
+            and source is not None
+            and source.undefined
+            and not any(name in one.sources and one.sources[name].undefined for one in before)
+        ):
+            federation.on_note(f"round {number}: {source_text(name, source)}.")
+
+
+def source_text(name: str, source: MetricSource) -> str:
+    """Describes the clients behind a metric, such as those on whose data it is undefined."""
+    mean = ", mean of clients" if source.averaged else ""
+    undefined = f"{source.undefined} undefined: {source.reason}"
+    return f"{name}{mean}: {source.clients} of {counted(source.asked, 'client')} ({undefined})"
 
 
 def is_better(primary: Metric, records: Sequence[RoundRecord], best_round: int) -> bool:
-    """Whether the latest round beats the best one before; True where either has no metric."""
+    """Whether the latest round beats the best one before.
+
+    Also True where rounds are not evaluated, or the metric is undefined for the best one before.
+    """
     latest = records[-1].metrics.get(primary.name)
     best = records[best_round - 1].metrics.get(primary.name) if best_round else None
-    if latest is None or best is None or math.isnan(best):
+    if best is None or math.isnan(best):
         return True
+    if latest is None:  # undefined, which is no value to compare
+        return primary.name not in records[-1].metrics
     return primary.better(latest, best)

@@ -22,10 +22,13 @@ from fedcore.observability.words import counted
 from fedcore.task.definition import Task
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, preprocess_bytes
+from fedcore.training.evaluate import output_shape
 from fedcore.updates.pack import layout_of, pack
 from server.rounds.checkpointing.checkpointer import NoCheckpoints
 from server.rounds.cohort import Cohort, select
 from server.rounds.evaluation.evaluate import ask_to_evaluate
+from server.rounds.evaluation.pooling import EvaluationAnswer
+from server.rounds.expected import evaluation_spec
 from server.rounds.peers import NumberedPeers, Peers
 
 CONFIDENCE = 0.95
@@ -120,6 +123,27 @@ def drop_of(
     )
 
 
+def values_of(
+    primary: Metric, answers: Mapping[int, EvaluationAnswer], on_note: Callable[[str], None]
+) -> dict[int, tuple[int, float]]:
+    """Returns weight and primary metric of each client on whose data the metric is defined.
+
+    Args:
+        primary: The metric.
+        answers: Answers by node.
+        on_note: Callback with a note on clients that are left out.
+    """
+    judged = {node: one.measured.judged(primary) for node, one in answers.items()}
+    undefined = sorted((answers[node].name, why) for node, (_, why) in judged.items() if why)
+    if undefined:
+        name, why = undefined[0]
+        on_note(
+            f"{primary.name} is undefined on the data of {counted(len(undefined), 'client')} that "
+            f"evaluated a model, which are left out. First: {name}: {why}"
+        )
+    return {node: (answers[node].weight, value) for node, (value, why) in judged.items() if not why}
+
+
 def judging_app(
     task: Task,
     run: RunConfig,
@@ -148,6 +172,7 @@ def judging_app(
         wait(grid, run.federation.evaluate_cohort)
         nodes, known = draw_judges(run, sorted(grid.get_node_ids())), peers or NumberedPeers()
         found: list[dict[int, tuple[int, float]]] = []
+        spec = evaluation_spec(task.metrics, output_shape(models[0], task.example_input))
         # A round number each: a client answers one evaluation request per round.
         for number, model in enumerate(models, run.federation.rounds + 1):
             answers = ask_to_evaluate(
@@ -157,14 +182,13 @@ def judging_app(
                 layout=layout_of(model.model),
                 preprocess=preprocess_bytes(model),
                 number=number,
-                metrics=task.metrics,
+                spec=spec,
                 deadline_s=run.federation.deadline_s,
                 checkpointer=NoCheckpoints(),
                 peers=known,
                 on_note=on_note,
             )
-            name = task.primary.name
-            found.append({node: (one.num_examples, one.metrics[name]) for node, one in answers})
+            found.append(values_of(task.primary, answers, on_note))
         both = sorted(found[0].keys() & found[1].keys())
         if not both:
             raise RoundFailed(

@@ -96,6 +96,11 @@ def test_text_and_json_say_how_many_and_whose() -> None:
     assert "c10" not in shown.split("worst first")[1]
     told = json.loads(json.dumps(found.as_json(), allow_nan=False))
     assert (told["clients"], told["clients_known"], told["examples"]) == (15, 40, 150)
-    assert told["by_client"][3] == {"client": "c3", "examples": 10, "metrics": {"accuracy": 0.15}}
+    assert told["by_client"][3] == {
+        "client": "c3",
+        "examples": 10,
+        "metrics": {"accuracy": 0.15},
+        "undefined": {},
+    }
     assert told["metrics"]["accuracy"]["mean"] == pytest.approx(0.35)
     assert told["worst"][0] == "c0"

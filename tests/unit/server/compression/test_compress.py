@@ -358,7 +358,7 @@ def test_a_metric_that_is_no_number_says_so(
     task = replace(digits, metrics=(never,))
     with pytest.raises(
         CompressionError,
-        match=r"candidate fp32: its accuracy on the cloud's held-out data is nan.*Nothing",
+        match=r"candidate fp32: its accuracy on the cloud's held-out data is undefined.*Nothing",
     ):
         compress(quick_run(), task, digits_model, digits_cloud, progress=quiet)
 

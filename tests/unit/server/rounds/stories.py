@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import replace
@@ -15,8 +16,10 @@ from fedcore.config.run import RunConfig
 from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import assume_identity
 from fedcore.seeds import Simulated
+from fedcore.task.measured import Measured
 from fedcore.task.metrics import ACCURACY, Metric
 from fedcore.task.model import FullModel
+from fedcore.updates.evaluation import evaluation_content
 from fedcore.updates.messages import (
     ARRAYS,
     CONFIG,
@@ -65,8 +68,9 @@ class Story:
         self,
         answer: Answer,
         *,
-        judge: Callable[[FullModel], dict[str, float]] | None = None,
+        judge: Callable[[FullModel], Measured] | None = None,
         primary: Metric = ACCURACY,
+        metrics: tuple[Metric, ...] = (),
         evaluate: Answer | None = None,
         client_seconds: float = 0.0,
         strategy: str = "FedAvg",
@@ -105,12 +109,13 @@ class Story:
             grid=InProcessGrid(1, NODES, handle),
             chosen=make_strategy(strategy, options or {}, cohort=cohort, size=3),
             cohort=cohort,
-            metrics=(primary,),
+            metrics=metrics or (primary,),
             randomness=Simulated(0),
             evaluate_on_cloud=judge,
             on_round=self.records.append,
             on_note=self.notes.append,
             live=live,
+            outputs=(2,),
         )
         self.model = zeros()
 
@@ -124,10 +129,17 @@ class Story:
         return Progress(round, False, weights, weights, round, 0, strategy, b"")
 
 
-def scores(*values: float) -> Callable[[FullModel], dict[str, float]]:
-    """A judge that gives these scores, one a round."""
+def scores(*values: float) -> Callable[[FullModel], Measured]:
+    """A judge that gives these scores, one a round; NaN for one that is undefined."""
     left = iter(values)
-    return lambda model: {"accuracy": next(left), "rmse": 1.0}
+
+    def judge(model: FullModel) -> Measured:
+        accuracy = next(left)
+        if math.isnan(accuracy):
+            return Measured(1, values={"rmse": 1.0}, undefined={"accuracy": "it is nan"})
+        return Measured(1, values={"accuracy": accuracy, "rmse": 1.0})
+
+    return judge
 
 
 def records_of(array: np.ndarray[Any, Any], **metrics: Any) -> RecordDict:
@@ -154,3 +166,16 @@ BAD: dict[str, Answer] = {
     "a metric that was not asked for": adds(accuracy=1.0),
     "a loss out of its range": adds(train_loss=1e300),
 }
+
+
+def measured(count: int = 10, **values: Any) -> Answer:
+    """An answer of a client that evaluates: sums by metric, or a value, or the reason for none."""
+    sums = {name: np.array(each, float) for name, each in values.items() if isinstance(each, list)}
+    found = {name: each for name, each in values.items() if isinstance(each, float)}
+    undefined = {name: each for name, each in values.items() if isinstance(each, str)}
+    return lambda *_: evaluation_content(Measured(count, sums, found, undefined))
+
+
+def right(share: float, count: int = 10) -> Answer:
+    """An answer of a client whose accuracy this is."""
+    return measured(count, accuracy=[share * count, (1 - share) * count])

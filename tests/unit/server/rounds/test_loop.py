@@ -7,6 +7,7 @@ import pytest
 from flwr.app import Array, Error, RecordDict
 
 from fedcore.errors import BudgetExhausted, RoundFailed
+from fedcore.task.measured import Measured
 from fedcore.task.metrics import ACCURACY, RMSE, Metric
 from fedcore.updates.messages import DECLINED, DECLINED_BY_OWNER, REFUSED, Update, update_content
 from fedcore.updates.pack import Vector, pack
@@ -87,6 +88,7 @@ def test_a_cohort_is_drawn_again_each_round_and_the_same_for_the_same_seed() -> 
         (ACCURACY, (0.5, 0.5, 0.5), 1),
         (ACCURACY, (float("nan"), 0.1, 0.2), 3),
         (ACCURACY, (0.3, float("nan"), 0.2), 1),
+        (ACCURACY, (float("nan"),) * 3, 3),
     ],
 )
 def test_the_best_round_is_kept_with_the_weights_of_that_round(
@@ -102,7 +104,8 @@ def test_the_best_round_is_kept_with_the_weights_of_that_round(
 
 def test_for_an_error_the_best_round_is_the_lowest() -> None:
     errors = iter((3.0, 1.0, 2.0))
-    done = Story(adds(), judge=lambda model: {"rmse": next(errors)}, primary=RMSE).run()
+    judge = lambda model: Measured(1, values={"rmse": next(errors)})  # noqa: E731
+    done = Story(adds(), judge=judge, primary=RMSE).run()
     assert done.best_round == 2
 
 
@@ -114,6 +117,19 @@ def test_patience_ends_the_run_and_says_so() -> None:
     assert story.notes == [
         "Stopped after round 4: no round improved on round 2 for federation.patience = 2 rounds."
     ]
+
+
+def test_patience_counts_no_round_without_a_value_as_progress() -> None:
+    nan = float("nan")
+    story = Story(adds(), judge=scores(0.5, nan, nan, 0.9), rounds=4, patience=2)
+    done = story.run()
+    assert (len(done.rounds), done.best_round) == (3, 1)
+    assert [record.metrics["accuracy"] for record in done.rounds] == [0.5, None, None]
+    assert story.notes[0] == (
+        "round 2: accuracy is undefined (it is nan). This round cannot be the best while another "
+        "has a value."
+    )
+    assert len(story.notes) == 2
 
 
 def test_without_patience_every_round_is_run() -> None:

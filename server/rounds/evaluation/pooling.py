@@ -1,0 +1,119 @@
+"""Metrics over several clients: from sums over all of their examples, or the mean of their values.
+
+In: one `EvaluationAnswer` per client. Out: a `Pooled` per metric, which does not depend on the
+order of the answers.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from fedcore.task.measured import Measured, value_of_sums
+from fedcore.task.metrics import Metric
+from fedcore.task.statistics import FloatVector, exact_sum
+from fedcore.updates.replies import Reply, ReplySpec
+from server.records import MetricSource
+from server.rounds.outliers import outlying
+
+
+@dataclass(frozen=True)
+class EvaluationAnswer:
+    """What one client measured."""
+
+    name: str
+    weight: int
+    """Weight of the client, in examples: as many as it measured on, unless something else says."""
+    measured: Measured
+
+
+@dataclass(frozen=True)
+class Pooled:
+    """One metric over several clients."""
+
+    value: float
+    """NaN where the metric is undefined on the examples of all clients."""
+    reason: str
+    """Why it is undefined; empty otherwise."""
+    source: MetricSource
+    outliers: Sequence[tuple[str, float]] = ()
+    """Names and values of clients that were left out, far from all others."""
+
+
+def answer_of(reply: Reply, spec: ReplySpec, *, name: str, weight: int | None) -> EvaluationAnswer:
+    """Returns a checked reply as an answer.
+
+    Args:
+        reply: The checked reply.
+        spec: What it was checked against.
+        name: Name of the client.
+        weight: Weight of the client, in examples; None for its own number.
+    """
+    sums = {each: reply.values(each) for each in spec.sums if each not in reply.undefined}
+    measured = Measured(reply.num_examples, sums, reply.metrics, reply.undefined)
+    return EvaluationAnswer(name, reply.num_examples if weight is None else weight, measured)
+
+
+def pool(metric: Metric, answers: Sequence[EvaluationAnswer], *, bounded: bool) -> Pooled:
+    """Computes a metric over the clients on whose data it is defined.
+
+    A metric whose values and sums are bounded needs no outlier check: a client can move it by no
+    more than its share of the examples. Otherwise clients whose own value is far from those of all
+    others are left out.
+
+    Args:
+        metric: The metric.
+        answers: One per client; not empty.
+        bounded: Whether one example can move the metric's sums by a known amount at most; True for
+            a metric without sums.
+    """
+    values, reasons = [math.nan] * len(answers), [""] * len(answers)
+    checked = not (metric.has_range and bounded)
+    for place, each in enumerate(answers):
+        if metric.statistics is None or checked:
+            values[place], reasons[place] = each.measured.judged(metric)
+        else:
+            reasons[place] = each.measured.undefined.get(metric.name, "")
+    defined = [place for place, why in enumerate(reasons) if not why]
+    kept, far = _without_outliers([values[place] for place in defined], checked)
+    counted = [answers[place] for place, keep in zip(defined, kept, strict=True) if keep]
+    whys = [(answers[place].name, why) for place, why in enumerate(reasons) if why]
+    first = min(whys)[1] if whys else ""  # by name: not by order of arrival
+    source = MetricSource(
+        clients=len(counted),
+        asked=len(answers),
+        undefined=len(whys),
+        averaged=metric.statistics is None,
+        reason=first,
+    )
+    value, reason = _over(metric, counted) if counted else (math.nan, first)
+    outliers = [(answers[defined[place]].name, values[defined[place]]) for place in far]
+    return Pooled(value, reason, source, outliers)
+
+
+def _without_outliers(values: Sequence[float], checked: bool) -> tuple[list[bool], list[int]]:
+    """Returns which values are kept, and the places of outliers."""
+    if not checked or not values:
+        return [True] * len(values), []
+    out: NDArray[np.bool_] = outlying(np.array(values, np.float64)[:, None])
+    return [not each for each in out], [place for place, each in enumerate(out) if each]
+
+
+def _over(metric: Metric, answers: Sequence[EvaluationAnswer]) -> tuple[float, str]:
+    """Returns the metric over all answers, with the reason if it is undefined."""
+    if metric.statistics is not None:
+        return value_of_sums(metric, exact_sum([_weighted(metric, each) for each in answers]))
+    # Exact sums: the result must not depend on the order of the replies.
+    total = sum(each.weight for each in answers)
+    terms = (each.measured.values[metric.name] * each.weight for each in answers)
+    return math.fsum(terms) / total, ""
+
+
+def _weighted(metric: Metric, answer: EvaluationAnswer) -> FloatVector:
+    """Returns a client's sums, as those of as many examples as it weighs."""
+    sums, examples = answer.measured.sums[metric.name], answer.measured.examples
+    return sums if answer.weight == examples else sums * (answer.weight / examples)
