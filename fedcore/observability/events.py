@@ -17,7 +17,7 @@ from typing import Any
 from fedcore.finite import finite_or_none
 from fedcore.observability.foreign import MAX_LINE_BYTES
 
-Value = float | int | str | None | dict[str, float]
+Value = float | int | str | None | dict[str, Any]
 
 
 @dataclass(frozen=True)

@@ -66,7 +66,8 @@ def _round_scalars(values: Mapping[str, Value]) -> tuple[int, dict[str, float]]:
     metrics = values.get("metrics")
     scalars = {tag: numbers[name] for name, tag in _TAGS.items() if name in numbers}
     for name, value in metrics.items() if isinstance(metrics, dict) else ():
-        scalars[f"metrics/{name}"] = value
+        if value is not None:  # undefined in this round
+            scalars[f"metrics/{name}"] = value
     for group in ("virtual", "client"):
         figures = values.get(group)
         for name, value in figures.items() if isinstance(figures, dict) else ():

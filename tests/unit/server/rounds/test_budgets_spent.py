@@ -15,6 +15,7 @@ from fedcore.errors import RoundFailed
 from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import assume_identity
 from fedcore.seeds import Simulated
+from fedcore.task.measured import Measured
 from fedcore.task.metrics import ACCURACY
 from fedcore.task.model import FullModel
 from fedcore.updates.messages import (
@@ -88,7 +89,7 @@ def run(
         cohort=5,
         metrics=(ACCURACY,),
         randomness=Simulated(0),
-        evaluate_on_cloud=lambda model: {"accuracy": next(scores)},
+        evaluate_on_cloud=lambda model: Measured(1, values={"accuracy": next(scores)}),
         on_round=lambda record: None,
         on_note=notes.append,
     )
