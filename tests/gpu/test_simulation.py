@@ -23,7 +23,7 @@ from fedcore.training.per_example.graph import find_chain
 from fedcore.training.private import train_private
 from fedcore.updates.pack import pack
 from server.simulation.batched.chained import train_chained
-from server.simulation.batched.vmap import train_cohort
+from server.simulation.batched.stacked.train import train_stacked
 from server.simulation.batched.work import LocalWork, PrivateWork, TrainedClients
 from tests.ways import way_of
 
@@ -74,7 +74,7 @@ def distances(before: FullModel, together: TrainedClients, alone: list[FullModel
 
 
 @pytest.mark.parametrize("net", NETS)
-@pytest.mark.parametrize("method", ["chain", "vmap"])
+@pytest.mark.parametrize("method", ["chain", "stacked"])
 def test_without_privacy(method: str, net: str) -> None:
     before, asked = model(net), work(private=False)
     if method == "chain":
@@ -85,7 +85,7 @@ def test_without_privacy(method: str, net: str) -> None:
             before, chain, asked, loss, SETTINGS, proximal_mu=0.0, run=torch_run(chain)
         )
     else:
-        got = train_cohort(before, asked, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
+        got = train_stacked(before, asked, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
     alone = []
     for one in asked:
         alone.append(copy.deepcopy(before))

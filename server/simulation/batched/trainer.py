@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fedcore.config.run import ClientConfig as Settings
 from fedcore.errors import ConfigError, DataError, InsufficientMemory, InvalidUpdate, TaskError
@@ -26,7 +26,12 @@ from fedcore.training.per_example.runs import compiled_run
 from fedcore.training.resident import Resident
 from server.rounds.aggregation.exact_mean import AddScaled
 from server.simulation.batched.chained import train_chained
-from server.simulation.batched.vmap import train_cohort, unsupported_parts
+from server.simulation.batched.stacked.supported import (
+    largest_result,
+    mixes_examples,
+    unsupported_parts,
+)
+from server.simulation.batched.stacked.train import train_stacked
 from server.simulation.batched.work import LocalWork, TrainedClients
 
 _LOOKED_AT = 32  # examples for testing the loss and the model
@@ -153,9 +158,9 @@ def find_trainer(
     forbidden = unsupported_parts(model)
     if forbidden:
         return (
-            f"the model contains {forbidden}: with buffers, frozen or tied weights, random "
-            "layers or layers that mix examples vectorised training would not give the result of "
-            "a device"
+            f"the model contains {forbidden}: with buffers, frozen or tied weights, hooks, "
+            "random layers other than dropout, or layers that mix examples vectorised training "
+            "would not give the result of a device"
         )
     # A single example is doubled: for a batch of one, a sum equals a mean.
     rows = range(min(_LOOKED_AT, sample.size)) if sample.size > 1 else (0, 0)
@@ -168,9 +173,7 @@ def find_trainer(
     mean = is_mean(loss, outputs, targets)
     if mean is None:
         raise DataError("data: the loss of these examples is not finite. Others were tried.")
-    if not mean:
-        return "the task's loss is not a mean over the examples of a batch"
-    chain = None if _has_hooks(model.model) else find_chain(model.model, behind)
+    chain = None if _has_hooks(model.model) or not mean else find_chain(model.model, behind)
     if chain is not None:
         return _of_chain(chain, model, loss, settings, private=run.private)
     if run.private:
@@ -178,21 +181,22 @@ def find_trainer(
             "per-example gradients of layers other than dense layers and convolutions are "
             "computed one client at a time"
         )
-    mixed = _batch_dependence(model.model, behind, targets, loss)
+    mixed = mixes_examples(model.model, behind)
     if mixed:
         return mixed
 
     def train_any(
         model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
     ) -> TrainedClients:
-        return train_cohort(model, work, loss, settings, proximal_mu=mu)
+        return train_stacked(model, work, loss, settings, proximal_mu=mu)
 
     try:
+        numbers = largest_result(model.model, behind)
         train_any(model, [sample, sample], settings, 0.0)
-    except Exception as error:  # the task's code may not support vmap
+    except Exception as error:  # the task's code, run in an unusual way
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
-        return f"torch cannot run it for many clients at once ({said})"
-    return Trainer(train_any, 0)
+        return f"the model cannot run for many clients at once ({said})"
+    return Trainer(train_any, numbers)
 
 
 def _of_chain(
@@ -245,36 +249,6 @@ def _add_scaled() -> AddScaled:
 def _has_hooks(model: nn.Module) -> bool:
     """Whether modules have forward hooks, which a chain would skip."""
     return any(one._forward_hooks or one._forward_pre_hooks for one in model.modules())
-
-
-def _batch_dependence(model: nn.Module, inputs: Tensor, targets: Tensor, loss: Loss) -> str:
-    """Tests a model on examples; returns why they affect each other in a batch, or empty.
-
-    Also covers models that draw random numbers or have unused parameters.
-    """
-    was_training = model.training
-    model.train()
-    try:
-        with torch.no_grad():
-            together = model(inputs)
-            try:
-                alone = torch.cat([model(one.unsqueeze(0)) for one in inputs])
-            except Exception as error:  # the task's code may not support such a batch
-                return (
-                    f"the model does not accept a batch of one example ({type(error).__name__}: "
-                    f"{error})"
-                )
-        with torch.enable_grad():
-            value = loss(model(inputs), targets)
-            parameters = dict(model.named_parameters())
-            grads = torch.autograd.grad(value, list(parameters.values()), allow_unused=True)
-    finally:
-        model.train(was_training)
-    scale = float(together.abs().max()) if together.is_floating_point() else 1.0
-    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * scale):
-        return "the model mixes the examples of a batch, or draws random numbers"
-    unused = [name for name, one in zip(parameters, grads, strict=True) if one is None]
-    return f"the output does not depend on {', '.join(unused)}" if unused else ""
 
 
 def train_in_groups(

@@ -34,6 +34,8 @@ class LocalWork:
     order: Callable[[], torch.Generator]
     """Returns a new generator, for the same order of examples as in training by itself."""
     private: PrivateWork | None = None
+    layers: Callable[[], torch.Generator] = torch.Generator
+    """Returns a new generator, for the same dropout as in training by itself."""
 
     @cached_property
     def size(self) -> int:

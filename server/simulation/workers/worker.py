@@ -234,7 +234,8 @@ class Worker:
                 code = error_of(one.name, error, hide=False)
                 yield ClientOutcome(one, error=code, ledger=one.ledger, fate=found)
                 continue
-            work = LocalWork(examples, self._stream("order", instruction, one), private)
+            order_of, layers = (self._stream(word, instruction, one) for word in ("order", "train"))
+            work = LocalWork(examples, order_of, private, layers)
             key = (settings, instruction.proximal_mu)
             groups.setdefault(key, []).append(Ready(one, found, work, ledger))
         for (settings, mu), ready in groups.items():

@@ -267,7 +267,16 @@ def observed() -> nn.Module:
     return model
 
 
-@pytest.mark.parametrize("model", [Mixing, Dropping, Unused, Looking, clipped])
+@pytest.mark.parametrize("model", [Dropping, Unused])
+@pytest.mark.parametrize("mu", [0.0, 0.1])
+def test_dropout_and_unused_weights_are_trained_as_alone(
+    model: Callable[[], nn.Module], mu: float
+) -> None:
+    settings = {"weight_decay": 0.1, "epochs": 2}
+    assert Bench(replace(TASK, model=model), client=settings, mu=mu).gap() < 1e-5
+
+
+@pytest.mark.parametrize("model", [Mixing, Looking, clipped])
 def test_what_one_look_shows_is_refused(model: Callable[[], nn.Module]) -> None:
     bench = Bench(replace(TASK, model=model), simulation={"training": "vectorised"})
     with pytest.raises(ConfigError, match=r"mixes|not depend on|hooks|batch of one|at once"):
@@ -323,24 +332,24 @@ def test_data_of_another_kind_are_their_clients_failure() -> None:
     assert failed["vectorised"] == failed["loop"] == [LATER]
 
 
-def test_a_sum_is_no_mean_even_where_clients_have_one_example() -> None:
+@pytest.mark.parametrize("count", [1, 12])
+def test_a_loss_that_is_a_sum_is_called_for_each_clients_batch(count: int) -> None:
     def summed(output: Tensor, target: Tensor) -> Tensor:
         return functional.cross_entropy(output, target, reduction="sum")
 
-    task = replace(TASK, loss=summed, client_data=lambda name, folder: data(name, folder, 1))
-    bench = Bench(task, simulation={"training": "vectorised"})
-    with pytest.raises(ConfigError, match="not a mean"):
-        bench.scheduler().executor_for(bench.order, bench.asked)
+    task = replace(TASK, loss=summed, client_data=lambda name, folder: data(name, folder, count))
+    assert Bench(task, client={"learning_rate": 0.01}).gap() < 1e-5
 
 
 def test_who_is_away_is_not_compared_nor_timed(tmp_path: Path) -> None:
     """The first four never come: the ways are compared on those who do."""
 
-    class Detached(Normed):
+    class Counting(Normed):
+        calls = 0
+
         def forward(self, x: Tensor) -> Tensor:
-            with torch.no_grad():
-                x = torch.relu(self.norm(self.first(x)))
-            return self.last(x * self.norm.weight)  # type: ignore[no-any-return]
+            self.calls += self.training
+            return super().forward(x * (1 + self.calls % 3))
 
     path = tmp_path / "trace.csv"
     rows = [
@@ -360,9 +369,9 @@ def test_who_is_away_is_not_compared_nor_timed(tmp_path: Path) -> None:
     assert choice.loop_s > 5e-4
     scheduler.close()
     forced = Bench(
-        replace(TASK, model=Detached), simulation=simulation | {"training": "vectorised"}
+        replace(TASK, model=Counting), simulation=simulation | {"training": "vectorised"}
     )
-    with pytest.raises(ConfigError, match=r"gets a different update|not depend on"):
+    with pytest.raises(ConfigError, match=r"gets a different update|mixes"):
         forced.scheduler().executor_for(forced.order, forced.asked)
 
 

@@ -11,12 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedcore.config.run import ClientConfig
-from fedcore.seeds import torch_rng
+from fedcore.seeds import global_streams, torch_rng
 from fedcore.task.definition import Examples, Loss
 from fedcore.task.model import FullModel
 from fedcore.training.local import proximal, train
 from fedcore.updates.pack import pack
-from server.simulation.batched.vmap import train_cohort, unsupported_parts
+from server.simulation.batched.stacked.supported import unsupported_parts
+from server.simulation.batched.stacked.train import train_stacked
 from server.simulation.batched.work import LocalWork
 
 Make = Callable[[int, torch.Generator], Examples]
@@ -72,25 +73,30 @@ def both(
     before = pack(model.model)
     data = [make(size, torch_rng(0, "data", place)) for place, size in enumerate(sizes)]
     work = [
-        LocalWork(one, lambda place=place: torch_rng(0, "order", place))  # type: ignore[misc]
+        LocalWork(
+            one,
+            lambda place=place: torch_rng(0, "order", place),  # type: ignore[misc]
+            layers=lambda place=place: torch_rng(0, "train", place),  # type: ignore[misc]
+        )
         for place, one in enumerate(data)
     ]
-    together = train_cohort(model, work, loss, settings, proximal_mu=mu)
+    together = train_stacked(model, work, loss, settings, proximal_mu=mu)
     assert (pack(model.model) == before).all()
     found = []
     for place, one in enumerate(data):
         alone = copy.deepcopy(model)
-        value = train(
-            alone,
-            one,
-            loss,
-            settings,
-            epochs=settings.epochs,
-            batch_size=settings.batch_size,
-            steps=settings.steps,
-            rng=torch_rng(0, "order", place),
-            penalty=proximal(alone.model, mu) if mu else None,
-        )
+        with global_streams(0, "train", place):
+            value = train(
+                alone,
+                one,
+                loss,
+                settings,
+                epochs=settings.epochs,
+                batch_size=settings.batch_size,
+                steps=settings.steps,
+                rng=torch_rng(0, "order", place),
+                penalty=proximal(alone.model, mu) if mu else None,
+            )
         expected = torch.from_numpy(pack(alone.model))
         moved = (expected - torch.from_numpy(before)).norm().item()
         assert moved > 0
@@ -128,7 +134,7 @@ def test_preprocessing_runs_before_training() -> None:
     model = FullModel(Half(), copy.deepcopy(DENSE))
     settings = ClientConfig(batch_size=5)
     work = [LocalWork(examples, lambda: torch_rng(0, "order"))]
-    got = train_cohort(model, work, nn.functional.cross_entropy, settings, proximal_mu=0.0)
+    got = train_stacked(model, work, nn.functional.cross_entropy, settings, proximal_mu=0.0)
     train(
         model,
         examples,
@@ -146,7 +152,7 @@ def test_a_client_that_diverges_does_not_take_others_with_it() -> None:
     bad = TensorDataset(torch.full((4, 6), float("nan")), torch.zeros(4))
     data: list[Examples] = [regress(4, torch_rng(0)), bad]  # type: ignore[list-item]
     work = [LocalWork(one, lambda: torch_rng(0)) for one in data]
-    trained = train_cohort(model, work, squared, ClientConfig(batch_size=4), proximal_mu=0.0)
+    trained = train_stacked(model, work, squared, ClientConfig(batch_size=4), proximal_mu=0.0)
     good, lost = trained.losses
     assert torch.isfinite(trained.weights[0]).all()
     assert good == good
@@ -157,7 +163,7 @@ def test_a_client_that_diverges_does_not_take_others_with_it() -> None:
     ("layer", "named"),
     [
         (nn.BatchNorm1d(6), "BatchNorm1d"),
-        (nn.Dropout(), "Dropout"),
+        (nn.RReLU(), "RReLU"),
         (nn.Linear(6, 6).requires_grad_(False), "weight"),
     ],
 )

@@ -1,0 +1,143 @@
+"""Which models can be trained for many clients at once, found from their layers and by trying."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.overrides import TorchFunctionMode
+
+from fedcore.task.model import FullModel
+
+_MIXING = (_BatchNorm,)  # with or without running statistics
+_RANDOM = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
+_DROPPING = (nn.modules.dropout._DropoutNd,)
+
+
+def unsupported_parts(model: FullModel) -> str:
+    """Returns the parts of a model that prevent batched training; empty when there are none."""
+    named = [
+        f"{name or 'model'} ({type(module).__name__})"
+        for name, module in model.model.named_modules()
+        if _keeps_state(module) or isinstance(module, _RANDOM + _MIXING)
+    ]
+    before = [
+        f"{name or 'preprocess'} ({type(module).__name__})"
+        for name, module in model.preprocess.named_modules()
+        if isinstance(module, _RANDOM + _MIXING + _DROPPING)
+    ]
+    parameters = dict(model.model.named_parameters())
+    frozen = [name for name, p in parameters.items() if not p.requires_grad]
+    hooked = [f"{name} (with hooks)" for name, p in parameters.items() if p._backward_hooks]
+    hooked += [
+        f"{name or 'model'} (with hooks)"
+        for name, module in model.model.named_modules()
+        if module._backward_hooks or module._backward_pre_hooks
+    ]
+    tied = sorted(model.model.state_dict().keys() - parameters.keys()) if not named else []
+    return ", ".join(named + before + frozen + hooked + [f"{name} (tied)" for name in tied])
+
+
+def _keeps_state(module: nn.Module) -> bool:
+    """Whether a module has buffers that travel with the model; others, such as masks, are fixed."""
+    return any(name not in module._non_persistent_buffers_set for name in module._buffers)
+
+
+def mixes_examples(model: nn.Module, inputs: Tensor) -> str:
+    """Tests a model on examples, without dropout; returns why they affect each other, or empty.
+
+    Also finds models that draw other random numbers.
+
+    Args:
+        model: Is run in training mode.
+        inputs: A preprocessed batch.
+    """
+    was_training = model.training
+    model.train()
+    try:
+        with torch.no_grad(), _WithoutDropout():
+            together = model(inputs)
+            try:
+                alone = torch.cat([model(one.unsqueeze(0)) for one in inputs])
+            except Exception as error:  # the task's code may not support such a batch
+                return (
+                    f"the model does not accept a batch of one example ({type(error).__name__}: "
+                    f"{error})"
+                )
+    finally:
+        model.train(was_training)
+    scale = float(together.abs().max()) if together.is_floating_point() else 1.0
+    if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * scale):
+        return "the model mixes the examples of a batch, or draws random numbers"
+    return ""
+
+
+class _WithoutDropout(TorchFunctionMode):
+    """Torch function mode in which nothing is dropped."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _WHOLE:
+            return args[0] if args else kwargs["input"]
+        if func in _PLACES:
+            place = _PLACES[func]
+            args = tuple(0.0 if at == place else value for at, value in enumerate(args))
+            kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
+        return func(*args, **kwargs)
+
+
+_WHOLE = (functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
+_PLACES = {
+    functional.scaled_dot_product_attention: 4,
+    functional.multi_head_attention_forward: 11,
+    torch.gru: 5,
+    torch.lstm: 5,
+    torch.rnn_tanh: 5,
+    torch.rnn_relu: 5,
+}
+"""Functions with a probability of dropping values, and its place among their arguments."""
+
+
+def largest_result(model: nn.Module, inputs: Tensor) -> int:
+    """Returns the largest number of values that a function computes for one example.
+
+    Args:
+        model: Is run once.
+        inputs: A preprocessed batch.
+    """
+    sizes = _Sizes()
+    with torch.no_grad(), sizes:
+        model(inputs)
+    return sizes.largest // len(inputs)
+
+
+class _Sizes(TorchFunctionMode):
+    """Torch function mode that records the largest result."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.largest = 0
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        found = func(*args, **(kwargs or {}))
+        results = found if isinstance(found, tuple) else (found,)
+        for one in results:
+            if isinstance(one, Tensor):
+                self.largest = max(self.largest, one.numel())
+        return found

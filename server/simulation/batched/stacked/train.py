@@ -1,0 +1,197 @@
+"""Trains a copy of any model for each of many clients."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call
+
+from fedcore.config.run import ClientConfig
+from fedcore.task.definition import Loss
+from fedcore.task.model import FullModel
+from fedcore.training.local import optimizer_of
+from fedcore.training.order import ViewsOfAnyMemory, for_images
+from server.simulation.batched.optimizer import clip_each
+from server.simulation.batched.rows import BatchOrder, check_alike, client_rows, shuffled_order
+from server.simulation.batched.stacked.dropout import Streams
+from server.simulation.batched.stacked.functions import RunForClients
+from server.simulation.batched.stacked.weights import NotStackable, StackedWeight
+from server.simulation.batched.work import LocalWork, TrainedClients, in_order
+
+
+def train_stacked(
+    model: FullModel,
+    work: Sequence[LocalWork],
+    loss: Loss,
+    settings: ClientConfig,
+    *,
+    proximal_mu: float,
+) -> TrainedClients:
+    """Trains one copy of ``model`` per client; returns results in the order of ``work``.
+
+    Guarantee:
+        Each result equals that of `fedcore.training.local.train` on the same client, up to the
+        order of float32 sums, for models whose examples do not affect each other.
+
+    Args:
+        model: The global model, on the device to train on; not changed.
+        work: Clients with at least one example each.
+        loss: Loss over a batch, called for each client's batch by itself.
+        settings: Settings of local training.
+        proximal_mu: Weight of FedProx's penalty; 0 without.
+
+    Raises:
+        NotStackable: the model cannot run for many clients at once.
+    """
+    orders = [shuffled_order(one, settings) for one in work]
+    with for_images(model.model) as images:
+        return in_order(
+            (
+                places,
+                _train(
+                    model,
+                    [work[place] for place in places],
+                    [orders[place] for place in places],
+                    loss,
+                    settings,
+                    proximal_mu=proximal_mu,
+                    images=images,
+                ),
+            )
+            for places in _groups(orders)
+        )
+
+
+def _groups(orders: Sequence[BatchOrder]) -> Iterable[list[int]]:
+    """Returns groups of clients with the same number of steps, as indices."""
+    steps: dict[int, list[int]] = {}
+    for place, one in enumerate(orders):
+        steps.setdefault(len(one.lengths), []).append(place)
+    return steps.values()
+
+
+@dataclass(frozen=True)
+class _Batch:
+    """The examples of one step: the same number of rows for each client, padding at the end."""
+
+    inputs: Tensor
+    """``(K * B, ...)``."""
+    targets: Tensor
+    """``(K, B, ...)``."""
+    counts: Sequence[int]
+    """Examples of each client."""
+
+
+def _train(
+    model: FullModel,
+    work: Sequence[LocalWork],
+    orders: Sequence[BatchOrder],
+    loss: Loss,
+    settings: ClientConfig,
+    *,
+    proximal_mu: float,
+    images: bool,
+) -> TrainedClients:
+    """Trains clients that all have the same number of steps."""
+    device = next(model.model.parameters()).device
+    data = [client_rows(model, one, device) for one in work]
+    for one in data[1:]:
+        check_alike(one, data[0])
+    start = {name: p.detach() for name, p in model.model.named_parameters()}
+    weights = {
+        name: p.new_empty((len(work), *p.shape)).copy_(p).requires_grad_()
+        for name, p in start.items()
+    }
+    optimizer = optimizer_of(list(weights.values()), settings)
+    sizes, generators = _sizes(model.model, data[0][0]), [one.layers() for one in work]
+    rows = [torch.split(order.rows, list(order.lengths)) for order in orders]
+    told: list[Tensor] = []
+    model.model.train()
+    for step in range(len(rows[0])):
+        batch = _batch(data, [one[step] for one in rows], sizes)
+        streams = Streams(generators, batch.counts, batch.targets.shape[1])
+        mine = {name: StackedWeight(one) for name, one in weights.items()}
+        values = _losses(model.model, mine, batch, loss, streams, images=images)
+        optimizer.zero_grad(set_to_none=True)
+        torch.autograd.backward(values.sum())
+        if any(one.grad is not None for one in mine.values()):
+            raise NotStackable("it hands its weights to an autograd function of its own")
+        for name, weight in weights.items() if proximal_mu else ():
+            pull = proximal_mu * (weight.detach() - start[name])
+            weight.grad = pull if weight.grad is None else weight.grad.add_(pull)
+        if settings.max_grad_norm is not None:
+            found = [weight.grad for weight in weights.values() if weight.grad is not None]
+            clip_each(found, settings.max_grad_norm)
+        optimizer.step()
+        told.append(values.detach())
+    flat = torch.cat([weights[name].detach().flatten(1) for name in weights], dim=1)
+    return TrainedClients(flat, _means(torch.stack(told, dim=1), orders))
+
+
+def _means(losses: Tensor, orders: Sequence[BatchOrder]) -> list[float]:
+    """Returns each client's mean loss over its last pass; NaN where one was not finite.
+
+    Args:
+        losses: Mean loss of each client's batches, ``(K, T)``.
+        orders: The clients' batches.
+    """
+    finite = torch.isfinite(losses).all(dim=1)  # in earlier passes, too
+    counts = torch.tensor([order.lengths for order in orders], device=losses.device)
+    for row, order in zip(counts, orders, strict=True):
+        row[: -order.last] = 0
+    means = (losses * counts).sum(dim=1) / counts.sum(dim=1)
+    return torch.where(finite, means, torch.nan).tolist()
+
+
+def _sizes(model: nn.Module, inputs: Tensor) -> frozenset[int]:
+    """Returns sizes that belong to the model or to one example, not to a batch."""
+    found = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
+    return frozenset(found | set(inputs.shape[1:]))
+
+
+def _batch(
+    data: Sequence[tuple[Tensor, Tensor]], rows: Sequence[Tensor], sizes: frozenset[int]
+) -> _Batch:
+    """Joins the clients' batches.
+
+    A function that gets a tensor must know whether its first dimension is the batch: the number of
+    rows is raised until no other size can be taken for it.
+    """
+    counts = [len(one) for one in rows]
+    width = max(counts)
+    while any(size and size % (width * len(rows)) == 0 for size in sizes):
+        width += 1
+    index = [torch.cat([one, one.new_zeros(width - len(one))]) for one in rows]
+    inputs = torch.cat([x[own] for (x, _), own in zip(data, index, strict=True)])
+    targets = torch.stack([y[own] for (_, y), own in zip(data, index, strict=True)])
+    return _Batch(inputs, targets, counts)
+
+
+def _losses(
+    model: nn.Module,
+    weights: Mapping[str, Tensor],
+    batch: _Batch,
+    loss: Loss,
+    streams: Streams,
+    *,
+    images: bool,
+) -> Tensor:
+    """Returns each client's loss over its batch, ``(K,)``."""
+    inputs = batch.inputs
+    if images and inputs.dim() == 4:
+        inputs = inputs.contiguous(memory_format=torch.channels_last)
+    with ViewsOfAnyMemory() if images else nullcontext(), RunForClients(streams):
+        outputs = functional_call(model, dict(weights), (inputs,))
+    if not isinstance(outputs, Tensor) or len(outputs) != len(inputs):
+        raise NotStackable("its output has another number of rows than its input")
+    each = outputs.view(len(batch.counts), streams.rows, *outputs.shape[1:])
+    return torch.stack(
+        [
+            loss(output[:count], target[:count])
+            for output, target, count in zip(each, batch.targets, batch.counts, strict=True)
+        ]
+    )
