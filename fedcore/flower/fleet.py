@@ -336,9 +336,5 @@ class Fleet:
         state.message_ins_id_to_message_res_id.pop(message_id, None)
         state.message_res_store.pop(root, None)
         state.end_session(pending.session)
-        below = (one.object_id for one in iterate_object_tree(pending.reply))
-        for object_id in dict.fromkeys((root, *below)):
-            # Also objects that Flower counts as no other's part, since another node's reply
-            # announced their parents first, without them.
-            state.object_store.delete(object_id)
+        self.store.release(pending.held)
         pending.drop_reply()

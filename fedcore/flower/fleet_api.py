@@ -205,7 +205,7 @@ def _push_bundle(fleet: Fleet, caller: Caller, body: Body) -> Message:
     request, contents = _parse(PushMessagesRequest, bundle.call), contents_of(bundle)
     answer = _begin_reply(fleet, caller, request, contents.keys())
     run_id, left = request.messages_list[0].metadata.run_id, list[str]()
-    for object_id in dict.fromkeys(answer.objects_to_push):  # Flower lists one for each parent
+    for object_id in answer.objects_to_push:
         content = contents.get(object_id)
         if (
             content is None
@@ -267,11 +267,14 @@ def _begin_reply(
         except ValueError as error:  # invalid digests
             raise _malformed(caller, str(error)) from None
         missing = {one for one in objects if not fleet.store.has_arrived(one)}
+        wanted = dict.fromkeys(answer.objects_to_push)  # Flower lists one for each parent
         # If Flower rejects a message, it answers as if no object were missing.
-        if metadata.message_id not in fleet.state.message_res_store or missing != {
-            *answer.objects_to_push
-        }:
+        if metadata.message_id not in fleet.state.message_res_store or not missing <= wanted.keys():
             raise _malformed(caller, "Flower's own checks refuse its metadata")
+        answer.objects_to_push[:] = [one for one in wanted if one in missing]
+        fleet.store.hold(objects)
+        fleet.store.release(pending.held)
+        pending.held = frozenset(objects)
         pending.announce(tree, answer.session_id, missing)
         complete = not missing
     if complete:

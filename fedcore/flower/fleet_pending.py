@@ -34,6 +34,8 @@ class PendingMessage:
     """Objects of the reply that the node has begun to push; None before."""
     missing: set[str] = field(default_factory=set)
     """Ids of the reply's objects that have not arrived."""
+    held: frozenset[str] = frozenset()
+    """Ids of the reply's objects, see `FleetStore.hold`."""
     session: str = ""
     received_bytes: int = 0
     """Bytes of the reply that have arrived."""
@@ -59,6 +61,7 @@ class PendingMessage:
     def drop_reply(self) -> None:
         """Deletes the state of a partial reply; threads that are writing parts of it must stop."""
         self.reply, self.session, self.received_bytes = None, "", 0
+        self.held = frozenset()
         for one in (self.missing, self.arriving, self.places, self.files, self.ends):
             one.clear()
 

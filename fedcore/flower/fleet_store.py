@@ -201,6 +201,23 @@ class FleetStore(InMemoryObjectStore):
                     in_memory += self._path(object_id).stat().st_size
         return ReplyBytes(in_memory, in_files)
 
+    def hold(self, object_ids: Collection[str]) -> None:
+        """Keeps announced objects until `release`, whatever others have announced about them.
+
+        Flower counts an object's parents alone, and believes the first sender's list of them.
+        """
+        with self.lock_store:
+            for object_id in object_ids:
+                self.store[object_id].ref_count += 1
+
+    def release(self, object_ids: Collection[str]) -> None:
+        """Reverts `hold`, and deletes those objects that nothing else refers to."""
+        with self.lock_store:
+            for object_id in object_ids:
+                self.store[object_id].ref_count -= 1
+            for object_id in object_ids:
+                self.delete(object_id)
+
     def delete(self, object_id: str) -> None:
         """Deletes an object, and its descendants that no other object refers to."""
         with self.lock_store:

@@ -14,6 +14,7 @@ from flwr.proto.node_pb2 import Node
 from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 
 from fedcore.errors import InvalidUpdate
+from fedcore.files import sha256_hex
 from fedcore.flower import fleet_store
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, call
@@ -117,6 +118,41 @@ def test_parents_announced_without_their_parts_leave_no_part_behind(fleet: Fleet
     assert taken is not None
     assert taken.content == content(1)
     fleet.forget([other.metadata.message_id])
+    assert len(fleet.store) == 0
+
+
+def test_a_reply_keeps_its_objects_whatever_another_says_of_them(fleet: Fleet) -> None:
+    """One who can guess them announces parents without parts, and drops the parts again."""
+    message, other = asked(fleet)
+    request, reply = beginning(other, 2), Message(content(1), reply_to=message)
+    node = Node(node_id=node_id_of(KEYS[0]))
+    (root,) = begun(reply, node)[0].message_object_trees
+    request.message_object_trees[0].children.extend(
+        ObjectTree(object_id=one.object_id) for one in iterate_object_tree(root) if one != root
+    )
+    calls(fleet, KEYS[1], PUSH, request)
+    answer_whole(fleet, KEYS[0], reply)
+    calls(fleet, KEYS[1], PULL)
+    taken = fleet.pop_reply(message.metadata.message_id)
+    assert taken is not None
+    assert not taken.has_error()
+    assert taken.content == content(1)
+    fleet.forget([other.metadata.message_id])
+    assert len(fleet.store) == 0
+
+
+def test_a_reply_that_is_announced_with_other_trees_leaves_none_of_them(fleet: Fleet) -> None:
+    message, other = asked(fleet)
+    whole = beginning(message, 1)
+    for number in range(5):
+        request = PushMessagesRequest.FromString(whole.SerializeToString())
+        digest = sha256_hex(bytes([number]))
+        request.message_object_trees[0].children.append(ObjectTree(object_id=digest))
+        calls(fleet, KEYS[0], PUSH, request)
+        assert digest in fleet.store
+    left = sum(not one.is_available for one in fleet.store.store.values())
+    assert left == 5 + 2, "its own, the first one, which Flower notes, and the last one"
+    fleet.forget([message.metadata.message_id, other.metadata.message_id])
     assert len(fleet.store) == 0
 
 
