@@ -6,6 +6,7 @@ all rows.
 
 from __future__ import annotations
 
+import heapq
 from collections.abc import Hashable, Sequence
 
 import numpy as np
@@ -27,12 +28,12 @@ def iid(count: int, clients: int, *, seed: int = 0) -> list[Rows]:
         client_data = lambda client, folder: Subset(data, parts[int(client)])
 
     Args:
-            count: Number of rows.
+        count: Number of rows.
         clients: Number of clients.
-            seed: Determines the split.
+        seed: Determines the split.
 
     Returns:
-            Row numbers of each client, ascending; disjoint and covering all rows.
+        Row numbers of each client, ascending; disjoint and covering all rows.
 
     Raises:
         DataError: there are fewer rows than clients.
@@ -56,14 +57,14 @@ def dirichlet(
         labels: One label a row, shape ``(N,)``.
         clients: Number of clients.
         alpha: Concentration; small values give each client few labels, large ones approach IID.
-            seed: Determines the split.
-            min_examples: Least rows of each client; the largest clients give up rows to reach it.
+        seed: Determines the split.
+        min_examples: Least rows of each client; the largest clients give up rows to reach it.
 
     Returns:
-            Row numbers of each client, ascending; disjoint and covering all rows.
+        Row numbers of each client, ascending; disjoint and covering all rows.
 
     Raises:
-            DataError: too few rows for ``min_examples``, or ``alpha`` is not positive and finite.
+        DataError: too few rows for ``min_examples``, or ``alpha`` is not positive and finite.
 
     Source:
         Hsu, Qi, Brown 2019, arXiv:1909.06335, section 3.
@@ -75,16 +76,51 @@ def dirichlet(
             f"dirichlet: alpha = {alpha}; it must be above 0 and finite. Nothing was split."
         )
     rng = numpy_rng(seed, "dirichlet")
-    parts: list[list[int]] = [[] for _ in range(clients)]
-    for label in range(len(distinct)):
-        rows = rng.permutation(np.flatnonzero(numbers == label))
-        cuts = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(rows)
-        for part, chunk in zip(parts, np.split(rows, np.round(cuts).astype(int)), strict=True):
-            part.extend(chunk.tolist())
-    for part in parts:
-        while len(part) < min_examples:
-            part.append(max(parts, key=len).pop())
-    return [np.sort(np.asarray(part, dtype=np.int64)) for part in parts]
+    rows, owners = [], []
+    for label_rows in np.split(*_by_number(numbers, len(distinct))):
+        shuffled = rng.permutation(label_rows)
+        cuts = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(shuffled)
+        ends = np.clip(np.round(cuts).astype(np.int64), 0, len(shuffled))
+        widths = np.diff(np.concatenate([[0], ends, [len(shuffled)]]))
+        rows.append(shuffled)
+        owners.append(np.repeat(np.arange(clients), widths))
+    return [np.sort(part) for part in _filled(*_grouped(rows, owners, clients), min_examples)]
+
+
+def _grouped(
+    rows: Sequence[Rows], owners: Sequence[Rows], clients: int
+) -> tuple[Rows, NDArray[np.int64]]:
+    """Returns rows ordered by client, and where each client's begin; keeps the order within one."""
+    owner = np.concatenate(owners)
+    ordered = np.concatenate(rows)[np.argsort(owner, kind="stable")]
+    counts = np.bincount(owner, minlength=clients)
+    return ordered, np.concatenate([[0], np.cumsum(counts)])
+
+
+def _filled(ordered: Rows, starts: NDArray[np.int64], least: int) -> list[Rows]:
+    """Moves rows from the largest clients to those below ``least``, in time ``O(n log n)``.
+
+    A heap holds the sizes of possible donors. A client that has received rows is none: while
+    another has too few, the largest has more than ``least``.
+    """
+    counts = np.diff(starts)
+    sizes = counts.tolist()
+    donors = [(-size, client) for client, size in enumerate(sizes) if size > least]
+    heapq.heapify(donors)
+    received: dict[int, list[int]] = {}
+    for client, size in enumerate(counts.tolist()):
+        for _ in range(least - size):
+            donor = donors[0][1]
+            sizes[donor] -= 1
+            received.setdefault(client, []).append(int(ordered[starts[donor] + sizes[donor]]))
+            if sizes[donor] > least:
+                heapq.heapreplace(donors, (-sizes[donor], donor))
+            else:
+                heapq.heappop(donors)
+    parts = [ordered[first : first + size] for first, size in zip(starts[:-1], sizes, strict=True)]
+    for client, extra in received.items():
+        parts[client] = np.concatenate([parts[client], np.asarray(extra, dtype=np.int64)])
+    return parts
 
 
 def shards(labels: ArrayLike, clients: int, *, shards_a_client: int, seed: int = 0) -> list[Rows]:
@@ -98,10 +134,10 @@ def shards(labels: ArrayLike, clients: int, *, shards_a_client: int, seed: int =
         labels: One label a row, shape ``(N,)``.
         clients: Number of clients.
         shards_a_client: Shards that each client gets.
-            seed: Determines the split.
+        seed: Determines the split.
 
     Returns:
-            Row numbers of each client, ascending; disjoint and covering all rows.
+        Row numbers of each client, ascending; disjoint and covering all rows.
 
     Raises:
         DataError: there are fewer rows than shards.
@@ -129,13 +165,20 @@ def by_column(values: Sequence[Hashable] | NDArray[np.generic]) -> dict[str, Row
         values: One value a row, shape ``(N,)``.
 
     Returns:
-            Row numbers by the value's text, in the order of the sorted values.
+        Row numbers by the value's text, in the order of the sorted values.
 
     Raises:
-            DataError: the values are not one-dimensional.
+        DataError: the values are not one-dimensional.
     """
     distinct, numbers = _column(values)
-    return {str(value): np.flatnonzero(numbers == i) for i, value in enumerate(distinct)}
+    parts = np.split(*_by_number(numbers, len(distinct)))
+    return {str(value): part for value, part in zip(distinct, parts, strict=False)}
+
+
+def _by_number(numbers: Rows, count: int) -> tuple[Rows, NDArray[np.int64]]:
+    """Returns rows ordered by number, ascending within one, and where the second to last begin."""
+    ends = np.cumsum(np.bincount(numbers, minlength=count))
+    return np.argsort(numbers, kind="stable"), ends[:-1]
 
 
 def _column(values: object) -> tuple[NDArray[np.generic], Rows]:

@@ -6,6 +6,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fedcore.seeds import numpy_rng
 from fedcore.task.partition import Rows, by_column, dirichlet, iid, shards
 
 SEEDS = st.integers(0, 2**63 - 1)
@@ -47,6 +48,45 @@ def test_dirichlet_leaves_every_client_enough(
     assert is_a_partition(parts, len(labels))
     assert min(map(len, parts)) >= least
     assert same(parts, dirichlet(labels, clients, alpha=alpha, seed=seed, min_examples=least))
+
+
+def plain_dirichlet(
+    labels: list[int], clients: int, *, alpha: float, seed: int, least: int
+) -> list[list[int]]:
+    """The definition: a client with too few rows takes the last one of the largest client."""
+    rng, column = numpy_rng(seed, "dirichlet"), np.asarray(labels)
+    parts: list[list[int]] = [[] for _ in range(clients)]
+    for label in np.unique(column):
+        rows = rng.permutation(np.flatnonzero(column == label))
+        cuts = np.cumsum(rng.dirichlet(np.full(clients, alpha)))[:-1] * len(rows)
+        for part, chunk in zip(parts, np.split(rows, np.round(cuts).astype(int)), strict=True):
+            part.extend(chunk.tolist())
+    for part in parts:
+        while len(part) < least:
+            part.append(max(parts, key=len).pop())
+    return [sorted(part) for part in parts]
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=40, max_size=120),
+    st.integers(1, 10),
+    st.integers(1, 4),
+    st.sampled_from([0.01, 0.3, 10.0]),
+    SEEDS,
+)
+def test_dirichlet_splits_as_its_definition_does(
+    labels: list[int], clients: int, least: int, alpha: float, seed: int
+) -> None:
+    parts = dirichlet(labels, clients, alpha=alpha, seed=seed, min_examples=least)
+    plain = plain_dirichlet(labels, clients, alpha=alpha, seed=seed, least=least)
+    assert [part.tolist() for part in parts] == plain
+
+
+def test_dirichlet_splits_many_rows_among_many_clients() -> None:
+    """Its work grows with the rows and not with rows times clients, which would take minutes."""
+    parts = dirichlet(np.arange(200_000) % 10, 20_000, alpha=0.5, min_examples=10)
+    assert {len(part) for part in parts} == {10}
+    assert is_a_partition(parts, 200_000)
 
 
 @given(
