@@ -46,7 +46,7 @@ if TYPE_CHECKING:
     from server.api.result import History, Result
     from server.api.simulation import simulate
     from server.api.steps import compress, finetune, publish
-    from server.check import TaskCheck
+    from server.checking.findings import TaskCheck
     from server.compression.compress import Compressed
     from server.evaluation import ClientScores, Evaluation, MetricSpread
     from server.finetune.launch import Finetuned
@@ -83,7 +83,7 @@ _LAZY = {
     "RunConfig": "fedcore.config.run",
     "Statistics": "fedcore.task.statistics",
     "Task": "fedcore.task.definition",
-    "TaskCheck": "server.check",
+    "TaskCheck": "server.checking.findings",
     "UpdateResult": "edge_client.delivery.update",
     "by_column": "fedcore.task.partition",
     "check": "server.api.checking",

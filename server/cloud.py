@@ -34,10 +34,12 @@ def read_cloud_data(task: Task, folder: Folder, *, holdout: float, seed: int) ->
     loader = task.cloud_data
     if loader is None:
         return None
-    examples = task_examples(task, lambda: loader(folder), what=f"task {task.name!r}: cloud data")
+    what = f"task {task.name!r}: cloud data"
+    examples = task_examples(task, lambda: loader(folder), what=what, folder=folder)
     judge = task.cloud_heldout
     if judge is not None:
         what = f"task {task.name!r}: held-out cloud data"
-        return CloudData(examples, task_examples(task, lambda: judge(folder), what=what))
+        heldout = task_examples(task, lambda: judge(folder), what=what, folder=folder)
+        return CloudData(examples, heldout)
     train, heldout = split(examples, holdout, derive(seed, "cloud"))
     return CloudData(train, heldout)

@@ -5,6 +5,7 @@ In: run, task and owner's policy. Out: a `Prepared` run, or a `FedcoreError`. St
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -16,7 +17,7 @@ from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.observability.words import counted
-from fedcore.task.definition import Folder, Task, check_inputs, data_folder
+from fedcore.task.definition import Folder, Task, check_inputs, data_folder, without_folder
 from fedcore.task.model import FullModel, build_model, warm_start
 from fedcore.training.device import available
 from fedcore.training.per_example.trial import choose_method
@@ -32,6 +33,7 @@ from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.own import UserStrategy
 from server.rounds.strategies.state import strategy_state_of
 
+_NAMED = 5  # clients in a message
 _REHEARSED = 1000
 """Maximum number of client names used to try a strategy; a task may have millions."""
 
@@ -205,7 +207,7 @@ def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
     except (Exception, SystemExit) as error:  # the task's code: any failure is a data error
         raise DataError(
             f"task {task.name!r}: listing its clients failed: {type(error).__name__}: {error}. "
-            "Nothing was trained."
+            f"{without_folder(data)}Nothing was trained."
         ) from error
     if odd is not None:
         raise DataError(
@@ -215,8 +217,8 @@ def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
     if not clients or different < len(clients):
         raise DataError(
             f"task {task.name!r}: clients() returned {counted(len(clients), 'client')}, "
-            f"{different} of them different, expected at least one, each once. Nothing was "
-            "trained."
+            f"{different} of them different{_repeated(clients)}, expected at least one, each once. "
+            "Nothing was trained."
         )
     if (run.federation.cohort or 1) > len(clients):
         raise ConfigError(
@@ -224,6 +226,15 @@ def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
             f"{counted(len(clients), 'client')}. Nothing was trained; lower the cohort."
         )
     return clients
+
+
+def _repeated(clients: Sequence[str]) -> str:
+    """Names some clients that are listed more than once."""
+    twice = [name for name, count in Counter(clients).items() if count > 1]
+    if not twice:
+        return ""
+    named = ", ".join(map(repr, twice[:_NAMED]))
+    return f" ({named}{', ...' if len(twice) > _NAMED else ''} more than once)"
 
 
 def _different(clients: Sequence[str]) -> int:

@@ -246,11 +246,20 @@ def data_folder() -> Folder:
     return folder
 
 
-def read_examples(load: Callable[[], Examples], *, what: str, least: int = 1) -> Examples:
+def read_examples(
+    load: Callable[[], Examples], *, what: str, folder: Folder, least: int = 1
+) -> Examples:
     """Calls a task's loader, and turns its failures into errors that name the data.
 
+    Args:
+        load: The loader, with its arguments.
+        what: The data, for errors.
+        folder: The folder that the loader receives. If it is None and the loader fails, the error
+            says so.
+        least: Smallest number of examples, 0 or 1.
+
     Raises:
-            DataError: the loader failed, or returned fewer than ``least`` examples (0 or 1).
+        DataError: the loader failed, or returned fewer than ``least`` examples.
     """
     try:
         examples = load()
@@ -259,8 +268,8 @@ def read_examples(load: Callable[[], Examples], *, what: str, least: int = 1) ->
         raise
     except (Exception, SystemExit) as error:  # user code: any failure counts as one of the data
         raise DataError(
-            f"{what}: reading it failed: {type(error).__name__}: {error}. Nothing was trained on "
-            "it; fix the file or the task's loader."
+            f"{what}: reading it failed: {type(error).__name__}: {error}. {without_folder(folder)}"
+            "Nothing was trained on it; fix the file or the task's loader."
         ) from error
     if count < least:
         raise DataError(
@@ -268,6 +277,16 @@ def read_examples(load: Callable[[], Examples], *, what: str, least: int = 1) ->
             "this client out, or give it data."
         )
     return examples
+
+
+def without_folder(folder: Folder) -> str:
+    """Returns a sentence for a loader that failed without a data folder; else nothing."""
+    if folder is not None:
+        return ""
+    return (
+        "Its folder was None, as FEDCORE_DATA is not set, nor `data` in an owner's owner.toml: set "
+        "it if the loader reads files. "
+    )
 
 
 def check_inputs(task: Task, examples: Examples, *, what: str) -> None:

@@ -362,6 +362,7 @@ def local_data(client: Client, name: str) -> tuple[Examples, Examples]:
         client.task,
         lambda: client.task.client_data(name, folder),
         what=f"data of client {name!r}",
+        folder=folder,
     )
     holdout = client.run.federation.holdout
     if not holdout:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import Subset, TensorDataset
 
 from fedcore.errors import DataError
-from fedcore.task.definition import Examples, Task, read_examples, size_of
+from fedcore.task.definition import Examples, Folder, Task, read_examples, size_of
 from fedcore.task.kinds.protocol import TargetFault
 from fedcore.task.kinds.targets import rows_of
 from fedcore.training.batches import BatchReader, gather
@@ -51,7 +51,7 @@ class TaskExamples(BatchReader):
 
 
 def task_examples(
-    task: Task, load: Callable[[], Examples], *, what: str, least: int = 1
+    task: Task, load: Callable[[], Examples], *, what: str, folder: Folder, least: int = 1
 ) -> Examples:
     """Reads a task's data, in canonical form.
 
@@ -62,12 +62,13 @@ def task_examples(
         task: The task.
         load: Returns its data set.
         what: What the data are, for errors.
+        folder: The folder that the loader receives, for errors.
         least: Least number of examples: 0 or 1.
 
     Raises:
         DataError: the loader failed, or returned fewer than ``least`` examples.
     """
-    return canonical(task, read_examples(load, what=what, least=least), what=what)
+    return canonical(task, read_examples(load, what=what, folder=folder, least=least), what=what)
 
 
 def canonical(task: Task, examples: Examples, *, what: str) -> Examples:

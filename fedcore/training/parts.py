@@ -28,4 +28,4 @@ def part_of(client: Client, name: str, part: Part) -> Examples:
         assert task.client_test is not None  # callers check the task
         load = task.client_test
     what = f"{'test data' if part == 'test' else 'data'} of client {name!r}"
-    return task_examples(task, lambda: load(name, folder), what=what)
+    return task_examples(task, lambda: load(name, folder), what=what, folder=folder)

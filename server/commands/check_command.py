@@ -15,32 +15,56 @@ from fedcore.observability.patience import LOADING, note_if_slow
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", type=Path, help="a task file, or the run's TOML file")
-    parser.add_argument("--client", help="the client to check with; the first one when unset")
+    parser.add_argument(
+        "--clients",
+        metavar="WHICH",
+        help=(
+            "clients whose rows are all looked at: all, a number of them by chance, or names "
+            "separated by commas, e.g. --clients all; when unset, six, and others as far as ten "
+            "seconds allow"
+        ),
+    )
+    parser.add_argument(
+        "--on",
+        choices=["simulation", "server", "device"],
+        default="simulation",
+        help=(
+            "where the task will run: a simulation has all data, a server has no clients' data, a "
+            "device has the data of the one client in --clients (default: %(default)s)"
+        ),
+    )
     parser.add_argument("--json", action="store_true", help="print findings as one JSON object")
 
 
 def _check(options: argparse.Namespace) -> int:
     with note_if_slow(LOADING):
         from server.api.checking import check as checked
-        from server.check import CheckFinding
+        from server.checking.findings import CheckFinding, LineFilter
+        from server.checking.selection import asked_of
+
+    shown = LineFilter()
 
     def tell(finding: CheckFinding) -> None:
         if not options.json:
-            say(finding.line, flush=True)
+            for line in shown.lines(finding):
+                say(line, flush=True)
 
     asked = (None, options.task) if options.task.suffix == ".toml" else (options.task,)
-    found = checked(*asked, client=options.client, on_finding=tell)
+    which = None if options.clients is None else asked_of(options.clients)
+    found = checked(*asked, clients=which, place=options.on, on_finding=tell)
     if options.json:
         findings = [asdict(finding) for finding in found.findings]
         say(json.dumps({"ok": found.ok, "findings": findings}))
     else:
+        for line in shown.rest():
+            say(line)
         say(found.verdict)
     return 0 if found.ok else TaskError.exit_code
 
 
 check = Command(
-    help="run one step of everything on one client's data and say what would fail later",
+    help="look at all data, run one step of everything, and say what would fail later",
     arguments=_check_arguments,
     run=_check,
-    example="fedcore check task.py",
+    example="fedcore check task.py --clients all",
 )

@@ -193,9 +193,8 @@ def _first_client(run: RunConfig) -> Examples:
             f"task {task.name!r}: clients() returned none, but the audit needs the number of "
             "examples of the first. Nothing was audited; pass it with --examples."
         )
-    return task_examples(
-        task, lambda: task.client_data(name, folder), what=f"data of client {name!r}"
-    )
+    what = f"data of client {name!r}"
+    return task_examples(task, lambda: task.client_data(name, folder), what=what, folder=folder)
 
 
 def _audited(statement: Statement, seeds: int, confidence: float, emit: Sink) -> Audited:

@@ -61,7 +61,7 @@ def read_final_test(
     load = task.test_data
     if load is not None:
         what = f"task {task.name!r}: test data"
-        examples = task_examples(task, lambda: load(data), what=what)
+        examples = task_examples(task, lambda: load(data), what=what, folder=data)
         check_inputs(task, examples, what=what)
         return FinalTest(examples, by_client)
     if not by_client:
@@ -81,7 +81,8 @@ def _by_client(
     drawn = numpy_rng(run.seed, "client tests").choice(len(clients), size=size, replace=False)
     for name in (clients[int(place)] for place in sorted(drawn)):
         what = f"test data of client {name!r}"
-        examples = task_examples(task, partial(load, name, data), what=what, least=0)
+        own = partial(load, name, data)
+        examples = task_examples(task, own, what=what, folder=data, least=0)
         if size_of(examples):
             check_inputs(task, examples, what=what)
             found[name] = examples

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import partial
+
 from fedcore.config.run import RunConfig
 from fedcore.errors import InsufficientMemory
 from fedcore.privacy.ledger import Ledger
@@ -54,9 +56,9 @@ def _judged(task: Task, model: FullModel, name: str, data: Folder) -> tuple[Exam
     metric is NaN where it is undefined on them.
     """
     try:
-        examples = task_examples(
-            task, lambda: task.client_data(name, data), what=f"data of client {name!r}"
-        )
+        what = f"data of client {name!r}"
+        load = partial(task.client_data, name, data)
+        examples = task_examples(task, load, what=what, folder=data)
         return examples, evaluate(model, examples, [task.primary])[task.primary.name]
     except InsufficientMemory:
         raise

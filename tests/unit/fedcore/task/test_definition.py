@@ -150,15 +150,15 @@ def test_a_loader_that_fails_says_what_was_being_read() -> None:
         raise EOFError("Compressed file ended")
 
     with pytest.raises(DataError, match="client 'anna': reading it failed: EOFError: Compressed"):
-        read_examples(fails, what="client 'anna'")
+        read_examples(fails, what="client 'anna'", folder=Path())
     with pytest.raises(DataError, match="has no len"):
-        read_examples(Endless, what="client 'anna'")
+        read_examples(Endless, what="client 'anna'", folder=Path())
 
 
 def test_a_client_without_data_is_named() -> None:
     empty = TensorDataset(torch.zeros(0, 2), torch.zeros(0))
     with pytest.raises(DataError, match="client 'anna': got no examples"):
-        read_examples(lambda: empty, what="client 'anna'")  # type: ignore[arg-type,return-value]
+        read_examples(lambda: empty, what="client 'anna'", folder=Path())  # type: ignore[arg-type,return-value]
 
 
 def test_an_error_that_says_what_is_wrong_is_passed_on() -> None:
@@ -166,7 +166,7 @@ def test_an_error_that_says_what_is_wrong_is_passed_on() -> None:
         raise DataError("readings.csv: row 7 has no label.")
 
     with pytest.raises(DataError, match=r"^readings\.csv: row 7 has no label\.$"):
-        read_examples(fails, what="client 'anna'")
+        read_examples(fails, what="client 'anna'", folder=Path())
 
 
 @pytest.mark.parametrize(

@@ -9,12 +9,13 @@ import pytest
 from fedcore.errors import ConfigError, TaskError
 from fedcore.task.templates import KINDS, new_task
 from server.api.checking import check as check_call
-from server.check import CheckFinding, TaskCheck
+from server.checking.findings import CheckFinding, TaskCheck
 from server.commands import check as command
 
 STEPS = [
-    *("clients", "client data", "model", "schema", "loss", "training"),
-    *("metrics", "strategy", "privacy", "export", "test data", "cloud data"),
+    *("clients", "model", "client data", "cloud data", "test data", "loss", "training"),
+    *("side by side", "state", "metrics", "strategy", "privacy", "resume"),
+    *("fine-tuning", "distributed", "export", "release"),
 ]
 TASK = """
 import torch
@@ -45,7 +46,9 @@ def write(folder: Path, changes: str = "") -> Path:
 
 
 def check(folder: Path, changes: str = "", *, client: str | None = None) -> dict[str, CheckFinding]:
-    return {f.step: f for f in check_call(write(folder, changes), client=client).findings}
+    clients = None if client is None else [client]
+    checked = check_call(write(folder, changes), clients=clients)
+    return {f.step: f for f in checked.findings if f.fault is None}
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -61,29 +64,38 @@ def test_every_kind_of_task_passes_every_step(tmp_path: Path, kind: str) -> None
 
 def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
     found = check(tmp_path, client="ben")
-    assert found["clients"].detail == "2 clients; checking with 'ben'"
+    assert found["clients"].detail == "2 clients"
     assert found["client data"].detail == (
-        "30 examples: inputs torch.float32 (4,), targets torch.int64 ()"
+        "30 examples, 30 a client; inputs torch.float32 (4,), targets torch.int64 (); looked at "
+        "every row of 1 client; 1 not read; --clients all looks at every row"
     )
-    assert found["model"].detail == "67 parameters, 0.00 MB an update"
-    assert found["schema"].detail == "3 classes"
+    assert found["model"].detail == (
+        "67 parameters, 0.00 MB an update; outputs (3,) for inputs torch.float32 (4,)"
+    )
     assert found["test data"].detail == "30 examples"
+    assert "by DDP in 2 processes" in found["distributed"].detail
+    assert "int8_static, int8_dynamic, pruned, pruned_int8 can be built" in found["export"].detail
 
 
 @pytest.mark.parametrize(
     ("changes", "step", "said"),
     [
-        ("values['clients'] = lambda folder: []", "clients", "clients() returned none"),
+        ("values['clients'] = lambda folder: []", "clients", "clients() returned 0 clients"),
         ("values['clients'] = lambda folder: 1 / 0", "clients", "ZeroDivisionError"),
+        (
+            "values['clients'] = lambda folder: ['anna', 'ben', 'anna']",
+            "clients",
+            "3 clients, 2 of them different ('anna' more than once)",
+        ),
         (
             "values['client_data'] = lambda c, f: open(c + '.csv')",
             "client data",
-            "data of client 'anna': reading it failed: FileNotFoundError",
+            "data of client 'ben': reading it failed: FileNotFoundError",
         ),
         (
-            "values['client_data'] = lambda c, f: Subset(data, [])",
+            "values['client_data'] = lambda c, f: Subset(data, [] if c == 'ben' else [0, 1])",
             "client data",
-            "got no examples",
+            "data of client 'ben': got no examples",
         ),
         (
             "values['model'] = lambda: 1 / 0",
@@ -91,29 +103,44 @@ def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
             "building the model failed: ZeroDivisionError",
         ),
         ("values['preprocess'] = lambda: nn.Linear(4, 4)", "model", "preprocess has parameters"),
+        ("values['example_input'] = torch.zeros(5)", "model", "mat1 and mat2"),
+        ("values['model'] = lambda: nn.Linear(7, 3)", "model", "mat1 and mat2"),
         (
-            "values['example_input'] = torch.zeros(5)",
-            "schema",
-            "example_input is torch.float32 (5,), the client's inputs are torch.float32 (4,)",
+            "values['example_input'] = torch.zeros(2, 4)\n"
+            "values['model'] = lambda: nn.Sequential(nn.Flatten(), nn.Linear(8, 3))",
+            "client data",
+            "client 'ben', row 0, and 29 other rows: inputs are (4,), expected (2, 4)",
         ),
-        ("inputs[3, 1] = float('nan')", "schema", "inputs contain values that are not finite"),
-        ("targets[0] = 3", "client data", "row 0: the target is 3, expected a whole number"),
-        ("targets[0] = -1", "client data", "set ignore_index=-1"),
-        ("values['labels'] = ('a', 'b')", "schema", "2 labels for 3 outputs"),
-        ("values['model'] = lambda: nn.Linear(7, 3)", "schema", "mat1 and mat2"),
+        (
+            "inputs[3, 1] = float('nan')",
+            "client data",
+            "client 'ben', row 3: column 1 is nan, expected a finite number",
+        ),
+        (
+            "targets[0] = 3",
+            "client data",
+            "client 'ben', row 0: the target is 3, expected a whole number from 0 to 2",
+        ),
+        ("targets[0] = -1", "cloud data", "cloud data, row 0: the target is -1, expected"),
+        ("values['labels'] = ('a', 'b')", "model", "2 labels for 3 outputs"),
         ("values['kind'] = 'regression'", "client data", "expected as many numbers as outputs"),
         ("values['loss'] = lambda o, t: o.sum(1)", "loss", "expected one finite number"),
-        ("values['loss'] = lambda o, t: o.sum() / 0", "loss", "expected one finite number"),
+        ("values['loss'] = lambda o, t: o.sum() / 0", "loss", "client 'ben': the loss is"),
         (
             "values['loss'] = lambda o, t: o.detach().mean()",
             "training",
             "does not require grad",
         ),
         (
+            "values['loss'] = lambda o, t: (1e4 * o).square().mean()",
+            "training",
+            "client 'ben': training diverges: the mean loss was",
+        ),
+        (
             "from fedcore.task.metrics import Metric\n"
             "values['metrics'] = (Metric('m', lambda o, t: o[99], higher_is_better=True),)",
             "metrics",
-            "IndexError",
+            "client 'anna': metric 'm': IndexError",
         ),
         (
             "class Sorts(nn.Module):\n"
@@ -127,7 +154,7 @@ def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
         (
             "values['cloud_data'] = lambda f: TensorDataset(torch.zeros(5, 9), torch.zeros(5))",
             "cloud data",
-            "cloud data: inputs are (9,), the clients' (4,)",
+            "cloud data, row 0, and 4 other rows: inputs are (9,), expected (4,)",
         ),
     ],
 )
@@ -135,12 +162,12 @@ def test_what_would_fail_later_is_found_at_its_step(
     tmp_path: Path, changes: str, step: str, said: str
 ) -> None:
     checked = check_call(write(tmp_path, changes))
-    findings = checked.findings
     assert not checked.ok
-    last = findings[-1]
-    assert (last.step, last.ok, last.required) == (step, False, True)
-    assert said in last.detail
-    assert all(finding.ok for finding in findings[:-1])
+    failed = [finding for finding in checked.findings if finding.required and not finding.ok]
+    assert said in " ".join(finding.detail for finding in failed if finding.step == step), checked
+    data = STEPS[:5]
+    last = checked.findings[-1].step
+    assert last == ("test data" if step in data[2:] else step)
 
 
 def test_batch_norm_is_a_note_without_privacy_and_a_failure_with_it(tmp_path: Path) -> None:
@@ -159,9 +186,11 @@ def test_batch_norm_is_a_note_without_privacy_and_a_failure_with_it(tmp_path: Pa
 def test_a_client_may_have_no_test_data_of_its_own(tmp_path: Path) -> None:
     """Others may have some; a run leaves it out of the final test."""
     own = "values['client_test'] = lambda c, f: Subset(data, [0, 1] if c == 'anna' else [])"
-    assert check(tmp_path, own)["test data"].detail == "30 examples; 2 examples of client 'anna'"
-    found = check(tmp_path, own, client="ben")["test data"]
-    assert (found.ok, found.detail) == (True, "30 examples; no examples of client 'ben'")
+    found = check(tmp_path, own, client="anna")
+    assert found["test data"].detail == "30 examples; 2 examples of client 'anna'"
+    found = check(tmp_path, own, client="ben")
+    assert found["test data"].ok
+    assert found["test data"].detail == "30 examples; no examples of client 'ben'"
 
 
 def test_a_client_that_is_not_there_is_named(tmp_path: Path) -> None:
@@ -194,7 +223,7 @@ def test_findings_are_a_line_each() -> None:
     assert str(checked).splitlines() == [
         "ok   clients      2 clients [0.10 s]",
         "note privacy      no [0.20 s]",
-        "This task is ready.",
+        "This task is ready, with 1 note.",
     ]
     failed = TaskCheck((*findings, CheckFinding("export", False, True, "bad", 0.3)))
     assert not failed.ok
@@ -232,5 +261,9 @@ def test_the_command_prints_a_line_a_step_or_one_object(
     assert run_command(path, "--json") == TaskError.exit_code
     told = json.loads(capsys.readouterr().out)
     assert told["ok"] is False
-    assert [one["step"] for one in told["findings"]] == STEPS[:5]
-    assert set(told["findings"][0]) == {"step", "ok", "required", "detail", "seconds"}
+    assert [one["step"] for one in told["findings"]] == [*STEPS[:6], "loss", "loss"]
+    assert [one["client"] for one in told["findings"]][-2:] == ["anna", "ben"]
+    assert set(told["findings"][0]) == {
+        *("step", "ok", "required", "detail", "seconds"),
+        *("client", "row", "column", "fault"),
+    }
