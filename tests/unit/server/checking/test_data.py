@@ -183,7 +183,8 @@ def test_a_client_of_another_dtype_is_refused() -> None:
     )
     (fault,) = faults(found)
     assert (fault.client, fault.required) == ("site-2", True)
-    assert "inputs are torch.float32 from 0" in fault.detail
+    assert "inputs are torch.float32, but example_input" in fault.detail
+    assert "they range from 0" in fault.detail
 
 
 def test_rows_of_another_shape_are_named_within_a_client_and_between() -> None:
