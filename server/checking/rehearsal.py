@@ -30,7 +30,7 @@ from fedcore.task.model import (
 )
 from fedcore.training.batches import gather_all
 from fedcore.training.client import Client, learn
-from fedcore.training.evaluate import evaluate
+from fedcore.training.evaluate import measure
 from fedcore.training.per_example.trial import choose_method
 from fedcore.training.private import train_private
 from fedcore.updates.messages import TRAIN_LOSS, Instruction, Update
@@ -226,32 +226,23 @@ def keep_state(state: CheckState) -> StepOutcome:
 
 
 def compute_metrics(state: CheckState) -> StepOutcome:
-    """Evaluates the model on every rehearsed client."""
-    found: dict[str, list[float]] = {}
-    faults = list[Fault]()
-    for name, examples in state.trained_on.items():
-        for metric in state.task.metrics:
-            try:
-                value = evaluate(state.model, examples, [metric])[metric.name]
-            except Exception as error:  # a metric is the task's code and may raise anything
-                text = f"metric {metric.name!r}: {type(error).__name__}: {error}"
-                faults.append(_fault(name, "metric", text))
-                continue
-            found.setdefault(metric.name, []).append(value)
-    every = len(state.trained_on)
-    broken = {
-        metric.name for metric in state.task.metrics if len(found.get(metric.name, [])) < every
+    """Evaluates the model on every rehearsed client; names clients where a metric is undefined."""
+    metrics = state.task.metrics
+    by_client = {
+        name: measure(state.model, examples, metrics) for name, examples in state.trained_on.items()
     }
-    for metric in state.task.metrics:
-        known = [v for v in found.get(metric.name, []) if math.isfinite(v)]
-        if metric.name not in broken and len(known) < every:
-            text = (
-                f"metric {metric.name!r} is not finite on {every - len(known)} of "
-                f"{counted(every, 'client')} here; it counts where it is"
-            )
-            faults.append(_fault(None, "metric", text, required=not known))
-    text = ", ".join(f"{name} {_span(values)}" for name, values in found.items())
-    return StepOutcome(text or "none could be computed", faults)
+    faults, said = list[Fault](), list[str]()
+    for metric in metrics:
+        found = {name: measured.judged(metric) for name, measured in by_client.items()}
+        values = [value for value, why in found.values() if not why]
+        for name, (_, why) in found.items():
+            failed = metric.name in by_client[name].faults
+            if why:
+                text = f"metric {metric.name!r} {'failed' if failed else 'is undefined'}: {why}"
+                required = failed and not values
+                faults.append(_fault(name, "metric", text, required=required))
+        said.append(f"{metric.name} {_span(values)}" if values else f"{metric.name} undefined")
+    return StepOutcome(", ".join(said), faults)
 
 
 def try_strategy(state: CheckState) -> StepOutcome:

@@ -140,7 +140,7 @@ def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
             "from fedcore.task.metrics import Metric\n"
             "values['metrics'] = (Metric('m', lambda o, t: o[99], higher_is_better=True),)",
             "metrics",
-            "client 'anna': metric 'm': IndexError",
+            "client 'anna': metric 'm' failed: IndexError",
         ),
         (
             "class Sorts(nn.Module):\n"
