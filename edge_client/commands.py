@@ -184,7 +184,8 @@ def _infer_arguments(parser: argparse.ArgumentParser) -> None:
         "--input",
         required=True,
         metavar="FILE",
-        help="a JSON list of inputs, e.g. --input x.json; - reads it from standard input",
+        help="one input or a list of inputs as JSON, e.g. --input x.json; - reads it from standard "
+        "input",
     )
 
 
@@ -254,7 +255,7 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _bench(options: argparse.Namespace) -> int:
     version = _serving(options.store, options.model)
-    inputs, _ = parse_golden(version.golden)
+    inputs = parse_golden(version.golden).inputs
     figures = bench(
         version.manifest, version.path, inputs, runs=options.runs, limits=_limits(options)
     )

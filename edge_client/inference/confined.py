@@ -83,13 +83,13 @@ def predict(
     *,
     threads: int,
     limits: ModelLimits,
-    one_at_a_time: bool = False,
 ) -> FloatArray:
-    """Computes a model's outputs in a child process.
+    """Computes a model's outputs in a child process, each input as a batch of its own.
 
     Guarantee:
-        The call returns or raises within little more than ``limits.seconds``. The child has ended
-        by then; it also ends when this process does, for whatever reason.
+        The outputs of an input depend on no other input, whatever the model. The call returns or
+        raises within little more than ``limits.seconds``. The child has ended by then; it also ends
+        when this process does, for whatever reason.
 
     Args:
         manifest: The model's manifest.
@@ -97,7 +97,6 @@ def predict(
         inputs: Shape ``(B, *manifest.input_shape)``, dtype ``manifest.input_dtype``, B >= 1.
         threads: Threads of one inference.
         limits: Time and memory for the child.
-        one_at_a_time: Whether each input is a batch of its own.
 
     Returns:
         Outputs ``(B, ...)``.
@@ -108,8 +107,7 @@ def predict(
         DeviceError: onnxruntime cannot run the model, or failed; or the file has changed.
         ResourceError: no process could be started.
     """
-    how = {"one_at_a_time": one_at_a_time}
-    return _run_child(manifest, onnx, inputs, None, threads=threads, limits=limits, how=how)
+    return _run_child(manifest, onnx, inputs, None, threads=threads, limits=limits, how={})
 
 
 def time_runs(
@@ -315,8 +313,8 @@ def _explain_fault(fault: str, text: str, of: str, memory_bytes: int) -> NoRetur
         )
     if fault == "output":
         raise LimitExceeded(
-            f"{of}: its outputs have {text}, more than the {_MAX_OUTPUT_BYTES} allowed. Nothing "
-            "was answered; send fewer inputs at a time."
+            f"{of}: its outputs have {text}, which is not allowed. Nothing was answered; send "
+            "fewer inputs at a time."
         )
     if fault == "file":
         raise DeviceError(

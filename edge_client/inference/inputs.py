@@ -34,25 +34,27 @@ def read_text(where: str) -> bytes:
 
 
 def parse_inputs(raw: bytes, manifest: Manifest, *, where: str) -> AnyArray:
-    """Parses a batch of inputs from JSON.
+    """Parses one input or a batch of them from JSON.
 
     Args:
-        raw: A JSON list of inputs, each given as nested lists of numbers.
+        raw: One input as nested lists of numbers, or a JSON list of inputs.
         manifest: The model's manifest.
         where: Source of the inputs, for errors.
 
     Returns:
-        Shape ``(B, *input_shape)``, dtype ``input_dtype``.
+        Shape ``(B, *input_shape)``, dtype ``input_dtype``; one input is a batch of one.
 
     Raises:
         DataError: the JSON is malformed or of another shape, or a number is not finite or does not
             fit the type.
     """
-    expected = f"expected a JSON list of inputs of shape {list(manifest.input_shape)}"
+    shape = list(manifest.input_shape)
+    expected = f"expected one input of shape {shape}, or a JSON list of inputs of this shape"
     try:
         batch = np.asarray(json.loads(raw))
     except (ValueError, RecursionError) as error:  # no JSON, or lists of unequal length
         raise DataError(f"{where}: {expected}: {error}. Nothing was answered.") from None
+    batch = batch[None] if batch.shape == manifest.input_shape else batch
     return as_batch(batch, manifest, expected=f"{where}: {expected}")
 
 

@@ -14,7 +14,7 @@ from fedcore.observability.words import counted
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, Task, size_of
 from fedcore.training.batches import gather
-from server.compression.export import export_onnx
+from server.compression.export import Exported, export_with_scopes
 from server.compression.prune import prune_and_recover
 from server.compression.quantise import int8_dynamic, int8_static
 
@@ -44,7 +44,7 @@ class Material:
         return self.examples
 
     @cached_property
-    def fp32(self) -> bytes:
+    def fp32(self) -> Exported:
         """The trained model, exported."""
         return self._export(self.module)
 
@@ -65,7 +65,7 @@ class Material:
         )
 
     @cached_property
-    def pruned_fp32(self) -> bytes:
+    def pruned_fp32(self) -> Exported:
         """The pruned model, exported."""
         return self._export(self.pruned)
 
@@ -92,9 +92,18 @@ class Material:
             "training data, for ranges of activations"
         )
 
-    def _export(self, module: nn.Module) -> bytes:
-        return export_onnx(
+    def _export(self, module: nn.Module) -> Exported:
+        return export_with_scopes(
             module, self.example_batch, labels=self.task.labels, kind=self.task.problem.name
+        )
+
+    def static(self, exported: Exported) -> bytes:
+        """Quantises an exported model, with ranges of activations from the cloud's data."""
+        return int8_static(
+            exported.onnx,
+            self.calibration,
+            reduce_range=self.reduce_range,
+            preprocessing=exported.preprocessing,
         )
 
 
@@ -124,12 +133,12 @@ class Candidate:
 
 
 def _fp32(material: Material) -> Built:
-    return Built(onnx=material.fp32, reference=material.module, exact=True, calibration="none")
+    return Built(onnx=material.fp32.onnx, reference=material.module, exact=True, calibration="none")
 
 
 def _int8_static(material: Material) -> Built:
     return Built(
-        onnx=int8_static(material.fp32, material.calibration, reduce_range=material.reduce_range),
+        onnx=material.static(material.fp32),
         reference=material.module,
         exact=False,
         calibration=material.saw_some,
@@ -138,7 +147,11 @@ def _int8_static(material: Material) -> Built:
 
 def _int8_dynamic(material: Material) -> Built:
     return Built(
-        onnx=int8_dynamic(material.fp32, reduce_range=material.reduce_range),
+        onnx=int8_dynamic(
+            material.fp32.onnx,
+            reduce_range=material.reduce_range,
+            preprocessing=material.fp32.preprocessing,
+        ),
         reference=material.module,
         exact=False,
         calibration="none",
@@ -147,7 +160,7 @@ def _int8_dynamic(material: Material) -> Built:
 
 def _pruned(material: Material) -> Built:
     return Built(
-        onnx=material.pruned_fp32,
+        onnx=material.pruned_fp32.onnx,
         reference=material.pruned,
         exact=True,
         calibration=material.saw_all,
@@ -157,9 +170,7 @@ def _pruned(material: Material) -> Built:
 
 def _pruned_int8(material: Material) -> Built:
     return Built(
-        onnx=int8_static(
-            material.pruned_fp32, material.calibration, reduce_range=material.reduce_range
-        ),
+        onnx=material.static(material.pruned_fp32),
         reference=material.pruned,
         exact=False,
         calibration=f"{material.saw_all}; {material.saw_some}",

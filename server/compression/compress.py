@@ -17,6 +17,7 @@ import torch
 from numpy.typing import NDArray
 from torch import nn
 
+from fedcore.artifacts.golden import Golden
 from fedcore.artifacts.manifest import Parity
 from fedcore.artifacts.parity import FloatArray, max_abs_error
 from fedcore.config.run import RunConfig
@@ -31,7 +32,7 @@ from fedcore.task.model import checkpoint_bytes
 from server.cloud import CloudData
 from server.compression.candidates import ALL, FP32, Built, Candidate, Material
 from server.compression.choose import choose
-from server.compression.golden import golden_inputs, tolerance
+from server.compression.golden import golden_count, golden_inputs, stored, tolerance
 from server.compression.quantise import saturates
 from server.compression.runtime import answer, answers, open_session
 from server.compression.timing import TORCH, CandidateTiming, time_candidates
@@ -71,11 +72,9 @@ class Compressed:
     thread."""
     parity: Parity
     """Parity of the chosen candidate."""
-    golden_inputs: NDArray[Any] = field(repr=False)
-    """Synthetic inputs ``(N, ...)``; see `server.compression.golden`."""
-    golden_outputs: FloatArray = field(repr=False)
-    """Outputs ``(N, ...)`` of the chosen file for the golden inputs, computed one input at a
-    time."""
+    golden: Golden
+    """Synthetic inputs, and the chosen file's outputs for them, computed one input at a time; see
+    `server.compression.golden`."""
     golden_tolerance: float
     """Largest absolute difference from the golden outputs allowed on a device."""
     calibration: str
@@ -146,7 +145,9 @@ def compress(
         examples=cloud.train if cloud else None,
         reduce_range=reduce_range,
     )
-    golden = golden_inputs(task.example_input, material.examples, seed=run.seed)
+    golden = golden_inputs(
+        task.example_input, material.examples, seed=run.seed, count=_golden_count(material)
+    )
     wanted = [each for each in ALL if each.name in run.compression.candidates] if cloud else [FP32]
 
     evaluated, refused = _evaluate_candidates(wanted, material, golden, cloud, on_clients, progress)
@@ -173,8 +174,7 @@ def compress(
         files=files,
         torch_p50_us=timings[TORCH].p50_us,
         parity=_parity(of[chosen], of[FP32.name], task.primary if cloud else None),
-        golden_inputs=golden,
-        golden_outputs=released.golden,
+        golden=stored(golden, released.golden, seed=run.seed),
         golden_tolerance=tolerance(
             released.golden, relative=EXACT if released.built.exact else QUANTISED
         ),
@@ -182,6 +182,13 @@ def compress(
         notes=_notes(cloud, files, reduce_range),
         source_sha256=sha256_hex(checkpoint_bytes(model)),
     )
+
+
+def _golden_count(material: Material) -> int:
+    _ = material.fp32  # refuses a model that fails on its example
+    with torch.inference_mode():
+        outputs = material.module(material.example_batch)
+    return golden_count(material.task.example_input.nbytes, outputs[0].nbytes)
 
 
 def _evaluate_candidates(

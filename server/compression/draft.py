@@ -22,11 +22,12 @@ def draft_of(
         compressed: The candidates; the chosen one is released.
         tested: The chosen candidate's result on the final test split; None without one.
     """
+    golden = compressed.golden
     kind = task.problem
     return Draft(
         model=model,
         onnx=compressed.files[compressed.chosen],
-        golden=golden_bytes(compressed.golden_inputs, compressed.golden_outputs),
+        golden=golden_bytes(golden.inputs, golden.outputs, golden.places),
         kind=kind.name,
         presentation=None if presentation_of(kind.name) == kind.presentation else kind.presentation,
         labels=task.labels,

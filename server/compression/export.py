@@ -1,11 +1,12 @@
 """Export of a model to ONNX, as bytes that depend only on its weights and architecture.
 
 In: a torch model with its preprocessing. Out: one self-contained ONNX file. Start with
-`export_onnx`.
+`export_onnx`; `export_with_scopes` also says which nodes are the preprocessing.
 """
 
 from __future__ import annotations
 
+import ast
 import contextlib
 import copy
 import io
@@ -13,6 +14,7 @@ import json
 import logging
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import onnx
@@ -26,11 +28,29 @@ from fedcore.observability.words import counted
 INPUT, OUTPUT = "input", "output"
 LABELS_KEY, KIND_KEY = "fedcore.labels", "fedcore.kind"
 OPSET = 20  # fixed: torch's default may change the bytes
+_SCOPES_KEY = "pkg.torch.onnx.name_scopes"  # the modules that a node comes from, outermost first
+_PREPROCESS = "preprocess"  # the submodule of `fedcore.task.model.FullModel`
+
+
+@dataclass(frozen=True)
+class Exported:
+    """An ONNX file, and which of its nodes are preprocessing."""
+
+    onnx: bytes = field(repr=False)
+    preprocessing: frozenset[str]
+    """Names of the nodes that come from the model's ``preprocess``."""
 
 
 def export_onnx(
     module: nn.Module, example_batch: Tensor, *, labels: tuple[str, ...], kind: str
 ) -> bytes:
+    """Exports a model as `export_with_scopes` does, and returns the ONNX file alone."""
+    return export_with_scopes(module, example_batch, labels=labels, kind=kind).onnx
+
+
+def export_with_scopes(
+    module: nn.Module, example_batch: Tensor, *, labels: tuple[str, ...], kind: str
+) -> Exported:
     """Exports a model for serving, with its preprocessing, label names and kind.
 
     Args:
@@ -42,7 +62,7 @@ def export_onnx(
 
     Returns:
         One ONNX file: input ``input`` and output ``output`` with a dynamic batch dimension, weights
-        inline.
+        inline; and the names of its preprocessing's nodes.
 
     Guarantee:
         Equal weights and architecture give equal bytes, in any process and folder: source lines,
@@ -84,7 +104,9 @@ def export_onnx(
             f"model: it always returns {rows.dim_value} rows, but devices send batches of 1. "
             "Nothing was exported; look for an expand, view or reshape with a fixed batch size."
         )
-    return finish(model, {LABELS_KEY: json.dumps(list(labels)), KIND_KEY: kind})
+    preprocessing = frozenset(node.name for node in model.graph.node if _is_preprocessing(node))
+    properties = {LABELS_KEY: json.dumps(list(labels)), KIND_KEY: kind}
+    return Exported(finish(model, properties), preprocessing)
 
 
 def finish(model: onnx.ModelProto, properties: Mapping[str, str]) -> bytes:
@@ -159,6 +181,15 @@ def _to_proto(module: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
         )
     assert program is not None  # dynamo=True always returns one
     return program.model_proto
+
+
+def _is_preprocessing(node: onnx.NodeProto) -> bool:
+    """Returns whether the exporter's record of modules places a node in ``preprocess``."""
+    scopes = next((item.value for item in node.metadata_props if item.key == _SCOPES_KEY), "[]")
+    modules = ast.literal_eval(scopes)
+    return (
+        bool(node.name) and _PREPROCESS in modules[:2]
+    )  # the full model's own name, which is empty, comes first
 
 
 def _culprit(module: nn.Module, example_batch: Tensor) -> str | None:

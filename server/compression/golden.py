@@ -9,12 +9,19 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from fedcore.artifacts.golden import Golden
 from fedcore.artifacts.parity import FloatArray
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, size_of
 from fedcore.training.batches import in_order
 
 GOLDEN_INPUTS = 32
+_MAX_INPUT_BYTES = 16 << 20
+"""Most bytes of all golden inputs; of inputs that are large there are fewer."""
+_MAX_RUN_BYTES = 64 << 20
+"""Most bytes of outputs that a self-test computes; of outputs that are large there are fewer."""
+_MAX_OUTPUT_BYTES = 16 << 20
+"""Most bytes of outputs that a release carries; of larger ones some numbers are drawn."""
 _MIN_EXAMPLES = 32
 _BATCH_SIZE = 512
 _SMALLEST_SCALE = 1e-6  # avoids a zero tolerance for outputs that are always 0
@@ -49,6 +56,32 @@ def golden_inputs(
     else:
         inputs = (unit * (largest.max().clamp(min=0) + 1)).floor()
     return inputs.to(example_input.dtype).numpy()
+
+
+def golden_count(input_bytes: int, output_bytes: int) -> int:
+    """Returns how many golden inputs fit a release and a self-test, at least 1.
+
+    Args:
+        input_bytes: Size of one input.
+        output_bytes: Size of its outputs.
+    """
+    fit = min(_MAX_INPUT_BYTES // max(input_bytes, 1), _MAX_RUN_BYTES // max(output_bytes, 1))
+    return max(1, min(GOLDEN_INPUTS, fit))
+
+
+def stored(inputs: NDArray[Any], outputs: FloatArray, *, seed: int) -> Golden:
+    """Returns what a release stores of golden inputs and outputs ``(N, ...)``.
+
+    All of it, unless the outputs have more than 16 MiB: then as many numbers as fit, at places
+    drawn by the run's seed, the same for each input.
+    """
+    if outputs.nbytes <= _MAX_OUTPUT_BYTES:
+        return Golden(inputs, outputs)
+    flat = outputs.reshape(len(outputs), -1)
+    count = max(1, _MAX_OUTPUT_BYTES // (len(flat) * flat.itemsize))
+    order = torch.randperm(flat.shape[1], generator=torch_rng(seed, "golden places"))
+    places = order[:count].sort().values.numpy()
+    return Golden(inputs, np.ascontiguousarray(flat[:, places]), places)
 
 
 def tolerance(reference: FloatArray, *, relative: float) -> float:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,8 @@ from server.compression.export import INPUT, finish, properties_of, quiet
 _CALIBRATION_BATCH = 32
 _DOT_PRODUCT = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _WEIGHTED = {"Gemm", "MatMul", "Conv"}
+_LEARNT = {*_WEIGHTED, "ConvTranspose", "Einsum", "Gather", "GRU", "LSTM", "RNN"}
+"""Operators of layers with weights; what stands before the first of them only prepares inputs."""
 
 
 def saturates(cpuinfo: str) -> bool:
@@ -42,23 +44,33 @@ def saturates(cpuinfo: str) -> bool:
     return bool(lines) and not _DOT_PRODUCT & set(lines[0].split())
 
 
-def int8_static(model: bytes, calibration: Tensor, *, reduce_range: bool) -> bytes:
+def int8_static(
+    model: bytes,
+    calibration: Tensor,
+    *,
+    reduce_range: bool,
+    preprocessing: Collection[str] = (),
+) -> bytes:
     """Quantises weights and activations, with activation ranges calibrated on examples.
 
     The last layer stays float32: it separates close outputs, and its rounding dominated the worst
-    error while saving little size. Weights have one scale per output channel.
+    error while saving little size. So does all that comes before the first layer with weights: one
+    scale for raw features of different ranges rounds the small ones to zero. Weights have one scale
+    per output channel.
 
     Args:
         model: An ONNX file of `server.compression.export`.
         calibration: Inputs ``(N, ...)`` from the cloud's training data.
         reduce_range: Limit weights to 7 bits, for processors for which `saturates` is true. It
             changes the file, so the caller decides on it and reports it.
+        preprocessing: Names of nodes that stay float32, too, whatever they are.
 
     Raises:
         CompressionError: nothing in the model can be quantised, or the quantiser fails.
     """
 
     def quantise(source: Path, target: Path) -> None:
+        prepared = onnx.load(source)
         quantize_static(
             source,
             target,
@@ -69,20 +81,23 @@ def int8_static(model: bytes, calibration: Tensor, *, reduce_range: bool) -> byt
             activation_type=QuantType.QUInt8,
             weight_type=QuantType.QInt8,
             calibrate_method=CalibrationMethod.MinMax,
-            nodes_to_exclude=_last_layer(onnx.load(source)),
+            nodes_to_exclude=[*_before_layers(prepared, preprocessing), *_last_layer(prepared)],
         )
 
     return _quantised(model, quantise)
 
 
-def int8_dynamic(model: bytes, *, reduce_range: bool) -> bytes:
+def int8_dynamic(model: bytes, *, reduce_range: bool, preprocessing: Collection[str] = ()) -> bytes:
     """Quantises the weights of matrix products; activation ranges are computed at run time.
 
-    Convolutions stay float32: onnxruntime has no convolution kernel for signed 8-bit weights.
+    Convolutions stay float32: onnxruntime has no convolution kernel for signed 8-bit weights. A
+    range is that of all inputs that run together: an input's outputs depend on the others of its
+    batch, so devices run the inputs of any model one at a time.
 
     Args:
         model: An ONNX file of `server.compression.export`.
         reduce_range: Limit weights to 7 bits, for processors for which `saturates` is true.
+        preprocessing: Names of nodes that stay float32.
 
     Raises:
         CompressionError: nothing in the model can be quantised, or the quantiser fails.
@@ -96,6 +111,7 @@ def int8_dynamic(model: bytes, *, reduce_range: bool) -> bytes:
             per_channel=True,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
+            nodes_to_exclude=_before_layers(onnx.load(source), preprocessing),
         )
 
     return _quantised(model, quantise)
@@ -123,7 +139,7 @@ def _quantised(model: bytes, quantise: Callable[[Path, Path], None]) -> bytes:
         source.write_bytes(model)
         try:
             with quiet():
-                quant_pre_process(source, prepared)
+                _prepare(source, prepared)
                 quantise(prepared, target)
                 result = onnx.load(target)
         except Exception as error:  # onnxruntime raises plain Exceptions, too
@@ -135,6 +151,33 @@ def _quantised(model: bytes, quantise: Callable[[Path, Path], None]) -> bytes:
     if not any(t.data_type in narrow and len(t.dims) > 1 for t in result.graph.initializer):
         raise CompressionError("none of its layers can be quantised")
     return finish(result, properties)
+
+
+def _prepare(source: Path, prepared: Path) -> None:
+    """Infers shapes and folds constants, as the quantisers need."""
+    try:
+        quant_pre_process(source, prepared)
+    except Exception:  # symbolic inference knows fewer operators (no STFT) than ONNX's own
+        quant_pre_process(source, prepared, skip_symbolic_shape=True)
+
+
+def _before_layers(model: onnx.ModelProto, preprocessing: Collection[str]) -> list[str]:
+    """Returns the names of the nodes that prepare inputs for the first layer with weights.
+
+    These are the nodes of the model's preprocessing, with those that a fusion named after them, and
+    all nodes that depend on the inputs but on no layer.
+    """
+    found, prepared = [], {each.name for each in model.graph.input}
+    constants = {"", *(each.name for each in model.graph.initializer)}
+    for node in model.graph.node:  # in topological order, as ONNX demands
+        named = node.name in preprocessing or node.name.split("/")[0] in preprocessing
+        fed = set(node.input) - constants
+        if named or (node.op_type not in _LEARNT and fed and fed <= prepared):
+            found += [node.name] if node.name else []  # an empty name would exclude every one
+            prepared.update(node.output)
+        elif not fed:
+            constants.update(node.output)
+    return found
 
 
 def _last_layer(model: onnx.ModelProto) -> list[str]:

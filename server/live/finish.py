@@ -229,7 +229,7 @@ def _compressed(
     if done is not None:
         return done
     done = compress(run, task, model, cloud, progress=progress, on_clients=on_clients)
-    golden = golden_bytes(done.golden_inputs, done.golden_outputs)
+    golden = golden_bytes(done.golden.inputs, done.golden.outputs, done.golden.places)
     write_atomic(folder / _GOLDEN, golden)
     for name, onnx in done.files.items():
         write_atomic(_onnx(folder, name), onnx)
@@ -257,15 +257,13 @@ def _read_compressed(folder: Path, noted: _CompressNote, source: str) -> Compres
     }
     if golden is None or None in files.values():
         return None
-    inputs, outputs = parse_golden(golden)
     return Compressed(
         records=noted.records,
         chosen=noted.chosen,
         files={name: raw for name, raw in files.items() if raw is not None},
         torch_p50_us=noted.torch_p50_us,
         parity=noted.parity,
-        golden_inputs=inputs,
-        golden_outputs=outputs,
+        golden=parse_golden(golden),
         golden_tolerance=noted.golden_tolerance,
         calibration=noted.calibration,
         notes=noted.notes,

@@ -19,6 +19,14 @@ def test_a_list_of_inputs_becomes_a_batch(manifest: Manifest) -> None:
     assert batch.dtype == np.float32
 
 
+def test_one_input_is_a_batch_of_one(manifest: Manifest) -> None:
+    for raw in (b"[1, 2.5, -3]", b"[[1, 2.5, -3]]"):
+        assert parse_inputs(raw, manifest, where="x").tolist() == [[1, 2.5, -3]]
+    scalar = manifest.model_copy(update={"input_shape": ()})
+    for raw in (b"7", b"[7]"):
+        assert parse_inputs(raw, scalar, where="x").tolist() == [7]
+
+
 @pytest.mark.parametrize(
     "raw",
     [
@@ -28,7 +36,8 @@ def test_a_list_of_inputs_becomes_a_batch(manifest: Manifest) -> None:
         b"5",
         b"[]",
         b"{}",
-        b"[1, 2, 3]",
+        b"[1, 2]",
+        b"[[[1, 2, 3]]]",
         b"[[1, 2]]",
         b"[[1, 2], [1, 2, 3]]",
         b'[["1", "2", "3"]]',

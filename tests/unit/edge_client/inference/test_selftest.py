@@ -63,6 +63,19 @@ def test_golden_files_that_do_not_fit_fail(tested: Test, golden: bytes) -> None:
         tested(golden)
 
 
+def test_some_places_of_large_outputs_are_enough(tested: Test) -> None:
+    exact = np.arange(1, 7).reshape(3, 2).astype(np.float32)
+    second = np.array([1], np.int64)
+    assert tested(golden_bytes(EYE, exact[:, 1:], second)) == 0
+    with pytest.raises(SelfTestFailed, match="differs by 1,"):
+        tested(golden_bytes(EYE, exact[:, :1], second))
+    with pytest.raises(SelfTestFailed, match=r"places up to 2\), got \(3, 2\)"):
+        tested(golden_bytes(EYE, exact[:, 1:], second + 1))
+    for places in (second - 2, second.astype(np.int32), np.zeros((1, 1), np.int64), second[:0]):
+        with pytest.raises(TrustError, match="`places`"):
+            tested(golden_bytes(EYE, exact[:, 1:], places))
+
+
 def test_answers_without_a_number_prove_nothing(manifest: Manifest, tmp_path: Path) -> None:
     raw = many_outputs(0)
     (tmp_path / "model.onnx").write_bytes(raw)

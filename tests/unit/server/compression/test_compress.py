@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
+from edge_client.inference.confined import ModelLimits, predict
 from fedcore import Task
 from fedcore.artifacts.golden import golden_bytes, parse_golden
+from fedcore.artifacts.manifest import FileEntry, Manifest, PrivacyStatement
 from fedcore.config.run import CANDIDATES, FederationConfig, Finetune, RunConfig
 from fedcore.errors import CompressionError, ParityError
 from fedcore.files import sha256_hex
@@ -27,6 +29,8 @@ from fedcore.task.model import FullModel
 from server.cloud import CloudData
 from server.compression.candidates import ALL
 from server.compression.compress import Compressed, compress
+from server.compression.runtime import answer, open_session
+from tests.origin import LINEAGE
 
 Fresh = Callable[[Task], FullModel]
 QuickRun = Callable[..., RunConfig]
@@ -96,9 +100,8 @@ def test_metric_is_that_of_the_onnx_answers(
 
 
 def test_the_chosen_file_reproduces_its_golden_outputs(compressed: Compressed) -> None:
-    inputs, outputs = parse_golden(
-        golden_bytes(compressed.golden_inputs, compressed.golden_outputs)
-    )
+    golden = parse_golden(golden_bytes(compressed.golden.inputs, compressed.golden.outputs))
+    inputs, outputs = golden.inputs, golden.outputs
     assert outputs.dtype == np.float32
     session = onnxruntime.InferenceSession(compressed.files[compressed.chosen])
     for one, expected in zip(inputs, outputs, strict=True):
@@ -107,13 +110,41 @@ def test_the_chosen_file_reproduces_its_golden_outputs(compressed: Compressed) -
     assert compressed.golden_tolerance < np.abs(outputs).max() / 10
 
 
+@pytest.mark.parametrize("name", CANDIDATES)
+def test_a_device_answers_each_input_of_a_batch_as_if_it_were_alone(
+    name: str, compressed: Compressed, digits: Task, tmp_path: Path
+) -> None:
+    raw = compressed.files[name]
+    (tmp_path / "model.onnx").write_bytes(raw)
+    entry = FileEntry(path="model.onnx", sha256=sha256_hex(raw), length=len(raw))
+    manifest = Manifest(
+        model="digits",
+        version=1,
+        created="2026-01-01T00:00:00Z",
+        kind="classification",
+        labels=digits.labels,
+        input_shape=(64,),
+        input_dtype="float32",
+        onnx=entry,
+        golden=entry,
+        golden_tolerance=1.0,
+        lineage=LINEAGE,
+        privacy=PrivacyStatement(unit="none", epsilon=None, target_delta=None, noise="none"),
+        parity=compressed.parity,
+    )
+    inputs = compressed.golden.inputs.copy()
+    inputs[3] *= 1000  # in a batch, it would set the scale of all others
+    found = predict(manifest, tmp_path / "model.onnx", inputs, threads=1, limits=ModelLimits())
+    np.testing.assert_array_equal(found, answer(open_session(raw, threads=1), inputs))
+
+
 def test_another_model_does_not_reproduce_them(
     compressed: Compressed, digits: Task, fresh: Fresh
 ) -> None:
     stranger = fresh(digits).eval()
     with torch.no_grad():
-        answer = stranger(torch.from_numpy(compressed.golden_inputs)).numpy()
-    assert np.abs(answer - compressed.golden_outputs).max() > compressed.golden_tolerance
+        answer = stranger(torch.from_numpy(compressed.golden.inputs)).numpy()
+    assert np.abs(answer - compressed.golden.outputs).max() > compressed.golden_tolerance
 
 
 def test_parity_is_that_of_the_chosen(compressed: Compressed) -> None:
@@ -168,7 +199,7 @@ found = compress(
     progress=lambda line: None, reduce_range=False,
 )
 print(json.dumps({name: sha256_hex(raw) for name, raw in found.files.items()}))
-print(sha256_hex(found.golden_inputs.tobytes()))
+print(sha256_hex(found.golden.inputs.tobytes()))
 """
 
 
@@ -191,7 +222,7 @@ def test_another_process_and_folder_give_the_same_bytes_of_every_candidate(
     )
     files, golden = other.stdout.strip().splitlines()
     assert json.loads(files) == {each.name: each.sha256 for each in compressed.records}
-    assert golden == sha256_hex(compressed.golden_inputs.tobytes())
+    assert golden == sha256_hex(compressed.golden.inputs.tobytes())
 
 
 def test_without_cloud_data_only_fp32_is_made(
@@ -205,7 +236,7 @@ def test_without_cloud_data_only_fp32_is_made(
     assert (found.parity.metric, found.parity.agreement) == ("none", 1.0)
     assert found.calibration == "none"
     assert "without compression" in found.notes[0]
-    assert found.golden_inputs.shape == (32, 64)
+    assert found.golden.inputs.shape == (32, 64)
 
 
 def test_a_convolutional_model_goes_through(fresh: Fresh, quick_run: QuickRun) -> None:
@@ -247,7 +278,7 @@ def test_a_regression_model_goes_through(fresh: Fresh, quick_run: QuickRun) -> N
     )
     found = compress(quick_run(), task, fresh(task), cloud, progress=quiet)
     assert found.parity.metric == "rmse"
-    assert found.golden_outputs.shape == (32, 1)
+    assert found.golden.outputs.shape == (32, 1)
     static = next(record for record in found.records if record.name == "int8_static")
     assert 0.9 < static.agreement < 1
     assert abs(static.drop) < 0.1
@@ -287,8 +318,8 @@ def test_a_next_token_model_goes_through(
     found = compress(
         quick_run(max_accuracy_drop=1.0), task, fresh(task), cloud, progress=lines.append
     )
-    assert found.golden_inputs.dtype == np.int64
-    assert found.golden_outputs.shape == (32, 6, 12)
+    assert found.golden.inputs.dtype == np.int64
+    assert found.golden.outputs.shape == (32, 6, 12)
     assert tuple(record.name for record in found.records) == CANDIDATES
     for record in found.records:
         if record.name not in found.files:

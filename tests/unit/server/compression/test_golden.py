@@ -5,7 +5,9 @@ import pytest
 import torch
 from torch.utils.data import TensorDataset
 
-from server.compression.golden import golden_inputs, tolerance
+from fedcore.artifacts.golden import golden_bytes, parse_golden
+from server.compression import golden as of
+from server.compression.golden import golden_count, golden_inputs, stored, tolerance
 
 
 def examples(inputs: torch.Tensor) -> TensorDataset:
@@ -55,3 +57,31 @@ def test_a_tolerance_follows_the_largest_output() -> None:
     outputs = np.array([[0.5, -20.0]], dtype=np.float32)
     assert tolerance(outputs, relative=1e-3) == pytest.approx(0.02)
     assert tolerance(np.zeros((2, 2), dtype=np.float32), relative=1e-3) > 0
+
+
+def test_large_inputs_and_outputs_are_fewer() -> None:
+    assert golden_count(256, 40) == 32
+    assert golden_count(4 << 20, 40) == 4  # large images
+    assert golden_count(512, 64 * 9000 * 4) == 29  # a large vocabulary
+    assert golden_count(1 << 30, 1 << 30) == 1
+
+
+def test_outputs_of_a_large_vocabulary_are_stored_in_part(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(of, "_MAX_OUTPUT_BYTES", 1000)
+    inputs = np.zeros((3, 4), np.int64)
+    outputs = np.arange(3 * 5 * 40, dtype=np.float32).reshape(3, 5, 40)
+    golden = stored(inputs, outputs, seed=1)
+    raw = golden_bytes(golden.inputs, golden.outputs, golden.places)
+    assert len(raw) < 2500
+    again = parse_golden(raw)
+    assert again.places is not None
+    assert again.outputs.shape == (3, 83)
+    part = again.stored_part(outputs)
+    assert part is not None
+    np.testing.assert_array_equal(part, again.outputs)
+    for other in (outputs[:2], outputs[:, :1, :5]):
+        assert again.stored_part(other) is None
+    same, another = (stored(inputs, outputs, seed=seed).places for seed in (1, 2))
+    assert np.array_equal(again.places, same)  # type: ignore[arg-type]
+    assert not np.array_equal(again.places, another)  # type: ignore[arg-type]
+    assert stored(inputs, outputs[:, :, :10], seed=1).places is None

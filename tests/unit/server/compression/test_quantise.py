@@ -10,8 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.errors import CompressionError
+from fedcore.task.model import FullModel, Standardise
 from server.compression.compress import Compressed
-from server.compression.export import export_onnx
+from server.compression.export import export_onnx, export_with_scopes
 from server.compression.quantise import int8_dynamic, int8_static, saturates
 from server.compression.runtime import answer, open_session
 
@@ -125,3 +126,77 @@ def test_a_failing_quantiser_is_a_reason_not_a_crash() -> None:
 )
 def test_saturation_is_read_from_the_processor(cpuinfo: str, expected: bool) -> None:
     assert saturates(cpuinfo) is expected
+
+
+class LogScale(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        return (torch.log1p(x) - 2.0) / 3.0
+
+
+class Projects(nn.Module):
+    """A fixed matrix, as of a mel scale, before the logarithm."""
+
+    matrix: Tensor
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("matrix", torch.eye(6) + 0.01)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.log1p(x @ self.matrix) / 3.0
+
+
+class Spectrum(nn.Module):
+    def forward(self, x: Tensor) -> Tensor:
+        window = torch.hann_window(4)
+        return torch.stft(x, 4, 2, window=window, return_complex=True).abs().flatten(1)
+
+
+SKEWED = torch.rand(200, 6, generator=torch.Generator().manual_seed(0)) * torch.logspace(-2, 4, 6)
+
+
+def network(inputs: int = 6) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        nn.Linear(inputs, 32), nn.ReLU(), nn.Linear(32, 32), nn.ReLU(), nn.Linear(32, 4)
+    )
+
+
+def standardised() -> FullModel:
+    standardise = Standardise(torch.Size([6]))
+    standardise.mean.copy_(SKEWED.mean(0))
+    standardise.deviation.copy_(SKEWED.std(0))
+    return FullModel(standardise, network())
+
+
+@pytest.mark.parametrize(
+    "model",
+    [
+        FullModel(LogScale(), network()),
+        FullModel(Projects(), network()),
+        standardised(),
+        nn.Sequential(LogScale(), network()),  # the same inside of a task's own network
+    ],
+    ids=["log1p", "matrix", "federated normalisation", "in the network"],
+)
+def test_features_of_different_scales_stay_in_float(model: nn.Module) -> None:
+    exported = export_with_scopes(model, SKEWED[:2], labels=(), kind="classification")
+    inputs = SKEWED.numpy()
+    expected = answer(open_session(exported.onnx, threads=1), inputs)
+    more = {"reduce_range": True, "preprocessing": exported.preprocessing}
+    for raw in (int8_static(exported.onnx, SKEWED, **more), int8_dynamic(exported.onnx, **more)):
+        found = answer(open_session(raw, threads=1), inputs)
+        assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
+        kept = next(node for node in onnx.load_model_from_string(raw).graph.node)
+        assert kept.op_type not in {"QuantizeLinear", "DynamicQuantizeLinear"}
+
+
+def test_operators_that_symbolic_shape_inference_does_not_know_are_quantised_around() -> None:
+    inputs = torch.randn(64, 16, generator=torch.Generator().manual_seed(0))
+    model = FullModel(Spectrum(), network(27))
+    exported = export_with_scopes(model, inputs[:2], labels=(), kind="classification")
+    expected = answer(open_session(exported.onnx, threads=1), inputs.numpy())
+    more = {"reduce_range": True, "preprocessing": exported.preprocessing}
+    for raw in (int8_static(exported.onnx, inputs, **more), int8_dynamic(exported.onnx, **more)):
+        found = answer(open_session(raw, threads=1), inputs.numpy())
+        assert 0 < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
