@@ -175,7 +175,8 @@ def after_rounds(
     if cloud and run.finetune.epochs:
         tuned = _fine_tuned(run, task, cloud, trained, folder, story, steps)
     model = tuned.model if tuned else outcome.model
-    compressed = _compressed(run, task, cloud, model, trained, folder, story, steps)
+    kept = tuned is None or tuned.kept
+    compressed = _compressed(run, task, cloud, model, kept, trained, folder, story, steps)
 
     tested = _tested(run, task, test, outcome, tuned, compressed, story)
     withheld = reason_to_withhold(run, task.primary, tested.statement) if tested.statement else ""
@@ -282,6 +283,7 @@ def _compressed(
     task: Task,
     cloud: CloudData | None,
     model: FullModel,
+    kept: bool,
     trained: FederatedModel,
     folder: Path,
     story: StageLog,
@@ -290,7 +292,13 @@ def _compressed(
     with story.stage("compress") as said:
         progress = counted_steps(story.emit, "compress")
         compressed = steps.compress(
-            run, task, model, cloud, progress=progress, on_clients=trained.measure_onnx
+            run,
+            task,
+            model,
+            cloud,
+            progress=progress,
+            on_clients=trained.measure_onnx,
+            tuning_kept=kept,
         )
         said.append(f"chose {compressed.chosen}")
         for name, onnx in compressed.files.items():

@@ -187,6 +187,11 @@ class CandidateRecord:
     admitted: bool
     reason: str
     """Why the candidate was admitted, chosen or rejected, in a few words."""
+    drop_bound: float | None = None
+    """Upper bound, at 95 % confidence, on the drop beyond the held-out data
+    (`server.compression.confidence`); None without held-out data."""
+    evidence: str = ""
+    """What the bound follows from: so many held-out examples, or inputs without labels."""
     clients_drop: float | None = None
     """Upper bound, at 95 % confidence, on how much worse than fp32 the metric is on data that
     clients hold back; None if no client evaluated the candidate."""

@@ -249,15 +249,21 @@ class Compression(Section):
     """Candidates to build. ``fp32`` must be among them: the others are compared with it."""
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
     """How much worse than fp32 the held-out metric may be (an absolute accuracy; for an error
-    such as RMSE, a fraction of it)."""
+    such as RMSE, a fraction of it). The upper end of a one-sided 95 % interval counts, too."""
+    min_agreement: Annotated[float, Field(ge=0, le=1)] = 0.9
+    """Smallest share of decisions on held-out data that equal those of fp32 (for regression, 1
+    minus the RMS difference over the deviation)."""
     max_bytes: Annotated[int, Field(ge=1, le=2**40)] | None = None
     """Largest size of the ONNX file, in bytes."""
     max_p50_us: Annotated[float, Field(gt=0, le=1e9)] | None = None
     """Largest median time of one inference on the machine that compresses, in microseconds."""
+    max_slowdown: Annotated[float, Field(ge=0, le=1e9)] = 0.05
+    """How much longer than fp32 a smaller candidate may take, as a share, unless only such ones
+    meet ``max_bytes``."""
     prune_fraction: Fraction = 0.5
     """The share of each hidden layer's channels that structured pruning removes."""
     prune_epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
-    """Epochs on the cloud's data after pruning."""
+    """Epochs on the cloud's data after pruning, which ``finetune.epochs = 0`` rules out."""
     calibration_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """Most examples of the cloud's data that calibrate static quantisation."""
     timing_runs: Annotated[int, Field(ge=100, le=1_000_000)] = 2000

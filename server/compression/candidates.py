@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.config.run import CandidateName, RunConfig
+from fedcore.errors import CompressionError
 from fedcore.observability.words import counted
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, Task, size_of
 from fedcore.training.batches import gather
-from server.compression.export import Exported, export_with_scopes
+from server.compression.export import OnnxExport, export_with_scopes
 from server.compression.prune import prune_and_recover
 from server.compression.quantise import int8_dynamic, int8_static
 
@@ -31,6 +32,8 @@ class Material:
     """The cloud's training data."""
     reduce_range: bool
     """Limit int8 weights to 7 bits; see `server.compression.quantise.int8_static`."""
+    untrained: str = ""
+    """Why no candidate may be trained on the cloud's data; empty if it may."""
 
     @property
     def example_batch(self) -> Tensor:
@@ -43,14 +46,24 @@ class Material:
         assert self.examples is not None
         return self.examples
 
+    @property
+    def retrains(self) -> bool:
+        """Whether pruned models are trained on the cloud's data."""
+        return self.run.compression.prune_epochs > 0
+
     @cached_property
-    def fp32(self) -> Exported:
+    def fp32(self) -> OnnxExport:
         """The trained model, exported."""
         return self._export(self.module)
 
     @cached_property
     def pruned(self) -> nn.Module:
         """The pruned model, retrained."""
+        if self.retrains and self.untrained:
+            raise CompressionError(
+                f"it is trained on the cloud's data after pruning, and {self.untrained} "
+                "(compression.prune_epochs = 0 prunes without training)"
+            )
         compression = self.run.compression
         return prune_and_recover(
             self.module,
@@ -65,7 +78,7 @@ class Material:
         )
 
     @cached_property
-    def pruned_fp32(self) -> Exported:
+    def pruned_fp32(self) -> OnnxExport:
         """The pruned model, exported."""
         return self._export(self.pruned)
 
@@ -92,12 +105,12 @@ class Material:
             "training data, for ranges of activations"
         )
 
-    def _export(self, module: nn.Module) -> Exported:
+    def _export(self, module: nn.Module) -> OnnxExport:
         return export_with_scopes(
             module, self.example_batch, labels=self.task.labels, kind=self.task.problem.name
         )
 
-    def static(self, exported: Exported) -> bytes:
+    def static(self, exported: OnnxExport) -> bytes:
         """Quantises an exported model, with ranges of activations from the cloud's data."""
         return int8_static(
             exported.onnx,
@@ -164,7 +177,7 @@ def _pruned(material: Material) -> Built:
         reference=material.pruned,
         exact=True,
         calibration=material.saw_all,
-        retrained=True,
+        retrained=material.retrains,
     )
 
 
@@ -174,7 +187,7 @@ def _pruned_int8(material: Material) -> Built:
         reference=material.pruned,
         exact=False,
         calibration=f"{material.saw_all}; {material.saw_some}",
-        retrained=True,
+        retrained=material.retrains,
     )
 
 

@@ -25,19 +25,24 @@ from fedcore.errors import CompressionError, FedcoreError, ParityError, TaskErro
 from fedcore.files import sha256_hex
 from fedcore.observability.words import counted
 from fedcore.task.definition import Task, size_of
-from fedcore.task.kinds.protocol import Kind
 from fedcore.task.measured import measure_outputs
-from fedcore.task.metrics import Metric
 from fedcore.task.model import checkpoint_bytes
 from server.cloud import CloudData
-from server.compression.candidates import ALL, FP32, Built, Candidate, Material
-from server.compression.choose import choose
+from server.compression.candidates import ALL, FP32, Candidate, Material
+from server.compression.choose import choose, slower_note
+from server.compression.evaluated import (
+    Evaluated,
+    LossBounds,
+    parity_of,
+    records_of,
+    unbuilt_records,
+)
 from server.compression.golden import golden_count, golden_inputs, stored, tolerance
 from server.compression.quantise import saturates
 from server.compression.runtime import answer, answers, open_session
-from server.compression.timing import TORCH, CandidateTiming, time_candidates
+from server.compression.timing import TORCH, time_candidates
 from server.records import CandidateRecord
-from server.rounds.evaluation.judging import MeasureOnnx, clients_judge, drop_of
+from server.rounds.evaluation.judging import MeasureOnnx, clients_judge
 
 EXACT = 1e-3
 """Tolerance for outputs of float32 models, relative to their largest output; covers rounding in
@@ -85,19 +90,6 @@ class Compressed:
     """SHA-256 of the compressed model's checkpoint."""
 
 
-@dataclass(frozen=True, kw_only=True)
-class _Evaluated:
-    """A candidate that was built and evaluated."""
-
-    built: Built
-    golden: FloatArray
-    max_abs_error: float
-    heldout: FloatArray | None
-    metric: float
-    clients: Mapping[str, tuple[int, float]] | None
-    """Measurements by clients; None if clients weren't asked."""
-
-
 def compress(
     run: RunConfig,
     task: Task,
@@ -107,6 +99,7 @@ def compress(
     progress: Callable[[str], None],
     reduce_range: bool | None = None,
     on_clients: MeasureOnnx | None = None,
+    tuning_kept: bool = True,
 ) -> Compressed:
     """Builds the configured candidates of a trained model, and chooses one for release.
 
@@ -122,6 +115,8 @@ def compress(
         on_clients: Evaluates candidates on clients; ``max_accuracy_drop`` then applies to clients
             as well as to the cloud's data. None on devices, which run no file before it is signed:
             where they judge, candidates that are retrained after pruning are then refused.
+        tuning_kept: Whether the gate kept the model that was fine-tuned on the cloud's data. Where
+            it did not, no candidate is trained on them either.
 
     Guarantee:
         Equal arguments give byte-identical files, in any process, on machines of one kind with
@@ -144,6 +139,7 @@ def compress(
         module=copy.deepcopy(model).eval(),
         examples=cloud.train if cloud else None,
         reduce_range=reduce_range,
+        untrained=_untrained(run, tuning_kept),
     )
     golden = golden_inputs(
         task.example_input, material.examples, seed=run.seed, count=_golden_count(material)
@@ -160,9 +156,10 @@ def compress(
         threads=run.serving.threads,
         runs=run.compression.timing_runs,
     )
-    measured = _records(evaluated, timings, task.primary, task.problem)
+    bounds = LossBounds(run, task, evaluated[FP32.name], cloud) if cloud else None
+    measured = records_of(evaluated, timings, task.primary, task.problem, bounds)
     judged, chosen = choose(measured, run.compression, unjudged=_unjudged(run, evaluated))
-    of = {**{record.name: record for record in judged}, **_unbuilt_records(refused)}
+    of = {**{record.name: record for record in judged}, **unbuilt_records(refused)}
     records = tuple(of[candidate.name] for candidate in wanted)
     for record in records:
         progress(f"{record.name}: {record.reason}")
@@ -173,15 +170,22 @@ def compress(
         chosen=chosen,
         files=files,
         torch_p50_us=timings[TORCH].p50_us,
-        parity=_parity(of[chosen], of[FP32.name], task.primary if cloud else None),
+        parity=parity_of(of[chosen], of[FP32.name], task.primary if cloud else None),
         golden=stored(golden, released.golden, seed=run.seed),
         golden_tolerance=tolerance(
             released.golden, relative=EXACT if released.built.exact else QUANTISED
         ),
         calibration=released.built.calibration,
-        notes=_notes(cloud, files, reduce_range),
+        notes=_notes(cloud, of[chosen], reduce_range, slower_note(of[chosen], measured)),
         source_sha256=sha256_hex(checkpoint_bytes(model)),
     )
+
+
+def _untrained(run: RunConfig, tuning_kept: bool) -> str:
+    """Returns why no candidate may be trained on the cloud's data; empty if it may."""
+    if not run.finetune.epochs:
+        return "finetune.epochs = 0 turns training on them off"
+    return "" if tuning_kept else "the gate did not keep the model that was fine-tuned on them"
 
 
 def _golden_count(material: Material) -> int:
@@ -198,9 +202,9 @@ def _evaluate_candidates(
     cloud: CloudData | None,
     on_clients: MeasureOnnx | None,
     progress: Callable[[str], None],
-) -> tuple[dict[str, _Evaluated], dict[str, str]]:
+) -> tuple[dict[str, Evaluated], dict[str, str]]:
     """Returns the candidates that could be built, by name, and why the others couldn't."""
-    evaluated: dict[str, _Evaluated] = {}
+    evaluated: dict[str, Evaluated] = {}
     refused: dict[str, str] = {}
     for candidate in wanted:
         progress(f"building and evaluating {candidate.name}")
@@ -224,7 +228,7 @@ def _evaluate_candidate(
     golden: NDArray[Any],
     cloud: CloudData | None,
     on_clients: MeasureOnnx | None,
-) -> _Evaluated:
+) -> Evaluated:
     """Builds a candidate, checks its parity with torch, and evaluates it on held-out data."""
     built = candidate.build(material)
     session = open_session(built.onnx, threads=material.run.serving.threads)
@@ -235,7 +239,7 @@ def _evaluate_candidate(
         _parity_gate(candidate.name, expected, outputs)
     elif not np.isfinite(outputs).all():
         raise CompressionError("its outputs for the golden inputs are not finite")
-    heldout, metric = None, math.nan
+    heldout, targets, metric = None, None, math.nan
     if cloud is not None:
         heldout, targets = answers(session, cloud.heldout)
         primary = material.task.primary
@@ -245,11 +249,12 @@ def _evaluate_candidate(
             raise CompressionError(
                 f"its {primary.name} on the cloud's held-out data is undefined ({why})"
             )
-    return _Evaluated(
+    return Evaluated(
         built=built,
         golden=outputs,
         max_abs_error=max_abs_error(expected, outputs),
         heldout=heldout,
+        targets=targets,
         metric=metric,
         clients=on_clients(built.onnx) if on_clients and cloud is not None else None,
     )
@@ -294,39 +299,7 @@ def _demand_finite_weights(model: nn.Module) -> None:
             )
 
 
-def _records(
-    evaluated: Mapping[str, _Evaluated],
-    timings: Mapping[str, CandidateTiming],
-    metric: Metric,
-    kind: Kind,
-) -> list[CandidateRecord]:
-    """Returns each candidate's figures relative to fp32; verdicts are still open."""
-    base = evaluated[FP32.name]
-    return [
-        CandidateRecord(
-            name=name,
-            metric=each.metric,
-            drop=0.0 if each is base else metric.worsening(base.metric, each.metric),
-            agreement=(
-                1.0
-                if each.heldout is None or base.heldout is None
-                else kind.agreement(base.heldout, each.heldout)
-            ),
-            max_abs_error=each.max_abs_error,
-            bytes=len(each.built.onnx),
-            sha256=sha256_hex(each.built.onnx),
-            p50_us=timings[name].p50_us,
-            p50_min_us=timings[name].p50_min_us,
-            p50_max_us=timings[name].p50_max_us,
-            admitted=False,
-            reason="",
-            clients_drop=_clients_drop(metric, base, each),
-        )
-        for name, each in evaluated.items()
-    ]
-
-
-def _unjudged(run: RunConfig, evaluated: Mapping[str, _Evaluated]) -> set[str]:
+def _unjudged(run: RunConfig, evaluated: Mapping[str, Evaluated]) -> set[str]:
     """Returns the candidates that learnt from the cloud's data without the clients who judge."""
     if not clients_judge(run):
         return set()
@@ -335,63 +308,26 @@ def _unjudged(run: RunConfig, evaluated: Mapping[str, _Evaluated]) -> set[str]:
     }
 
 
-def _clients_drop(metric: Metric, base: _Evaluated, each: _Evaluated) -> float | None:
-    if base.clients is None or each.clients is None:
-        return None
-    return 0.0 if each is base else drop_of(metric, base.clients, each.clients)
-
-
-def _unbuilt_records(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:
-    """Returns records of candidates that weren't built; NaN, as 0 would look like a measurement."""
-    return {
-        name: CandidateRecord(
-            name=name,
-            metric=math.nan,
-            drop=math.nan,
-            agreement=math.nan,
-            max_abs_error=math.nan,
-            bytes=0,
-            sha256="",
-            p50_us=math.nan,
-            p50_min_us=math.nan,
-            p50_max_us=math.nan,
-            admitted=False,
-            reason=f"refused: {reason}",
-        )
-        for name, reason in refused.items()
-    }
-
-
-def _parity(chosen: CandidateRecord, fp32: CandidateRecord, metric: Metric | None) -> Parity:
-    """Returns the manifest's parity figures; the metric is ``none`` without data to evaluate on."""
-    return Parity(
-        max_abs_error=chosen.max_abs_error,
-        agreement=chosen.agreement,
-        metric=metric.name if metric else "none",
-        metric_before=fp32.metric if metric else 0.0,
-        metric_after=chosen.metric if metric else 0.0,
-    )
-
-
 def _notes(
-    cloud: CloudData | None, files: Mapping[str, bytes], reduce_range: bool
+    cloud: CloudData | None, chosen: CandidateRecord, reduce_range: bool, slower: str
 ) -> tuple[str, ...]:
     if cloud is None:
         return (
             "The cloud has no held-out data to evaluate candidates on, so the model was exported "
             "without compression.",
         )
-    if not any("int8" in name for name in files):
-        return ()
-    if reduce_range:
-        return (
+    notes = [f"Candidate {chosen.name} was chosen, {slower}."] if slower else []
+    if "int8" in chosen.name and reduce_range:
+        notes.append(
             "int8 weights were kept to 7 bits (reduce_range), so that processors without 8-bit "
-            "dot products give the same outputs.",
+            "dot products give the same outputs."
         )
-    return (
-        "int8 weights use all 8 bits. An x86 device without VNNI or AMX may give different "
-        "outputs; its self-test then refuses the model.",
-    )
+    elif "int8" in chosen.name:
+        notes.append(
+            "int8 weights use all 8 bits. An x86 device without VNNI or AMX may give different "
+            "outputs; its self-test then refuses the model."
+        )
+    return tuple(notes)
 
 
 def _cpuinfo() -> str:

@@ -33,7 +33,7 @@ _PREPROCESS = "preprocess"  # the submodule of `fedcore.task.model.FullModel`
 
 
 @dataclass(frozen=True)
-class Exported:
+class OnnxExport:
     """An ONNX file, and which of its nodes are preprocessing."""
 
     onnx: bytes = field(repr=False)
@@ -50,7 +50,7 @@ def export_onnx(
 
 def export_with_scopes(
     module: nn.Module, example_batch: Tensor, *, labels: tuple[str, ...], kind: str
-) -> Exported:
+) -> OnnxExport:
     """Exports a model for serving, with its preprocessing, label names and kind.
 
     Args:
@@ -106,7 +106,7 @@ def export_with_scopes(
         )
     preprocessing = frozenset(node.name for node in model.graph.node if _is_preprocessing(node))
     properties = {LABELS_KEY: json.dumps(list(labels)), KIND_KEY: kind}
-    return Exported(finish(model, properties), preprocessing)
+    return OnnxExport(finish(model, properties), preprocessing)
 
 
 def finish(model: onnx.ModelProto, properties: Mapping[str, str]) -> bytes:

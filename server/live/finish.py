@@ -216,6 +216,7 @@ def _compressed(
     *,
     progress: Callable[[str], None],
     on_clients: MeasureOnnx | None,
+    tuning_kept: bool,
 ) -> Compressed:
     """Returns the result of compression: the stored one if it is intact, else a new one.
 
@@ -228,7 +229,9 @@ def _compressed(
     done = _read_compressed(folder, noted, source) if noted is not None else None
     if done is not None:
         return done
-    done = compress(run, task, model, cloud, progress=progress, on_clients=on_clients)
+    done = compress(
+        run, task, model, cloud, progress=progress, on_clients=on_clients, tuning_kept=tuning_kept
+    )
     golden = golden_bytes(done.golden.inputs, done.golden.outputs, done.golden.places)
     write_atomic(folder / _GOLDEN, golden)
     for name, onnx in done.files.items():

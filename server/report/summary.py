@@ -41,6 +41,7 @@ def summary(
     sizes = {candidate.name: candidate.bytes for candidate in record.candidates}
     p50_us = {candidate.name: candidate.p50_us for candidate in record.candidates}
     chosen, manifest = record.chosen or "", record.manifest
+    choice = next((each for each in record.candidates if each.name == chosen), None)
     fixed: dict[str, Any] = {
         "rounds": len(record.rounds),
         "epsilon": {"max": record.epsilon},
@@ -51,6 +52,12 @@ def summary(
             "down": sum(each.bytes_down for each in record.rounds),
         },
         "model": {"fp32_bytes": sizes.get("fp32"), "released_bytes": sizes.get(chosen)},
+        "candidate": {
+            "name": record.chosen,
+            "reason": choice and choice.reason,
+            "agreement": choice and choice.agreement,
+            "drop_bound": choice and choice.drop_bound,
+        },
         "latency": {
             "torch_p50_us": torch_p50_us,
             "fp32_p50_us": p50_us.get("fp32"),

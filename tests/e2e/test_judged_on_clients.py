@@ -42,7 +42,12 @@ SETTINGS: dict[str, Any] = {
     "seed": 1,
     "federation": {"rounds": 10, "cohort": 8, "evaluate_cohort": 8, "holdout": 0.3},
     "client": {"epochs": 2, "batch_size": 16, "learning_rate": 0.1},
-    "compression": {"candidates": ["fp32", "pruned"], "timing_runs": 100},
+    "compression": {
+        "candidates": ["fp32", "pruned"],
+        "timing_runs": 100,
+        "max_accuracy_drop": 0.1,
+        "max_slowdown": 9.0,
+    },
 }
 
 
@@ -63,12 +68,9 @@ def test_the_gate_asks_whom_the_run_says(tmp_path: Path, judge: str | None, kept
     assert result.record.chosen == ("pruned" if kept else "fp32")
     if judge == "cloud":
         assert (fp32.clients_drop, pruned.clients_drop) == (None, None)
-    else:  # retrained on the cloud's data, it loses what clients need, and the cloud sees a gain
+    else:  # trained on the cloud's data, it would lose what clients need, as fine-tuning did
         assert fp32.clients_drop == 0.0
-        assert pruned.drop < 0.0
-        assert pruned.clients_drop is not None
-        assert pruned.clients_drop > 0.2
-        assert "on the clients' held-out data" in pruned.reason
+        assert "the gate did not keep the model that was fine-tuned on them" in pruned.reason
     told = " ".join(result.record.notes)
     assert ("on held-out data of 8 clients" in told) == (judge != "cloud")
     assert ("worse, more than release.max_test_drop allows" in told) == kept

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
@@ -104,7 +104,11 @@ def judgement(measured: Sequence[tuple[int, float, float]]) -> Judgement:
 
 
 def drop_of(
-    primary: Metric, base: Mapping[str, tuple[int, float]], other: Mapping[str, tuple[int, float]]
+    primary: Metric,
+    base: Mapping[str, tuple[int, float]],
+    other: Mapping[str, tuple[int, float]],
+    *,
+    few: bool = False,
 ) -> float:
     """Returns an upper bound on how much worse the second file is than the first.
 
@@ -114,13 +118,19 @@ def drop_of(
         primary: The metric.
         base: Number of examples and metric of the first file, by client.
         other: Number of examples and metric of the second file, by client.
+        few: Whether to add one decision that changed for the better and one for the worse, where
+            the metric is a share: clients that all measured the same do not show that no example of
+            theirs is lost (see `server.compression.confidence.loss_bound`).
     """
     both = sorted(base.keys() & other.keys())
     if not both:
         return math.inf
-    return judgement([(base[name][0], base[name][1], other[name][1]) for name in both]).worsening(
-        primary
-    )
+    found = judgement([(base[name][0], base[name][1], other[name][1]) for name in both])
+    if few and primary.higher_is_better and primary.low >= 0 and primary.high <= 1:
+        unseen = math.sqrt(2) / (found.examples + 2)
+        scale = float(student.ppf(CONFIDENCE, max(found.clients - 1, 1)))
+        found = replace(found, margin=math.hypot(found.margin, scale * unseen))
+    return found.worsening(primary)
 
 
 def values_of(

@@ -76,7 +76,7 @@ def digits_model(digits: Task) -> FullModel:
 @pytest.fixture(scope="session")
 def compressed(digits: Task, digits_model: FullModel, digits_cloud: CloudData) -> Compressed:
     return compress(
-        configure(),
+        configure(max_slowdown=9.0, max_accuracy_drop=0.05),  # 54 examples tell no less
         digits,
         digits_model,
         digits_cloud,

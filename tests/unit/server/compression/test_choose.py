@@ -9,18 +9,23 @@ from hypothesis import strategies as st
 
 from fedcore.config.run import Compression
 from fedcore.errors import CompressionError
-from server.compression.choose import choose
+from server.compression.choose import choose, slower_note
 from server.records import CandidateRecord
 
 
 def record(
-    name: str = "fp32", *, drop: float = 0.0, size: int = 100, p50_us: float = 10.0
+    name: str = "fp32",
+    *,
+    drop: float = 0.0,
+    size: int = 100,
+    p50_us: float = 10.0,
+    agreement: float = 1.0,
 ) -> CandidateRecord:
     return CandidateRecord(
         name=name,
         metric=0.9 - drop,
         drop=drop,
-        agreement=1.0,
+        agreement=agreement,
         max_abs_error=0.0,
         bytes=size,
         sha256="0" * 64,
@@ -154,3 +159,48 @@ def test_what_learnt_from_the_cloud_and_no_client_judged_is_refused() -> None:
     assert "devices run no file before it is signed" in judged[1].reason
     assert not judged[1].admitted
     assert choose(found, Compression())[1] == "pruned"
+
+
+def test_a_drop_that_the_data_cannot_exclude_is_refused() -> None:
+    small = replace(record("pruned", size=10), drop_bound=0.013, evidence="20 held-out examples")
+    judged, chosen = choose([record(), small], Compression())
+    assert chosen == "fp32"
+    assert judged[1].reason == (
+        "refused: may drop up to 0.013 at 95 % confidence, judged by 20 held-out examples, more "
+        "than max_accuracy_drop = 0.01 (more held-out data narrow it: finetune.holdout)"
+    )
+    for bound in (None, 0.0, 0.01):
+        assert choose([record(), replace(small, drop_bound=bound)], Compression())[1] == "pruned"
+    unknown = replace(small, drop_bound=math.nan)
+    assert choose([record(), unknown], Compression())[1] == "fp32"
+
+
+def test_a_candidate_that_decides_otherwise_is_refused() -> None:
+    small = record("pruned", size=10, agreement=0.48)
+    judged, chosen = choose([record(), small], Compression())
+    assert chosen == "fp32"
+    assert "agrees with fp32 to 0.48 on the cloud's held-out data" in judged[1].reason
+    assert choose([record(), small], Compression(min_agreement=0.4))[1] == "pruned"
+
+
+def test_a_slower_candidate_is_chosen_only_where_a_limit_on_bytes_asks_for_it() -> None:
+    found = [record(size=400), record("int8_static", size=90, p50_us=13.1)]
+    judged, chosen = choose(found, Compression())
+    assert chosen == "fp32"
+    assert judged[1].reason == (
+        "refused: takes 13.1 us, 31% longer than the 10.0 us of fp32, more than max_slowdown = "
+        "0.05, and no limit on bytes asks for it"
+    )
+    assert slower_note(judged[0], found) == ""
+    judged, chosen = choose(found, Compression(max_bytes=100))
+    assert chosen == "int8_static"
+    assert judged[1].reason.endswith("though it takes 13.1 us, 31% longer than the 10.0 us of fp32")
+    said = "though it takes 13.1 us, 31% longer than the 10.0 us of fp32"
+    assert slower_note(judged[1], found) == said
+    judged, chosen = choose(found, Compression(max_slowdown=0.4))
+    assert chosen == "int8_static"
+    assert judged[1].reason.endswith(said)
+    faster = [*found, record("pruned", size=99)]
+    assert choose(faster, Compression(max_bytes=100))[1] == "pruned"
+    barely = [found[0], replace(found[1], p50_us=10.4)]
+    assert choose(barely, Compression())[1] == "int8_static"

@@ -16,11 +16,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
-from edge_client.inference.confined import ModelLimits, predict
 from fedcore import Task
 from fedcore.artifacts.golden import golden_bytes, parse_golden
-from fedcore.artifacts.manifest import FileEntry, Manifest, PrivacyStatement
-from fedcore.config.run import CANDIDATES, FederationConfig, Finetune, RunConfig
+from fedcore.config.run import CANDIDATES, RunConfig
 from fedcore.errors import CompressionError, ParityError
 from fedcore.files import sha256_hex
 from fedcore.task.definition import size_of
@@ -29,8 +27,6 @@ from fedcore.task.model import FullModel
 from server.cloud import CloudData
 from server.compression.candidates import ALL
 from server.compression.compress import Compressed, compress
-from server.compression.runtime import answer, open_session
-from tests.origin import LINEAGE
 
 Fresh = Callable[[Task], FullModel]
 QuickRun = Callable[..., RunConfig]
@@ -110,34 +106,6 @@ def test_the_chosen_file_reproduces_its_golden_outputs(compressed: Compressed) -
     assert compressed.golden_tolerance < np.abs(outputs).max() / 10
 
 
-@pytest.mark.parametrize("name", CANDIDATES)
-def test_a_device_answers_each_input_of_a_batch_as_if_it_were_alone(
-    name: str, compressed: Compressed, digits: Task, tmp_path: Path
-) -> None:
-    raw = compressed.files[name]
-    (tmp_path / "model.onnx").write_bytes(raw)
-    entry = FileEntry(path="model.onnx", sha256=sha256_hex(raw), length=len(raw))
-    manifest = Manifest(
-        model="digits",
-        version=1,
-        created="2026-01-01T00:00:00Z",
-        kind="classification",
-        labels=digits.labels,
-        input_shape=(64,),
-        input_dtype="float32",
-        onnx=entry,
-        golden=entry,
-        golden_tolerance=1.0,
-        lineage=LINEAGE,
-        privacy=PrivacyStatement(unit="none", epsilon=None, target_delta=None, noise="none"),
-        parity=compressed.parity,
-    )
-    inputs = compressed.golden.inputs.copy()
-    inputs[3] *= 1000  # in a batch, it would set the scale of all others
-    found = predict(manifest, tmp_path / "model.onnx", inputs, threads=1, limits=ModelLimits())
-    np.testing.assert_array_equal(found, answer(open_session(raw, threads=1), inputs))
-
-
 def test_another_model_does_not_reproduce_them(
     compressed: Compressed, digits: Task, fresh: Fresh
 ) -> None:
@@ -162,7 +130,7 @@ def test_parity_is_that_of_the_chosen(compressed: Compressed) -> None:
 def test_calibration_keeps_to_its_limit_and_is_stated(
     digits: Task, digits_model: FullModel, digits_cloud: CloudData, quick_run: QuickRun
 ) -> None:
-    run = quick_run(candidates=("fp32", "int8_static"), calibration_examples=50)
+    run = quick_run(candidates=("fp32", "int8_static"), calibration_examples=50, max_slowdown=9.0)
     found = compress(run, digits, digits_model, digits_cloud, progress=quiet, reduce_range=True)
     assert found.chosen == "int8_static"
     of = size_of(digits_cloud.train)
@@ -392,20 +360,3 @@ def test_a_metric_that_is_no_number_says_so(
         match=r"candidate fp32: its accuracy on the cloud's held-out data is undefined.*Nothing",
     ):
         compress(quick_run(), task, digits_model, digits_cloud, progress=quiet)
-
-
-def test_where_devices_judge_no_retrained_candidate_goes_unjudged(
-    digits: Task, digits_model: FullModel, digits_cloud: CloudData, quick_run: QuickRun
-) -> None:
-    quick = quick_run(candidates=("fp32", "pruned"))
-    held = FederationConfig(evaluate_cohort=2, holdout=0.2)
-
-    def reason(**finetune: str) -> str:
-        run = quick.model_copy(
-            update={"federation": held, "finetune": Finetune.model_validate(finetune)}
-        )
-        found = compress(run, digits, digits_model, digits_cloud, progress=quiet)
-        return {each.name: each.reason for each in found.records}["pruned"]
-
-    assert "which clients judge" in reason()
-    assert "which clients judge" not in reason(judge="cloud")
