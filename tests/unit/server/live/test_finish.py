@@ -6,6 +6,7 @@ import copy
 import json
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -312,6 +313,6 @@ def test_what_could_only_fail_at_the_end_is_refused_at_the_beginning(site: Site)
     def missing(folder: Path | None) -> Examples:
         raise OSError("no such disk")
 
-    broken = Task(**{**vars(TASK), "test_data": missing})
+    broken = replace(TASK, test_data=missing)
     with pytest.raises(DataError, match="no such disk"):
         check_finish(site.run, broken)
