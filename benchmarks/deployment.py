@@ -253,7 +253,7 @@ def measure_soak(root: Path, sizes: Sizes, found: Found) -> None:
             if done < rounds // 5:  # what the first messages allocate is no growth
                 continue
             for name, one in devices.items():
-                samples[name].append((2.0 * done, one.pss_bytes()))
+                samples[name].append((2.0 * done, one.anonymous_bytes()))
                 zombies = max(zombies, sum(map(_is_zombie, one.family())))
     grown = [slope(*zip(*sizes_of, strict=True)) * 1000 for sizes_of in samples.values()]
     workload = f"{messages} messages"

@@ -17,7 +17,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from benchmarks.measure import ProgramFailed, pss_bytes, tree
+from benchmarks.measure import ProgramFailed, anonymous_bytes, pss_bytes, tree
 from fedcore.crypto.certificates import pem
 from fedcore.crypto.issue import issue_authority, issue_member, issue_server
 from fedcore.crypto.keys import new_key, save_key
@@ -185,6 +185,10 @@ class Program:
     def pss_bytes(self) -> int:
         """Memory of it and its children."""
         return sum(map(pss_bytes, self.family()))
+
+    def anonymous_bytes(self) -> int:
+        """What it and its children have allocated."""
+        return sum(map(anonymous_bytes, self.family()))
 
     def cpu_s(self) -> float:
         """CPU time that it has used."""

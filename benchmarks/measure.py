@@ -139,11 +139,20 @@ def processor() -> str:
 
 def pss_bytes(process: int) -> int:
     """A process's share of memory: its own pages, and its part of those it shares."""
+    return _rollup_bytes(process, "Pss")
+
+
+def anonymous_bytes(process: int) -> int:
+    """What a process has allocated: unlike its share, other processes' ends do not change it."""
+    return _rollup_bytes(process, "Pss_Anon")
+
+
+def _rollup_bytes(process: int, field: str) -> int:
     try:
         rollup = Path(f"/proc/{process}/smaps_rollup").read_text()
     except OSError:  # it has just ended
         return 0
     for line in rollup.splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith(f"{field}:"):
             return int(line.split()[1]) * 1024
     return 0
