@@ -79,8 +79,10 @@ class FederationConfig(Section):
     over_selection: Annotated[float, Field(ge=1, le=10)] = 1.0
     """Selects this many times the cohort, and aggregates the first ``cohort`` updates that arrive;
     later ones do not count. With a cohort of ten and 1.3, three of thirteen clients may be slow."""
-    quorum: Annotated[float, Field(gt=0, le=1)] = 0.8
-    """The share of a cohort whose updates a round needs."""
+    quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
+    """The share of a cohort whose updates a round needs, rounded up: three of four by default, so
+    that one may be missing; 0.8 of four are all four. On a live run a later round also begins with
+    fewer devices than the cohort, but at least this share, where the others stay away."""
     deadline_s: Seconds = 3600.0
     """After this time a round continues with the updates that have arrived."""
     evaluate_cohort: Annotated[int, Field(ge=0, le=MAX_CLIENTS)] = 0

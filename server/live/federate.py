@@ -52,7 +52,9 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         deadline_s=run.federation.deadline_s,
         evaluated=run.federation.evaluate_cohort,
         rejoin_s=rejoin_s,
+        missing=lambda: members.missing(list(grid.get_node_ids()), drained=live.control.drained),
         on_wait=live.waiting,
+        on_note=lambda text: live.emit(Noted(text)),
     )
     app = server_app(
         live.inputs.task,

@@ -20,7 +20,7 @@ from server.records import RoundRecord
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.client_privacy.mechanism import draw, draws_of, epsilon, protect
 from server.rounds.client_privacy.protection import Protection
-from server.rounds.cohort import Cohort, select
+from server.rounds.cohort import Cohort, quorum_of, select
 from server.rounds.endings import end_early, is_over
 from server.rounds.evaluation.evaluate import (
     RoundEvaluation,
@@ -110,7 +110,7 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
     return Federated(progress.best, progress.best_round, tuple(records), progress.protection)
 
 
-def _draw_cohort(federation: Federation, progress: Progress) -> Cohort:
+def _draw_cohort(federation: Federation, progress: Progress, *, short: bool = False) -> Cohort:
     connected, number = federation.nodes(), progress.round + 1
     if progress.protection is not None:
         draws = draws_of(federation.randomness, "cohort", number)
@@ -118,7 +118,9 @@ def _draw_cohort(federation: Federation, progress: Progress) -> Cohort:
     else:
         connected = _unspent_first(connected, progress.spent, federation.cohort)
         size = max(federation.cohort, min(federation.selection_size, len(connected)))
-        nodes = select(connected, size, seed=federation.run.seed, words=("round", number))
+        least = quorum_of(federation.run.federation.quorum, federation.cohort) if short else None
+        words = ("round", number)
+        nodes = select(connected, size, seed=federation.run.seed, words=words, least=least)
     return Cohort(nodes, federation.peers.weights(nodes))
 
 

@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import math
-
 from fedcore.errors import RoundFailed
 from fedcore.observability.words import counted
+from server.rounds.cohort import quorum_of
 from server.rounds.inbound import Tally
-
-_ROUNDING = 1e-9  # 0.55 * 20 is slightly more than 11 in floating point
 
 
 def check_quorum(tally: Tally, quorum: float, cohort: int, number: int, *, others: int = 0) -> None:
@@ -29,7 +26,8 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int, *, other
         FedcoreError: every client replied, and all failures are of this kind.
     """
     willing = tally.selected - tally.declined
-    needed, whole = _of(quorum, min(willing, cohort)), _of(quorum, min(tally.selected, cohort))
+    needed = quorum_of(quorum, min(willing, cohort))
+    whole = quorum_of(quorum, min(tally.selected, cohort))
     first, left = number == 1, willing + others
     tally.over = tally.all_declined if first else bool(tally.declined and left < whole)
     if tally.over or tally.updates >= needed:
@@ -43,8 +41,3 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int, *, other
         "at the deadline). The round was dropped, and the rounds before it are kept; check the "
         f"clients, and continue with --resume. First: {reasons}"
     )
-
-
-def _of(quorum: float, clients: int) -> int:
-    """Returns the smallest number of clients that meets the quorum."""
-    return math.ceil(quorum * clients - _ROUNDING)

@@ -17,7 +17,7 @@ from server.process.signals import Asked
 from server.records import RoundRecord
 from server.report.folder import CHECKPOINT
 from server.rounds.checkpointing.progress import Progress
-from server.rounds.cohort import Cohort
+from server.rounds.cohort import Cohort, Draw
 from server.simulation.checkpoint import Checkpoint, StoredEvent, write_checkpoint
 from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import SimulationState
@@ -100,7 +100,7 @@ class FileCheckpointer:
         """Returns whether the run was asked to stop before the last commit."""
         return self._stop
 
-    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
+    def cohort(self, kind: str, draw: Draw) -> Cohort:
         """Draws a new cohort: a simulation resumes at the start of a round."""
         return draw()
 

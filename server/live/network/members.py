@@ -40,6 +40,15 @@ class Members:
         devices = devices_of(self.roster)
         return {self.fleet.register_node(devices[node].public) for node in nodes if node in devices}
 
+    def missing(self, connected: Collection[int], *, drained: Collection[str]) -> list[str]:
+        """Returns the names of devices that are members, not drained and not connected, sorted."""
+        devices, here = devices_of(self.roster), set(connected)
+        return sorted(
+            member.name
+            for node, member in devices.items()
+            if node not in here and member.name not in drained
+        )
+
     def count(self, *, drained: Collection[str]) -> int:
         """Returns the number of devices that are members and not drained."""
         devices = devices_of(self.roster).values()

@@ -77,6 +77,8 @@ def _shown_status(answer: Mapping[str, Any]) -> str:
     ]
     if last:
         lines.insert(1, f"Last:    {_shown_round(last)}")
+    if answer["waits"]:
+        lines.insert(1, f"Waits:   {answer['waits']}")
     if answer["roster"]["damage"]:
         lines.append(f"Roster:  could not be reloaded: {answer['roster']['damage']}")
     return "\n".join([*lines, *(f"Note:    {note}" for note in answer["notes"])])

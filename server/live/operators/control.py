@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import signal
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -19,23 +17,22 @@ from fedcore.config.run import RunConfig
 from fedcore.crypto.roster import Roster, ServerIdentity
 from fedcore.errors import ConfigError, FedcoreError, ResourceError, TrustError
 from fedcore.flower.fleet_grid import ServerStopped
-from fedcore.observability.events import Event, Noted, RoundFinished, StageStarted, json_line
+from fedcore.observability.events import Event
 from server.live.network.serve import Listening
 from server.live.operators.backup import back_up, check_place, check_wanted
 from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
 from server.live.operators.protocol import READING, OperatorRequest, Requester, named, parse_request
 from server.live.operators.status import devices_answer, status_answer
+from server.live.operators.watched import Watched
 from server.live.rounds.steered import SteeredCheckpointer
 from server.operator_log import AUDIT, Audit
 from server.rounds.checkpointing.checkpointer import RoundCheckpointer
 from server.rounds.checkpointing.progress import Progress
 
-_ROUNDS_SHOWN = 1000
 _POLL_S = 0.25
 """Interval at which waiting code checks whether the server stops, in seconds."""
 _THREADS = 4
 """Threads that answer requests; at most one of them waits for the end of a round."""
-_STAGES = {"finetune": "fine-tuning", "compress": "compression"}
 Disconnected = Callable[[], bool]
 """Returns whether the client that sent a request has disconnected."""
 _State = Literal["waiting", "running", "paused", "finishing", "ended"]
@@ -74,11 +71,8 @@ class Control:
         self._run, self._folder, self._results = run, identity, results
         Audit(identity / AUDIT).close()  # fails early if the audit log is not writable
         self._changed = threading.Condition()
-        self._rounds: deque[dict[str, Any]] = deque(maxlen=_ROUNDS_SHOWN)
-        self._notes: deque[str] = deque(maxlen=20)
+        self._watched = Watched()
         self._state: _State = "waiting"
-        self._stage = ""
-        """Current step after the rounds; empty during the rounds."""
         self._pause = self._stop = False
         self._hold = False
         """Whether a backup waits for the end of the round, or is being written."""
@@ -104,17 +98,12 @@ class Control:
     @property
     def last_round(self) -> int:
         """Number of the last completed round; 0 before the first."""
-        return self._rounds[-1]["round"] if self._rounds else 0
+        return self._watched.rounds[-1]["round"] if self._watched.rounds else 0
 
     def sink(self, event: Event) -> None:
         """Records an event, to be shown by ``status`` and ``rounds``."""
         with self._changed:
-            if isinstance(event, RoundFinished):
-                self._rounds.append(json.loads(json_line(event)))
-            elif isinstance(event, Noted):
-                self._notes.append(event.text)
-            elif isinstance(event, StageStarted):
-                self._stage = _STAGES.get(event.stage, event.stage)
+            self._watched.record(event)
 
     def open(self, identity: ServerIdentity, listening: Listening | None) -> None:
         """Starts to accept requests, and logs that to the audit log.
@@ -128,7 +117,7 @@ class Control:
         if listening is not None:
             listening.presence.drain(self._drained)
         else:
-            action, self._stage, self._state = "finish", "preparing", "finishing"
+            action, self._watched.stage, self._state = "finish", "preparing", "finishing"
         audit.record(by="server", action=action, outcome="done", run=self._run.name)
 
     def close(self) -> None:
@@ -217,7 +206,7 @@ class Control:
         if request.verb == "devices":
             return {"devices": devices_answer(site.roster, self._drained, site.listening)}
         with self._changed:
-            rounds = list(self._rounds)
+            rounds = list(self._watched.rounds)
         if request.verb == "rounds":
             return {"run": self._run.name, "rounds": rounds}
         return self._status(site, rounds)
@@ -229,9 +218,10 @@ class Control:
             site.roster,
             site.listening,
             state=self._described(),
-            stage=self._stage,
+            stage=self._watched.stage,
+            waits=self._watched.waits if self._state in ("waiting", "running") else "",
             rounds=rounds,
-            notes=self._notes,
+            notes=self._watched.notes,
             drained=self._drained,
             up_s=time.monotonic() - self._started,
         )
@@ -274,8 +264,8 @@ class Control:
         if request.verb != "stop":
             raise ConfigError(
                 f"{request.verb}: the rounds of {self._run.name!r} are complete, devices take no "
-                f"further part, and its model is being finished ({self._stage}). Nothing was "
-                "done; `fedcore server stop` interrupts that, and --resume continues it."
+                f"further part, and its model is being finished ({self._watched.stage}). Nothing "
+                "was done; `fedcore server stop` interrupts that, and --resume continues it."
             )
 
         def stop() -> dict[str, Any]:
@@ -305,7 +295,7 @@ class Control:
             )
         if not request.undo:
             with self._changed:
-                last = self._rounds[-1] if self._rounds else None
+                last = self._watched.rounds[-1] if self._watched.rounds else None
             needed = self._run.federation.cohort or (last["cohort"] if last else 1)
             connected = [one.name for one in listening.presence.devices() if one.online]
             check_enough(self._run.name, connected, self._drained | {name}, needed=needed)

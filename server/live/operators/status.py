@@ -20,6 +20,7 @@ def status_answer(
     *,
     state: str,
     stage: str,
+    waits: str,
     rounds: Sequence[Mapping[str, Any]],
     notes: Sequence[str],
     drained: Collection[str],
@@ -34,6 +35,7 @@ def status_answer(
         listening: The network server; None once devices are no longer served.
         state: The run's state, in a word.
         stage: Current step after the rounds; empty during the rounds.
+        waits: What the current round waits for; empty where it waits for nothing or not for long.
         rounds: Records of the most recent rounds, the latest last.
         notes: The most recent notes.
         drained: Names of drained devices.
@@ -45,6 +47,7 @@ def status_answer(
         "run": run.name,
         "state": state,
         "stage": stage or None,
+        "waits": waits or None,
         "round": rounds[-1]["round"] if rounds else 0,
         "rounds": run.federation.rounds,
         "last": rounds[-1] if rounds else None,

@@ -18,10 +18,10 @@ from fedcore.flower.grid import ForwardingGrid, reply_batches
 from fedcore.observability.patience import Reminder
 from fedcore.updates.messages import DECLINES, REFUSED
 from server.live.journal.journal import Journal
-from server.live.rounds.waiting import Awaited, OnWait, so_far
+from server.live.rounds.waiting import Awaited, OnWait, so_far, some
 from server.records import RoundRecord
 from server.rounds.checkpointing.progress import Progress
-from server.rounds.cohort import Cohort
+from server.rounds.cohort import Cohort, Draw
 
 REJOIN_S = 40.0
 """Seconds after a restart during which the server waits for devices that it asked before. They
@@ -44,7 +44,10 @@ class JournalCheckpointer:
         deadline_s: float,
         evaluated: int = 0,
         rejoin_s: float = 0.0,
+        grace_s: float = REJOIN_S,
+        missing: Callable[[], Sequence[str]] = lambda: (),
         on_wait: OnWait = lambda text: None,
+        on_note: OnWait = lambda text: None,
     ) -> None:
         """Continues from the last commit of ``journal``.
 
@@ -55,7 +58,11 @@ class JournalCheckpointer:
             evaluated: Wanted number of devices to evaluate; at most the number that trained.
             rejoin_s: Seconds from now on during which a draw waits for the wanted number. Later
                 draws wait for `GRACE_S`. After that it uses the devices that are connected.
+            grace_s: Seconds that a round waits for its whole cohort, before it begins with the
+                devices that are connected, at least the quorum.
+            missing: Returns the names of devices that could be selected and are not connected.
             on_wait: Called from time to time while a round waits for devices.
+            on_note: Called when a round begins with fewer devices than the one before.
         """
         self._journal = journal
         self._report = report
@@ -63,6 +70,11 @@ class JournalCheckpointer:
         self._deadline_s = deadline_s
         self._evaluated = evaluated
         self._rejoin_until = time.monotonic() + rejoin_s
+        self._grace_s = grace_s
+        self._missing = missing
+        self._on_note = on_note
+        self._accepted: int | None = None
+        """Size of the last round's short cohort, which the next need not wait to exceed."""
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         """Commits a round to the journal, and then reports it."""
@@ -77,7 +89,7 @@ class JournalCheckpointer:
         """Returns False: the journal never stops a run."""
         return False
 
-    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
+    def cohort(self, kind: str, draw: Draw) -> Cohort:
         """Returns the current round's cohort: the recorded one, or else a draw, which it records.
 
         Raises:
@@ -112,11 +124,11 @@ class JournalCheckpointer:
     def fail(self, progress: Progress) -> None:
         """Does nothing: earlier rounds and accepted replies stay in the journal."""
 
-    def _draw_enough(self, draw: Callable[[], Cohort], wanted: int) -> Cohort:
+    def _draw_enough(self, draw: Draw, wanted: int) -> Cohort:
         """Repeats ``draw`` until it returns ``wanted`` nodes, or the time to rejoin has passed.
 
         ``draw`` raises `RoundFailed` while there are too few devices; at the deadline that error
-        is raised.
+        is raised. A short cohort is accepted as soon as no further device is expected.
         """
         began, reminder = time.monotonic(), Reminder()
         end = began + self._deadline_s
@@ -125,15 +137,44 @@ class JournalCheckpointer:
             try:
                 cohort = draw()
                 if len(cohort.nodes) >= wanted or time.monotonic() >= until:
+                    self._accepted = None
                     return cohort
                 time.sleep(_POLL_S)
             except RoundFailed as error:
+                why, missing = str(error).partition(". ")[0], self._missing()
+                named = f" Not connected: {some(missing)}." if missing else ""
+                patient = max(began + self._grace_s, self._rejoin_until)
+                short = self._short(draw, final=not missing or time.monotonic() >= patient)
+                if short is not None:
+                    self._tell_short(short, why, named)
+                    return short
                 if time.monotonic() > end:
                     raise
                 if (lasted_s := reminder.due()) is not None:
-                    why, _, _ = str(error).partition(". ")
-                    self._on_wait(f"{why}: {so_far(lasted_s, end)}")
+                    self._on_wait(f"{why}: {so_far(lasted_s, end)}.{named}")
                 time.sleep(_POLL_S)
+
+    def _short(self, draw: Draw, *, final: bool) -> Cohort | None:
+        """Returns a short cohort that a round may begin with now; None where it should wait.
+
+        With ``final``, no further device is expected.
+        """
+        try:
+            cohort = draw(short=True)
+        except RoundFailed:
+            return None
+        known = self._accepted is not None and len(cohort.nodes) >= self._accepted
+        return cohort if final or known else None
+
+    def _tell_short(self, cohort: Cohort, why: str, named: str) -> None:
+        """Notes that a round begins with a short cohort, unless the one before had as many."""
+        size, before = len(cohort.nodes), self._accepted
+        self._accepted = size
+        if before != size:
+            self._on_note(
+                f"{why}. It begins with {size}, enough for the quorum, and so do the rounds that "
+                f"follow until more connect.{named}"
+            )
 
 
 class JournalGrid(ForwardingGrid):

@@ -10,7 +10,7 @@ from flwr.app import Message
 from server.records import RoundRecord
 from server.rounds.checkpointing.checkpointer import RoundCheckpointer
 from server.rounds.checkpointing.progress import Progress
-from server.rounds.cohort import Cohort
+from server.rounds.cohort import Cohort, Draw
 
 
 @dataclass(frozen=True)
@@ -33,15 +33,15 @@ class SteeredCheckpointer:
     def stops_after(self, progress: Progress) -> bool:
         return self.checkpointer.stops_after(progress)
 
-    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
+    def cohort(self, kind: str, draw: Draw) -> Cohort:
         draws = 0
 
-        def again() -> Cohort:
+        def again(*, short: bool = False) -> Cohort:
             nonlocal draws
-            draws += 1
-            if draws > 1:  # the previous draw found too few devices
+            draws += not short
+            if draws > 1 and not short:  # the previous draw found too few devices
                 self.lacks_devices()
-            return draw()
+            return draw(short=short)
 
         return self.checkpointer.cohort(kind, again)
 

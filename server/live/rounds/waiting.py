@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass, field
 
 from fedcore.observability.patience import Reminder
@@ -58,6 +58,13 @@ class Awaited:
             f"{self.selected - len(self.nodes)} of {self.selected} have answered, "
             f"{so_far(lasted_s, self.end)}"
         )
+
+
+def some(names: Sequence[str]) -> str:
+    """Lists the first names, and how many more there are."""
+    more = len(names) - _NAMED
+    others = f" and {counted(more, 'other')}" if more > 0 else ""
+    return ", ".join(names[:_NAMED]) + others
 
 
 def so_far(lasted_s: float, end: float) -> str:

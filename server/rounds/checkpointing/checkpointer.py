@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Protocol
 
 from flwr.app import Message
 
 from server.records import RoundRecord
 from server.rounds.checkpointing.progress import Progress
-from server.rounds.cohort import Cohort
+from server.rounds.cohort import Cohort, Draw
 
 
 class RoundCheckpointer(Protocol):
@@ -39,11 +39,12 @@ class RoundCheckpointer(Protocol):
     def stops_after(self, progress: Progress) -> bool:
         """Returns whether the run was asked to end at ``progress``, before its last round."""
 
-    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
+    def cohort(self, kind: str, draw: Draw) -> Cohort:
         """Returns the cohort that the round sends messages of type ``kind``.
 
         Returns the cohort drawn before an interruption of this round, if there is one. Else calls
-        ``draw``, makes its result durable and returns it.
+        ``draw``, makes its result durable and returns it. On a live run it calls ``draw`` again
+        while too few devices are connected, and in the end accepts a short cohort.
         """
 
     def begin(self, nodes: Sequence[int]) -> None:
@@ -81,7 +82,7 @@ class NoCheckpoints:
         """Returns False: rounds are never stopped."""
         return False
 
-    def cohort(self, kind: str, draw: Callable[[], Cohort]) -> Cohort:
+    def cohort(self, kind: str, draw: Draw) -> Cohort:
         """Draws a new cohort."""
         return draw()
 

@@ -3,9 +3,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from fedcore.config.run import RunConfig
+from fedcore.config.run import FederationConfig, RunConfig
 from fedcore.errors import RoundFailed
-from server.rounds.cohort import select, selection_size
+from server.rounds.cohort import quorum_of, select, selection_size
 
 NODES = [101, 7, 55, 23, 88, 42]
 
@@ -62,3 +62,23 @@ def test_so_many_more_are_asked_as_the_run_says(over: float, cohort: int, asked:
     classes = {"devices": ({"name": "phone", "examples_per_s": 10.0},)}
     clocked = RunConfig.model_validate(values | {"simulation": classes})
     assert selection_size(clocked, cohort, simulated=True) == asked
+
+
+def test_a_short_draw_takes_all_who_are_there_but_no_fewer_than_the_least() -> None:
+    found = select([3, 1], 3, seed=0, words=("round", 1), least=2)
+    assert found == [1, 3]
+    assert len(select(range(5), 3, seed=0, words=("round", 1), least=2)) == 3
+    with pytest.raises(RoundFailed, match=r"but federation.quorum of federation.cohort needs 2"):
+        select([3], 3, seed=0, words=("round", 1), least=2)
+
+
+@pytest.mark.parametrize(
+    ("quorum", "clients", "needed"),
+    [(0.75, 4, 3), (0.8, 4, 4), (0.6, 3, 2), (0.55, 20, 11), (1.0, 3, 3), (0.01, 3, 1)],
+)
+def test_a_quorum_is_a_share_rounded_up(quorum: float, clients: int, needed: int) -> None:
+    assert quorum_of(quorum, clients) == needed
+
+
+def test_by_default_one_of_four_may_be_missing() -> None:
+    assert quorum_of(FederationConfig().quorum, 4) == 3

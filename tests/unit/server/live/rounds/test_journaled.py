@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import time
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import closing
 from pathlib import Path
 from typing import Any
@@ -20,7 +20,7 @@ from fedcore.updates.messages import DECLINED, REFUSED, error_kind
 from server.live.journal.journal import Journal, create, reopen
 from server.live.rounds import journaled as journal_keeper
 from server.live.rounds.journaled import JournalCheckpointer, JournalGrid
-from server.rounds.cohort import Cohort
+from server.rounds.cohort import Cohort, Draw
 from tests.unit.server.live.journal.journals import signed
 
 NODES = (4, 5, 6)
@@ -178,10 +178,12 @@ def test_nobody_is_waited_for_past_the_deadline(
     assert 0.2 < time.monotonic() - started < 5.0
 
 
-def drawing(*draws: list[int] | None, weight: int = 1) -> Callable[[], Cohort]:
+def drawing(*draws: list[int] | None, weight: int = 1) -> Draw:
     left = list(draws)
 
-    def draw() -> Cohort:
+    def draw(*, short: bool = False) -> Cohort:
+        if short:
+            raise RoundFailed("fewer than the quorum are there")
         drawn = left.pop(0)
         if drawn is None:
             raise RoundFailed("too few are there")
@@ -364,10 +366,10 @@ def test_a_round_that_lacks_devices_says_so(
         on_wait=waits.append,
     )
 
-    def draw() -> Cohort:
+    def draw(*, short: bool = False) -> Cohort:
         raise RoundFailed("round 1: 1 client is there, and 3 are asked for. It was not begun.")
 
     with pytest.raises(RoundFailed):
         keeper.cohort(MessageType.TRAIN, draw)
     assert waits[0].startswith("round 1: 1 client is there, and 3 are asked for: ")
-    assert waits[0].endswith(" left")
+    assert waits[0].endswith(" left.")

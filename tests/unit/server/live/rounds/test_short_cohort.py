@@ -1,0 +1,97 @@
+"""Rounds that begin with fewer devices than their cohort, where the others stay away."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Iterator
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from fedcore.errors import RoundFailed
+from fedcore.flower.identity import assume_identity
+from fedcore.observability import patience
+from server.live.journal.journal import Journal, create
+from server.live.rounds import journaled as journal_keeper
+from server.live.rounds.journaled import JournalCheckpointer
+from server.rounds.cohort import Cohort
+
+NODES = (4, 5, 6)
+
+
+@pytest.fixture(autouse=True)
+def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+    assume_identity(1)
+    monkeypatch.setattr(journal_keeper, "_POLL_S", 0.01)
+
+
+@pytest.fixture
+def journal(tmp_path: Path) -> Iterator[Journal]:
+    with closing(create(tmp_path, {})) as made:
+        yield made
+
+
+def keeper_of(journal: Journal, deadline_s: float = 30.0, **more: Any) -> JournalCheckpointer:
+    return JournalCheckpointer(journal, report=lambda record: None, deadline_s=deadline_s, **more)
+
+
+class Gone:
+    """Draws for a cohort of three, of whom some are away for good."""
+
+    def __init__(self, here: list[int], *, quorum: int = 2) -> None:
+        self.here, self.quorum, self.draws = here, quorum, 0
+
+    def __call__(self, *, short: bool = False) -> Cohort:
+        self.draws += 1
+        if len(self.here) < (self.quorum if short else 3):
+            raise RoundFailed(f"round 2: {len(self.here)} are connected, but 3 are needed. Wait.")
+        return Cohort(self.here)
+
+    def missing(self) -> list[str]:
+        return [f"edge-{node}" for node in NODES if node not in self.here]
+
+
+def test_a_round_begins_without_a_device_that_stays_away(journal: Journal) -> None:
+    gone, notes = Gone([4, 6]), list[str]()
+    keeper = keeper_of(journal, grace_s=0.05, missing=gone.missing, on_note=notes.append)
+    began = time.monotonic()
+    assert keeper.cohort("train", gone).nodes == [4, 6]
+    assert time.monotonic() - began >= 0.05
+    assert notes == [
+        "round 2: 2 are connected, but 3 are needed. It begins with 2, enough for the quorum, and "
+        "so do the rounds that follow until more connect. Not connected: edge-5."
+    ]
+
+
+def test_who_was_missing_in_the_round_before_is_not_waited_for_again(journal: Journal) -> None:
+    gone, notes = Gone([4, 6]), list[str]()
+    keeper = keeper_of(journal, grace_s=0.05, missing=gone.missing, on_note=notes.append)
+    keeper.cohort("train", gone)
+    journal.drop_cohorts()
+    keeper._grace_s, gone.draws = 3600.0, 0
+    assert keeper.cohort("train", gone).nodes == [4, 6]
+    assert gone.draws == 2  # in full, and short at once
+    assert len(notes) == 1  # said once
+    journal.drop_cohorts()
+    gone.here = [4, 5, 6]
+    assert keeper.cohort("train", gone).nodes == [4, 5, 6]
+
+
+def test_where_all_that_could_come_are_there_nobody_is_waited_for(journal: Journal) -> None:
+    keeper = keeper_of(journal, grace_s=3600.0, missing=list)  # the lost one is drained
+    assert keeper.cohort("train", Gone([4, 6])).nodes == [4, 6]
+
+
+def test_fewer_than_the_quorum_are_waited_for_by_name_until_the_deadline(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(patience, "SILENT_S", 0.0)
+    gone, waits = Gone([4], quorum=2), list[str]()
+    keeper = keeper_of(
+        journal, deadline_s=0.1, grace_s=0.0, missing=gone.missing, on_wait=waits.append
+    )
+    with pytest.raises(RoundFailed, match="1 are connected"):
+        keeper.cohort("train", gone)
+    assert waits[0].endswith(" left. Not connected: edge-5, edge-6.")
