@@ -11,7 +11,9 @@ import argparse
 import ast
 import re
 import sys
+import tomllib
 from collections.abc import Iterator
+from importlib.metadata import EntryPoint
 from pathlib import Path
 from typing import get_args, get_origin
 
@@ -158,7 +160,16 @@ def tables_in(section: type[Section], prefix: str) -> list[str]:
 
 def command_line() -> str:
     """The page of all commands."""
-    return "\n".join([COMMANDS, *commands(build_parser(), level=2)]) + "\n"
+    parser = build_parser(verbs=declared_verbs())
+    return "\n".join([COMMANDS, *commands(parser, level=2)]) + "\n"
+
+
+def declared_verbs() -> list[EntryPoint]:
+    """The verbs that this checkout declares, which are installed only after `make setup`."""
+    group = "fedcore.commands"
+    declared = tomllib.loads((DOCS.parent / "pyproject.toml").read_text())
+    verbs = declared["project"]["entry-points"][group]
+    return [EntryPoint(name, value, group) for name, value in verbs.items()]
 
 
 def commands(parser: argparse.ArgumentParser, *, level: int) -> Iterator[str]:

@@ -14,9 +14,9 @@ try:
     import json
     import signal
     import threading
-    from collections.abc import Callable, Sequence
+    from collections.abc import Callable, Iterable, Sequence
     from dataclasses import dataclass
-    from importlib.metadata import entry_points
+    from importlib.metadata import EntryPoint, entry_points
     from pathlib import Path
     from typing import Any
 
@@ -102,15 +102,19 @@ def _add(
     command.arguments(parser)
 
 
-def build_parser(first: str | None = None) -> argparse.ArgumentParser:
+def build_parser(
+    first: str | None = None, *, verbs: Iterable[EntryPoint] | None = None
+) -> argparse.ArgumentParser:
     """Returns the parser with every installed verb, or only with the verb named ``first``.
 
-    Loading a verb may import slow modules; a restarting server cannot wait for all of them.
+    ``verbs`` replaces the installed ones, such as by those that a checkout declares. Loading a verb
+    may import slow modules; a restarting server cannot wait for all of them.
     """
     parser = _Parser(prog="fedcore", description="One model over devices' data and the cloud's.")
     parser.add_argument("--version", action="version", version=f"fedcore {__version__}")
     below = parser.add_subparsers(dest="verb", required=True, metavar="VERB")
-    installed = sorted(entry_points(group="fedcore.commands"), key=lambda entry: entry.name)
+    found = entry_points(group="fedcore.commands") if verbs is None else verbs
+    installed = sorted(found, key=lambda entry: entry.name)
     named = [entry for entry in installed if entry.name == first]
     for entry in named or installed:
         _add(below, entry.name, entry.load(), "run_verb")

@@ -70,8 +70,9 @@ def simulate(
         runs: Parent folder of results. They go to the subfolder named after the run and replace a
             complete run there. When None, a temporary folder that is deleted with the result.
         fresh: Also replace an interrupted run in that subfolder, which is an error otherwise.
-        resume: Resume the interrupted run in that subfolder from its last checkpoint. Whether a
-            task or strategy made in memory is unchanged isn't checked.
+        resume: Resume the interrupted run in that subfolder from its last checkpoint; with a larger
+            ``federation.rounds``, also a complete one. Whether a task or strategy made in memory is
+            unchanged isn't checked.
         progress: Whether to show progress, on standard error or in the notebook's cell; or a
             callback that receives the events instead.
         strategy: Replaces the run's strategy: an instance or a class of `fedcore.Algorithm` or of

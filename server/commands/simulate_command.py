@@ -36,12 +36,19 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
         default=_RUNS,
         help="parent folder of the results (default: runs)",
     )
+    parser.add_argument(
+        "--rounds",
+        type=int,
+        metavar="N",
+        help="how many rounds the run has in all, like --set federation.rounds=N, e.g. "
+        "--resume --rounds 40 to continue a run of 20",
+    )
     again = parser.add_mutually_exclusive_group()
     again.add_argument(
         "--resume",
         action="store_true",
         help="continue an interrupted run from its last checkpoint; the result is the same, bit "
-        "for bit",
+        "for bit. With more rounds, also a complete run",
     )
     again.add_argument(
         "--fresh", action="store_true", help="start over, and discard an interrupted run"
@@ -60,6 +67,8 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _simulate(options: argparse.Namespace) -> int:
+    if options.rounds is not None:
+        options.overrides.append(f"federation.rounds={options.rounds}")
     run = load_run(options.config, options.overrides)  # before torch: errors show at once
     owner = load_owner(options.owner) if options.owner else OPEN_POLICY
     with report_loading():

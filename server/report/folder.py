@@ -16,7 +16,8 @@ CHECKPOINT = "checkpoint.safetensors"
 """Checkpoint in a simulation's folder, from which the simulation resumes."""
 JOURNAL_FOLDER = "journal"
 """Subfolder with the journal of a deployment."""
-_MARK, _SUMMARY = "run.json", "summary.json"
+MARK, SUMMARY = "run.json", "summary.json"
+"""The configuration that marks a run's folder, and the figures that mark it as complete."""
 
 
 @contextmanager
@@ -38,10 +39,10 @@ def open_folder(
     folder = runs / run.name
     with disk_errors(folder):
         if folder.exists():
-            ours = folder.is_dir() and ((folder / _MARK).is_file() or not any(folder.iterdir()))
+            ours = folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
             if not ours:
                 raise ConfigError(
-                    f"{folder}: this folder was not written by a run (it has no {_MARK}), and a "
+                    f"{folder}: this folder was not written by a run (it has no {MARK}), and a "
                     "run would replace it. Nothing was run; choose another `name`, or move the "
                     "folder."
                 )
@@ -49,22 +50,22 @@ def open_folder(
     with locked(folder):
         before(folder)
         clear(folder)
-        write_atomic(folder / _MARK, config_json(run))
+        mark(folder, run)
         yield folder
 
 
 @contextmanager
 def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
-    """Locks ``runs/<name>`` of an unfinished run, and leaves its content unchanged.
+    """Locks ``runs/<name>`` of an earlier run, and leaves its content unchanged.
 
     Raises:
-        ConfigError: there is no such run, it is complete, or it is still active.
+        ConfigError: there is no such run, or it is still active.
     """
     folder = runs / run.name
-    if not (folder / _MARK).is_file():
+    if not (folder / MARK).is_file():
         if folder.is_dir() and any(folder.iterdir()):
             raise ConfigError(
-                f"{folder}: it has no {_MARK}, which marks the folder of a run, so it was "
+                f"{folder}: it has no {MARK}, which marks the folder of a run, so it was "
                 "neither resumed nor emptied. Nothing was run; restore that file, or choose "
                 "another `name`."
             )
@@ -73,23 +74,31 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
             "Nothing was run; leave --resume out, or pass its parent folder with --runs."
         )
     with locked(folder):
-        if is_complete(folder):
-            raise ConfigError(
-                f"{folder}: this run is complete: its results are in {_SUMMARY}. Nothing was run; "
-                "leave --resume out to run it again."
-            )
         yield folder
+
+
+def complete(folder: Path) -> ConfigError:
+    """Returns the error for a complete run that was to be resumed."""
+    return ConfigError(
+        f"{folder}: this run is complete: its results are in {SUMMARY}. Nothing was run; "
+        "leave --resume out to run it again, or give it more rounds to continue it."
+    )
+
+
+def mark(folder: Path, run: RunConfig) -> None:
+    """Writes the mark of a run's folder: its configuration."""
+    write_atomic(folder / MARK, config_json(run))
 
 
 def is_complete(folder: Path) -> bool:
     """Returns whether the folder contains a complete run with all of its results."""
-    return (folder / _SUMMARY).is_file()
+    return (folder / SUMMARY).is_file()
 
 
 def restore_mark(folder: Path, run: RunConfig) -> None:
     """Restores the mark of a run's folder, with its configuration, if it was lost."""
-    if not (folder / _MARK).is_file():
-        write_atomic(folder / _MARK, config_json(run))
+    if not (folder / MARK).is_file():
+        mark(folder, run)
 
 
 @contextmanager
@@ -111,13 +120,13 @@ def clear(folder: Path, *, keep: Collection[str] = ()) -> None:
     """Empties a run's folder, except its mark and the names in ``keep``."""
     with disk_errors(folder):
         for entry in folder.iterdir():
-            if entry.name not in {_MARK, *keep}:
+            if entry.name not in {MARK, *keep}:
                 remove(entry)
 
 
 def results_around(path: Path) -> Path | None:
     """Returns the results folder that contains ``path``; None if there is none."""
-    return next((one for one in path.resolve().parents if (one / _MARK).is_file()), None)
+    return next((one for one in path.resolve().parents if (one / MARK).is_file()), None)
 
 
 def check_outside(path: Path, folder: Path) -> None:
@@ -158,5 +167,5 @@ def write_results(
         seconds=seconds,
     )
     write_atomic(folder / "report.html", report_html(finished.record, figures).encode())
-    write_json(folder / _SUMMARY, figures)
+    write_json(folder / SUMMARY, figures)
     return figures

@@ -73,6 +73,7 @@ def summary(
         "seconds": {**record.stages, "total": seconds},
         "training": asdict(record.training) if record.training else None,
         "virtual": virtual_total(record),
+        "clients": [asdict(each) for each in record.clients],
     }
     scores: dict[str, Any] = {
         f"{metric}_metric" if metric in fixed else metric: {

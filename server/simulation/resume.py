@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
-from server.report.folder import CHECKPOINT, clear
+from server.report.folder import CHECKPOINT, clear, complete, is_complete, mark
 from server.rounds.checkpointing.run_identity import check_same, identity_of
 from server.simulation.checkpoint import Checkpoint, read_checkpoint
 from server.simulation.checkpointer import FAILED
+from server.simulation.extension import ROUNDS, extended, rounds_of
 
 
 def open_checkpoint(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpoint:
     """Returns the run's checkpoint, and clears ``folder`` of files that will be written again.
+
+    A run whose number of rounds has changed continues with the new one, see `extended`.
 
     Args:
         folder: Folder of the run, locked by this process.
@@ -22,16 +26,26 @@ def open_checkpoint(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpo
         owner: Current policy that virtual clients comply with.
 
     Raises:
-        ConfigError: there is no checkpoint, or it is of another run. Nothing was removed.
+        ConfigError: there is no checkpoint, it is of another run, or the run is complete. Nothing
+            was removed.
         DataError: the checkpoint is damaged. Nothing was removed.
     """
     path = folder / CHECKPOINT
     if not path.is_file():
+        if is_complete(folder):
+            raise complete(folder)
         raise ConfigError(
             f"{folder}: this run was stopped before its first checkpoint. Nothing was run; start "
             "it again without --resume."
         )
     checkpoint = read_checkpoint(path)
-    check_same(path, checkpoint.identity, identity_of(run, owner))
+    identity, before = identity_of(run, owner), rounds_of(checkpoint.identity)
+    check_same(path, checkpoint.identity, identity, free=(ROUNDS,))
+    if before != run.federation.rounds:
+        progress = extended(path, run, checkpoint.progress, before=before)
+        checkpoint = replace(checkpoint, progress=progress, identity=identity)
+    elif is_complete(folder):
+        raise complete(folder)
     clear(folder, keep=(CHECKPOINT, FAILED))
+    mark(folder, run)
     return checkpoint

@@ -330,7 +330,8 @@ def test_a_client_that_fails_is_replayed_with_its_traceback(shell: Shell) -> Non
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        (["--set", "federation.rounds=13"], "federation.rounds (12 then, 13 now)"),
+        (["--set", "federation.cohort=5"], "federation.cohort (4 then, 5 now)"),
+        (["--rounds", "2"], "but round "),
         (["--set", "client.learning_rate=0.2"], "client.learning_rate (0.1 then, 0.2 now)"),
     ],
 )

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 import fedcore
+from fedcore.errors import ConfigError
 from fedcore.seeds import torch_rng
 from server.api.result import Result
 
@@ -89,3 +90,54 @@ def test_what_an_algorithm_sends_takes_precedence_over_the_schedule() -> None:
     ]
     client = {"schedule": {"learning_rate": (0.4, 0.2), "epochs": (2, 1)}}
     assert _bits(run(client=client, **how)) == _bits(found)
+
+
+def _kept(folder: Path, rounds: int, *, resume: bool = False, **settings: Any) -> Result:
+    federation = {"rounds": rounds, "strategy": "FedAdam"} | settings.pop("federation", {})
+    return run(runs=folder, resume=resume, federation=federation, **settings)
+
+
+@pytest.mark.parametrize("unit", ["none", "example"])
+def test_a_complete_run_goes_on_to_more_rounds_with_the_bits_of_a_longer_one(
+    tmp_path: Path, unit: str
+) -> None:
+    privacy = {"unit": unit, "noise_multiplier": 1.0, "target_delta": 1e-3, "max_epsilon": 1e3}
+    client = {"schedule": {"learning_rate": {"kind": "step", "every": 2, "factor": 0.5}}}
+    how: dict[str, Any] = {"client": client, "privacy": privacy}
+    first = _kept(tmp_path / "short", 2, **how)
+    longer = _kept(tmp_path / "short", 5, resume=True, **how)
+    whole = _kept(tmp_path / "whole", 5, **how)
+    assert _bits(longer) == _bits(whole) != _bits(first)
+    rows, expected = (one.history.rows() for one in (longer, whole))
+    assert [row["learning_rate"] for row in rows] == [row["learning_rate"] for row in expected]
+    assert [row["round"] for row in rows] == [1, 2, 3, 4, 5]
+    assert longer.summary["rounds"] == 5
+    assert '"rounds": 5' in (tmp_path / "short" / "tiny" / "run.json").read_text()
+    with pytest.raises(ConfigError, match="this run is complete: its results are in summary"):
+        _kept(tmp_path / "short", 5, resume=True, **how)
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"client": {"schedule": {"learning_rate": "cosine"}}}, "is a cosine over all rounds"),
+        (
+            {"privacy": {"unit": "example", "target_delta": 1e-3}},
+            "'auto' without privacy.participations plans noise for all rounds",
+        ),
+        ({"client": {"epochs": 2}}, "client.epochs (1 then, 2 now)"),
+        ({"federation": {"rounds": 1}}, "but round 2 of this run is complete"),
+        ({"strategy": Doubled()}, "may use the number of rounds"),
+    ],
+)
+def test_where_the_bits_would_differ_a_run_is_not_extended(
+    tmp_path: Path, settings: dict[str, Any], said: str
+) -> None:
+    changed = "federation" in settings or "epochs" in settings.get("client", {})
+    _kept(tmp_path, 2, **({} if changed else dict(settings)))
+    checkpoint = (tmp_path / "tiny" / "checkpoint.safetensors").read_bytes()
+    with pytest.raises(ConfigError) as caught:
+        _kept(tmp_path, 4, resume=True, **dict(settings))
+    assert said in str(caught.value)
+    assert (tmp_path / "tiny" / "checkpoint.safetensors").read_bytes() == checkpoint
+    assert (tmp_path / "tiny" / "summary.json").exists()

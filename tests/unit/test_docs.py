@@ -80,7 +80,8 @@ def options_of_programs() -> set[str]:
 
 @pytest.fixture(scope="module")
 def cli() -> argparse.ArgumentParser:
-    return build_parser()
+    pages = runpy.run_path(str(ROOT / "docs" / "generate.py"))
+    return build_parser(verbs=pages["declared_verbs"]())
 
 
 @pytest.mark.parametrize("page", PAGES, ids=label)

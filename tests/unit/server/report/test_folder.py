@@ -117,7 +117,7 @@ def test_a_run_that_did_not_end_is_reopened_as_it_was_left(tmp_path: Path) -> No
             open_folder(RUN, tmp_path)
 
 
-def test_there_must_be_a_run_to_reopen_and_it_must_not_have_ended(tmp_path: Path) -> None:
+def test_there_must_be_a_run_to_reopen(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match="none to resume"), reopen_folder(RUN, tmp_path):
         pass
     folder = open_folder(RUN, tmp_path)
@@ -125,9 +125,6 @@ def test_there_must_be_a_run_to_reopen_and_it_must_not_have_ended(tmp_path: Path
     with pytest.raises(ConfigError, match="restore that file"), reopen_folder(RUN, tmp_path):
         pass
     (folder / "kept").rename(folder / "run.json")
-    (folder / "summary.json").write_text("{}")
-    with pytest.raises(ConfigError, match="this run is complete"), reopen_folder(RUN, tmp_path):
-        pass
 
 
 def test_what_is_kept_is_named(tmp_path: Path) -> None:

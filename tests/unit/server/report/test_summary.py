@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import json
 import math
-from dataclasses import replace
+from dataclasses import asdict, replace
 
 from fedcore.artifacts.manifest import TestStatement
 from server.records import ClientTestRecord, RunRecord, TrainingRecord, VirtualRecord
@@ -36,7 +36,9 @@ def test_a_whole_run(record: RunRecord) -> None:
         "seconds": {"rounds": 1.5, "compression": 2.5, "total": 5.0},
         "training": None,
         "virtual": None,
+        "clients": [asdict(each) for each in record.clients],
     }
+    assert record.clients
 
 
 def test_what_a_run_lacks_is_null_and_not_left_out(record: RunRecord) -> None:
@@ -67,6 +69,7 @@ def test_what_a_run_lacks_is_null_and_not_left_out(record: RunRecord) -> None:
         "seconds": {"total": 1.0},
         "training": None,
         "virtual": None,
+        "clients": [],
     }
 
 
