@@ -7,7 +7,7 @@ has a separate file on the device (`fedcore.config.owner`), which only tightens 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
@@ -39,13 +39,7 @@ Spread = Annotated[float, Field(ge=0, le=3)]
 Optimizer = Literal["sgd", "adam", "adamw"]
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 CandidateName = Literal["fp32", "int8_static", "int8_dynamic", "pruned", "pruned_int8"]
-CANDIDATES: tuple[CandidateName, ...] = (
-    "fp32",
-    "int8_static",
-    "int8_dynamic",
-    "pruned",
-    "pruned_int8",
-)
+CANDIDATES: tuple[CandidateName, ...] = get_args(CandidateName)
 
 
 class FederationConfig(Section):
