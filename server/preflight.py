@@ -110,6 +110,7 @@ def check_rounds(
     """
     _refuse_patience(run, task)
     model = build_model(task, run)
+    task.check_model()
     if run.federation.initial is not None:
         check_outside(run.path(run.federation.initial), folder)
         warm_start(run, model)

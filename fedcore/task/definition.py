@@ -24,10 +24,11 @@ from fedcore.files import sha256_hex
 from fedcore.rpc.hello import is_task_name
 from fedcore.seeds import global_streams
 from fedcore.task.kinds.conform import TargetRule, shape_safe
+from fedcore.task.kinds.probe import Probed, cannot_learn, learns_badly, probe
 from fedcore.task.kinds.protocol import Kind, OutputForm, TargetOptions
 from fedcore.task.kinds.protocol import Loss as Loss
 from fedcore.task.kinds.registry import KindName, kind_of
-from fedcore.task.kinds.settings import check_options
+from fedcore.task.kinds.settings import check_options, check_outputs
 from fedcore.task.metrics import Metric, check_metrics
 
 Folder = Path | None
@@ -149,25 +150,51 @@ class Task:
         return TargetOptions(weights, self.ignore_index, self.label_smoothing)
 
     @cached_property
-    def outputs(self) -> OutputForm | None:
-        """Form of the model's outputs for ``example_input``; None if it cannot answer it."""
+    def probed(self) -> Probed | None:
+        """What a fresh model makes of ``example_input``; None if it cannot answer it."""
         try:
-            with warnings.catch_warnings(), global_streams(0, "outputs"), torch.no_grad():
+            with warnings.catch_warnings(), global_streams(0, "outputs"):
                 warnings.simplefilter("ignore")
+                model = self.model()
                 before = self.preprocess() if self.preprocess else nn.Identity()
-                found = self.model().eval()(before.eval()(torch.stack([self.example_input] * 2)))
+                return probe(before, model, torch.stack([self.example_input] * 2))
         except Exception:  # the task's code may raise anything; building the model reports it
             return None
-        if not isinstance(found, Tensor) or found.shape[:1] != (2,):
-            return None
-        return OutputForm(found.shape[1:], found.dtype)
+
+    @property
+    def outputs(self) -> OutputForm | None:
+        """Form of the model's outputs for one input; None if they are not known."""
+        return self.probed.form if self.probed is not None else None
+
+    @property
+    def has_own_loss(self) -> bool:
+        """Whether the loss is another than the kind's usual one."""
+        return self.loss != self.problem.loss(self.options)
+
+    def check_model(self) -> str:
+        """Checks that the model's outputs are of the task's kind and can be trained.
+
+        Returns:
+            Why it would learn badly, as a sentence; else empty.
+
+        Raises:
+            TaskError: the outputs are not of the kind, carry no gradient, or differ in number from
+                labels or class weights.
+        """
+        if self.probed is None:
+            return ""
+        problem, form = self.problem, self.probed.form
+        stuck = cannot_learn(self.probed)
+        if stuck:
+            raise TaskError(f"task {self.name!r}: its model's {stuck}. Nothing was trained.")
+        check_outputs(problem, self.options, form, task=self.name, labels=self.labels)
+        return learns_badly(problem, self.probed, own_loss=self.has_own_loss)
 
     @cached_property
     def targets(self) -> TargetRule:
         """How targets are brought to the form that the loss takes."""
-        problem, options = self.problem, self.options
-        own_loss = None if self.loss == problem.loss(options) else self.loss
-        return TargetRule(problem, options, self.outputs, own_loss)
+        own_loss = self.loss if self.has_own_loss else None
+        return TargetRule(self.problem, self.options, self.outputs, own_loss)
 
     @property
     def primary(self) -> Metric:

@@ -70,6 +70,8 @@ def run_pipeline(
     """
     story = StageLog(emit)
     elapsed_s = resumed.elapsed_s if resumed else 0.0
+    if doubt := task.check_model():
+        story.note(doubt)
     with story.stage("federate", run.federation.rounds, before_s=elapsed_s):
         done = run_federated_part(
             run, task, owner, prepared, folder, emit, command=command, resumed=resumed

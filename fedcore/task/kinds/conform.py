@@ -7,6 +7,7 @@ as ``(B,)`` where outputs are ``(B, 1)``; a few synthetic targets show which.
 from __future__ import annotations
 
 import copy
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from typing import TypeVar
@@ -51,6 +52,8 @@ class TargetRule:
         if form not in self._kept:
             self._kept[form] = self._takes_as_given(outputs, *form)
         if self._kept[form]:
+            if self.kind.presentation != "values":
+                self.kind.canonical(targets, outputs, self.options)  # refuses what has no meaning
             return targets
         found = self.kind.canonical(targets, outputs, self.options)
         return _aligned(found, outputs)
@@ -95,7 +98,8 @@ def _aligned(targets: Tensor, outputs: OutputForm) -> Tensor:
 def _value(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor | None:
     """Returns a loss's value; None where it fails or gives no single number."""
     try:
-        with torch.no_grad(), global_streams(1):
+        with torch.no_grad(), global_streams(1), warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # shapes that broadcast are among what is tried
             found = copy.deepcopy(loss)(outputs, targets)
     except Exception:  # the task's code may raise anything
         return None
