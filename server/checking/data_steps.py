@@ -12,8 +12,6 @@ from fedcore.errors import FedcoreError, TaskError
 from fedcore.observability.words import counted
 from fedcore.seeds import derive, torch_rng
 from fedcore.task.definition import Examples, Folder, read_examples, size_of
-from fedcore.task.kinds.protocol import OutputForm
-from fedcore.task.kinds.settings import check_outputs
 from fedcore.task.missing import missing_allowed
 from fedcore.task.model import build_model
 from fedcore.training.batches import split
@@ -55,10 +53,8 @@ def make_model(state: CheckState) -> StepOutcome:
             f"for 2 inputs the model returns {got}, expected one tensor with 2 rows: return the "
             "outputs alone, one row for each input."
         )
-    form = OutputForm(outputs.shape[1:], outputs.dtype)
-    task = state.task
-    check_outputs(task.problem, task.options, form, task=task.name, labels=task.labels)
-    state.output_shape = form.shape
+    doubt = state.task.check_model()
+    state.output_shape = outputs.shape[1:]
     missing = missing_allowed(state.model, example)
     state.wanted = Expected(state.task, missing)
     count = sum(p.numel() for p in state.model.parameters())
@@ -67,7 +63,8 @@ def make_model(state: CheckState) -> StepOutcome:
     if missing.any():
         where = "everywhere" if missing.all() else f"at {int(missing.sum())} positions"
         text += f"; takes NaN {where}"
-    return StepOutcome(text)
+    badly = DataFault("outputs", None, doubt, required=False)
+    return StepOutcome(text, [Fault(None, badly)] if doubt else [])
 
 
 def look_at_client_data(state: CheckState) -> StepOutcome:

@@ -10,7 +10,7 @@ import copy
 import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
-from typing import TypeVar
+from typing import Literal, TypeVar
 
 import torch
 from torch import Tensor
@@ -23,6 +23,8 @@ _TRIED = 8  # synthetic examples
 _COMPARED = 64  # rows of a data set on which two shapes are compared
 
 Form = tuple[torch.Size, torch.dtype]
+Way = Literal["given", "canonical", "aligned"]
+"""How targets reach an own loss: unchanged, in the kind's form, or in the outputs' shape, too."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +37,7 @@ class TargetRule:
     """None if the model's outputs are not known: targets are then left unchanged."""
     own_loss: Loss | None
     """The task's own loss; None if it is the kind's."""
-    _kept: dict[Form, bool] = field(default_factory=dict, repr=False)
+    _chosen: dict[Form, Way] = field(default_factory=dict, repr=False)
 
     def apply(self, targets: Tensor) -> Tensor:
         """Returns targets ``(B, ...)`` for the loss; each row depends on itself alone.
@@ -49,35 +51,58 @@ class TargetRule:
         if self.own_loss is None:
             return self.kind.canonical(targets, outputs, self.options)
         form = targets.shape[1:], targets.dtype
-        if form not in self._kept:
-            self._kept[form] = self._takes_as_given(outputs, *form)
-        if self._kept[form]:
-            if self.kind.presentation != "values":
-                self.kind.canonical(targets, outputs, self.options)  # refuses what has no meaning
+        if form not in self._chosen:
+            self._chosen[form] = self._choose(outputs, *form)
+        way = self._chosen[form]
+        if way == "given" and self.kind.presentation == "values":
             return targets
-        found = self.kind.canonical(targets, outputs, self.options)
-        return _aligned(found, outputs)
+        found = self.kind.canonical(targets, outputs, self.options)  # refuses what has no meaning
+        if way == "given":
+            return targets
+        return _aligned(found, outputs) if way == "aligned" else found
 
-    def _takes_as_given(self, outputs: OutputForm, shape: torch.Size, dtype: torch.dtype) -> bool:
-        """Returns whether the own loss takes targets of this form without a change."""
+    def _choose(self, outputs: OutputForm, shape: torch.Size, dtype: torch.dtype) -> Way:
+        """Returns how targets of a form reach the own loss: as given where it handles them.
+
+        A loss handles a form if a batch's loss is the mean of those of its examples: where shapes
+        broadcast to all pairs of examples it is not.
+        """
         assert self.own_loss is not None
         given = _synthetic(self.kind, outputs, shape, dtype)
         answers = torch.randn((_TRIED, *outputs.shape), generator=torch.Generator().manual_seed(1))
         if outputs.dtype.is_floating_point:
             answers = answers.to(outputs.dtype)
-        raw = _value(self.own_loss, answers, given)
         try:
-            canonical = _aligned(self.kind.canonical(given, outputs, self.options), outputs)
+            canonical = self.kind.canonical(given, outputs, self.options)
         except TargetFault:
-            return raw is not None
-        fitted = _value(self.own_loss, answers, canonical)
-        if fitted is None:
-            return raw is not None
-        if self.kind.presentation != "values":  # metrics take canonical targets, too
-            return False
-        if dtype.is_floating_point and dtype != outputs.dtype:
-            return False
-        return raw is not None and torch.allclose(raw, fitted, rtol=1e-4, equal_nan=True)
+            return "given"
+        ways: dict[Way, Tensor] = {"canonical": canonical, "aligned": _aligned(canonical, outputs)}
+        classes = self.kind.presentation != "values"  # metrics take class numbers, too
+        if not classes and not (dtype.is_floating_point and dtype != outputs.dtype):
+            ways = {"given": given, **ways}
+        elif classes:
+            ways = {**ways, "given": given}
+        values = {way: _value(self.own_loss, answers, each) for way, each in ways.items()}
+        taken = [way for way, value in values.items() if value is not None]
+        for way in taken:
+            if classes or _is_mean(self.own_loss, answers, ways[way]):
+                return way
+        for way in taken:  # such as a root of a mean: compare with outputs in the targets' shape
+            if answers.numel() == ways[way].numel():
+                alike = _value(self.own_loss, answers.reshape(ways[way].shape), ways[way])
+                value = values[way]
+                if alike is not None and value is not None and torch.allclose(alike, value):
+                    return way
+        return taken[0] if taken else "aligned"
+
+
+def _is_mean(loss: Loss, outputs: Tensor, targets: Tensor) -> bool:
+    whole = _value(loss, outputs, targets)
+    each = [_value(loss, outputs[i : i + 1], targets[i : i + 1]) for i in range(len(outputs))]
+    single = [one for one in each if one is not None]
+    if whole is None or len(single) < len(each):
+        return False
+    return torch.allclose(torch.stack(single).mean(), whole, rtol=1e-4, atol=1e-6)
 
 
 def _aligned(targets: Tensor, outputs: OutputForm) -> Tensor:

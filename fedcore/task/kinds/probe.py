@@ -97,8 +97,9 @@ def learns_badly(kind: Kind, probed: Probed, *, own_loss: bool) -> str:
         return ""  # the loss leaves log-probabilities as they are
     return (
         f"The model ends in {ending}, and the usual loss of kind {kind.name!r} takes logits and "
-        f"applies its own: gradients are small, and training is slow or stops early. Leave "
-        f"{ending} out of `forward`; decisions stay the same, and devices give probabilities from logits."
+        "applies its own: gradients are small, and training is slow or stops early. Leave "
+        f"{ending} out of `forward`; decisions stay the same, and devices give probabilities from "
+        "logits."
     )
 
 
