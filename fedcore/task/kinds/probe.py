@@ -44,7 +44,7 @@ class Probed:
     ending: str
     """The operation that gives the outputs, if it turns logits into probabilities; else empty."""
     choices: bool
-    """Whether each row is a choice that was made already: integers, or zeros and a one."""
+    """Whether outputs are choices that were made already: whole numbers, not all of them 0."""
 
 
 def probe(preprocess: nn.Module, model: nn.Module, inputs: Tensor) -> Probed | None:
@@ -65,7 +65,7 @@ def probe(preprocess: nn.Module, model: nn.Module, inputs: Tensor) -> Probed | N
     if not isinstance(found, Tensor) or found.shape[:1] != inputs.shape[:1]:
         return None
     values = found.detach()
-    choices = not values.is_floating_point() or _is_one_hot(values)
+    choices = not values.is_floating_point() or _are_whole(values)
     return Probed(
         OutputForm(values.shape[1:], values.dtype), found.requires_grad, _ending(found), choices
     )
@@ -115,8 +115,5 @@ def _ending(outputs: Tensor) -> str:
     return ""
 
 
-def _is_one_hot(values: Tensor) -> bool:
-    if values.dim() < 2:
-        return False
-    binary = (values == 0) | (values == 1)
-    return bool(binary.all()) and bool((values.sum(dim=-1) == 1).all())
+def _are_whole(values: Tensor) -> bool:
+    return bool((values == values.floor()).all()) and bool(values.any())

@@ -45,7 +45,9 @@ def data(targets: Tensor, inputs: Tensor = INPUTS) -> Examples:
 
 
 def read(task: Task, targets: Tensor, inputs: Tensor = INPUTS) -> tuple[Tensor, Tensor]:
-    return gather_all(task_examples(task, lambda: data(targets, inputs), what="data of 'anna'"))
+    return gather_all(
+        task_examples(task, lambda: data(targets, inputs), what="data of 'anna'", folder=None)
+    )
 
 
 class Lazy(Dataset[tuple[Tensor, Any]]):
