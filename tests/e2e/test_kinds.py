@@ -117,7 +117,7 @@ def task_of(kind: str) -> fedcore.Task:
 def test_a_kind_goes_the_whole_way_to_a_devices_answer(kind: str, tmp_path: Path) -> None:
     task = task_of(kind)
     result = fedcore.simulate(task, **SETTINGS)
-    assert result.metrics[task.primary.name]["released"] > 0.6
+    assert result.metrics[task.primary.name]["released"] > 0.5
     places = {"repository": tmp_path / "releases", "keys": tmp_path / "keys"}
     fedcore.create_repository(**places)
     manifest = fedcore.publish(result.compressed, result, **places)
