@@ -4,6 +4,7 @@
 
     identity.json           whose folder this is
     state/RUN.state         Flower's context state of a run, with its privacy charges
+    frozen/RUN/ID           parts of the frozen parameters of a run's model
     spool/KEY.reply         finished replies, by a digest of the message they answer
 
 `edge_client.ledger` keeps further files here.
@@ -33,11 +34,12 @@ from fedcore.files import (
     sha256_hex,
     write_atomic,
 )
+from fedcore.flower.kept_objects import KeptObjects
 from fedcore.flower.records import read_record, record_bytes
 
 log = logging.getLogger("fedcore.device")
 
-_MAX_STATE_BYTES = 64 * 2**20
+_MAX_STATE_BYTES = 2**30  # local layers are part of it
 _MAX_REPLY_BYTES = 8 * 2**30
 _ANSWERED, _KEYS, _DIGESTS = "fedcore.answered", "keys", "sha256"
 _SPOOLED = 4
@@ -185,6 +187,11 @@ class DeviceFolder:
         """
         with disk_errors(self.path):
             remove(self._state_path(run))
+        self.kept(run).drop()
+
+    def kept(self, run: str) -> KeptObjects:
+        """Returns the store of a run's frozen parameters."""
+        return KeptObjects(self.path / "frozen" / run)
 
     def runs(self) -> list[str]:
         """Returns the names of the runs that have a state, sorted."""

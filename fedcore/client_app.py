@@ -38,6 +38,7 @@ from fedcore.training.client import Client, learn, local_data, log_skipped, mode
 from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, measure
 from fedcore.updates.evaluation import evaluation_content
+from fedcore.updates.local import read_local, write_local
 from fedcore.updates.messages import (
     ARRAYS,
     DECLINES,
@@ -200,7 +201,7 @@ def train_client(
         client: The task with its limits.
         name: The client whose data is trained on.
         message: The server's instruction.
-        context: The node's context, whose state contains the ledger.
+        context: The node's context, whose state contains the ledger and the local layers.
         commit: Called once the state contains the charge, before training starts.
     """
     instruction = read_instruction(message.content)
@@ -211,7 +212,16 @@ def train_client(
         if commit is not None:
             commit()
 
-    return update_content(learn(client, name, instruction, ledger, on_spend=on_spend))
+    update = learn(
+        client,
+        name,
+        instruction,
+        ledger,
+        on_spend=on_spend,
+        local=read_local(context),
+        on_local=partial(write_local, context),
+    )
+    return update_content(update)
 
 
 def _evaluate(client: Client, name: str, message: Message, context: Context) -> RecordDict:
@@ -223,7 +233,8 @@ def _evaluate(client: Client, name: str, message: Message, context: Context) -> 
     _, held_out = local_data(client, name)
     if not size_of(held_out):
         raise InvalidUpdate("evaluation: this client has no held-out data; set federation.holdout.")
-    model = model_of(client, instruction).to(available(client.run.client.device))
+    model = model_of(client, instruction, read_local(context))
+    model = model.to(available(client.run.client.device))
     return evaluation_content(measure(model, held_out, client.task.metrics, between=bounds.check))
 
 

@@ -125,13 +125,16 @@ def _refuse_patience(run: RunConfig, task: Task) -> None:
     """Rejects ``federation.patience`` where no data judge a round.
 
     Raises:
-        ConfigError: no client holds data back, and the task has no cloud data.
+        ConfigError: no client holds data back, and the cloud cannot judge.
     """
-    settings = run.federation
-    if settings.patience and not settings.evaluate_cohort and task.cloud_data is None:
+    settings, unjudged = run.federation, f"task {task.name!r} has no cloud_data"
+    if run.client.local:
+        unjudged = "layers stay on clients (client.local)"
+    judged = task.cloud_data is not None and not run.client.local
+    if settings.patience and not settings.evaluate_cohort and not judged:
         raise ConfigError(
             f"federation.patience = {settings.patience}: it waits for a round that is better, and "
-            f"no data judge the rounds: task {task.name!r} has no cloud_data, and "
+            f"no data judge the rounds: {unjudged}, and "
             "federation.evaluate_cohort is 0. Nothing was run; have clients hold data back "
             "(federation.evaluate_cohort and federation.holdout), or leave patience out."
         )

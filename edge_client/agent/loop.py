@@ -199,7 +199,9 @@ def _answer(
         run = runs.get(run_id) or open_run(device, link, signals, run_id)
         if run.ledger is not None and run.ledger.scan_data():  # new files: more charges may count
             run = open_run(device, link, signals, run_id)
-        message = link.fetch(found, limit_bytes=run.max_bytes)
+        kept = device.folder.kept(run.name)
+        message = link.fetch(found, limit_bytes=run.max_bytes, kept=kept.get)
+        kept.keep(message.content)
     except FedcoreError as error:
         if isinstance(error, InvalidUpdate):
             raise

@@ -34,6 +34,7 @@ Fraction = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=NAME)]
 RATE_MIN, RATE_MAX = 1e-6, 1e12  # so that no time computed from a rate is zero or infinite
 Rate = Annotated[float, Field(ge=RATE_MIN, le=RATE_MAX)]
+Pattern = Annotated[str, Field(min_length=1, max_length=256)]
 Spread = Annotated[float, Field(ge=0, le=3)]
 
 Optimizer = Literal["sgd", "adam", "adamw"]
@@ -118,6 +119,9 @@ class ClientConfig(Section):
     Example-level privacy has a bound of its own, ``privacy.clip_norm``."""
     optimizer: Optimizer = "sgd"
     """The local optimiser. Its state begins anew in every round."""
+    local: Annotated[tuple[Pattern, ...], Field(max_length=64)] = ()
+    """Layers that stay on each client and never travel: patterns of names (``head.*``) or of
+    layers' classes (``BatchNorm*``)."""
     device: DeviceChoice = "auto"
     """Where to train: CUDA, else MPS, else CPU when ``auto``."""
     schedule: ClientSchedule = Field(default_factory=ClientSchedule)

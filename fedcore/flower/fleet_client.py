@@ -184,8 +184,14 @@ class FleetLink:
         with _readable():
             return announced_in(answer, contents)
 
-    def fetch(self, announced: AnnouncedMessage, *, limit_bytes: int) -> Message:
-        """Fetches a message with its content.
+    def fetch(
+        self,
+        announced: AnnouncedMessage,
+        *,
+        limit_bytes: int,
+        kept: Callable[[str], bytes | None] = lambda object_id: None,
+    ) -> Message:
+        """Fetches a message with its content; objects that ``kept`` returns are not pulled.
 
         Raises:
             OwnerLimit: it takes more than ``limit_bytes``; nothing of that size was allocated.
@@ -194,7 +200,8 @@ class FleetLink:
         metadata, came = announced.message.metadata, announced.contents
 
         def pull(object_id: str, max_bytes: int) -> bytes:
-            return came.get(object_id) or self._pull(metadata.run_id, object_id, max_bytes)
+            found = came.get(object_id) or kept(object_id)
+            return found or self._pull(metadata.run_id, object_id, max_bytes)
 
         content = read_content(announced, pull, limit_bytes=limit_bytes)
         return make_message(metadata=metadata, content=content)

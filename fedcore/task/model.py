@@ -19,6 +19,8 @@ from fedcore.observability.foreign import foreign
 from fedcore.seeds import global_streams
 from fedcore.task.definition import Task
 from fedcore.training.memory import memory_errors
+from fedcore.updates.local import mark_local
+from fedcore.updates.pack import layout_of
 
 MAX_CHECKPOINT_BYTES = 8 << 30  # 8 GiB
 
@@ -56,7 +58,8 @@ def build_model(task: Task, run: RunConfig) -> FullModel:
     """Returns a new model whose initial weights the run's seed determines.
 
     Raises:
-            TaskError: building failed, the preprocessing has parameters, or no weight is trained.
+            TaskError: building failed, the preprocessing has parameters, no weight is trained, or
+                ``client.local`` does not fit the model.
             InsufficientMemory: memory is too small for it.
     """
     try:
@@ -81,6 +84,12 @@ def build_model(task: Task, run: RunConfig) -> FullModel:
     if not any(p.requires_grad for p in model.parameters()):
         raise TaskError(
             f"task {task.name!r}: the model has no trainable parameters. Nothing was run."
+        )
+    mark_local(model, run.client.local)
+    if run.client.local and not layout_of(model).size:
+        raise TaskError(
+            f"task {task.name!r}: client.local matches all of the model, so nothing is left to "
+            "train together. Nothing was run; match fewer layers."
         )
     if run.federation.normalisation != "task":
         shape = _standardised_shape(task, preprocess)

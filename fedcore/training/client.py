@@ -9,7 +9,6 @@ from functools import cached_property, partial
 
 import numpy as np
 import torch
-from torch import Tensor
 from torch.utils.data import Subset
 
 from fedcore.config.client_settings import settings_with
@@ -24,7 +23,7 @@ from fedcore.privacy.ledger import NO_OTHER_RUNS, Ledger, OtherRuns, charge
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size, plan
 from fedcore.seeds import Randomness, derive
 from fedcore.task.definition import Examples, Folder, Task, data_folder, size_of
-from fedcore.task.model import FullModel, build_model
+from fedcore.task.model import FullModel, build_model, warm_start
 from fedcore.training.batches import split
 from fedcore.training.bounds import Bounds, unbounded
 from fedcore.training.device import available
@@ -36,14 +35,13 @@ from fedcore.training.per_example.pace import step_seconds
 from fedcore.training.per_example.trial import choose_method
 from fedcore.training.private import MEMORY_BYTES, train_private
 from fedcore.training.resident import Resident
+from fedcore.training.server_numbers import check_instruction
+from fedcore.updates.frozen import check_unchanged, frozen_parameters
+from fedcore.updates.local import local_state
 from fedcore.updates.messages import EPSILON, TRAIN_LOSS, Instruction, Update
-from fedcore.updates.pack import layout_of, pack
+from fedcore.updates.pack import pack
 
 log = logging.getLogger("fedcore.device")
-
-_LARGEST_WEIGHT = 1e6
-_LARGEST_STATISTIC = 1e12
-"""Largest values accepted from a server under example-level privacy; training never gets there."""
 
 
 def log_skipped(name: str, count: int) -> None:
@@ -100,7 +98,10 @@ class Client:
     @cached_property
     def resident(self) -> Resident:
         """The model, built for the first message that needs it."""
-        return Resident(build_model(self.task, self.run))
+        model = build_model(self.task, self.run)
+        if not self.is_real and frozen_parameters(model.model):
+            warm_start(self.run, model)  # a simulation has the file, and sends nothing frozen
+        return Resident(model)
 
 
 def learn(
@@ -110,6 +111,8 @@ def learn(
     ledger: Ledger,
     *,
     on_spend: Callable[[Ledger], None],
+    local: bytes = b"",
+    on_local: Callable[[bytes], None] = lambda local: None,
 ) -> Update:
     """Trains one client locally and returns its update, whatever the transport.
 
@@ -121,12 +124,14 @@ def learn(
         instruction: The server's request.
         ledger: The client's privacy ledger; read only under example-level privacy.
         on_spend: Callback with the charged ledger, before any training.
+        local: The client's local layers, see `fedcore.updates.local`; the initial ones if empty.
+        on_local: Callback with the trained local layers, which must outlive the update.
 
     Raises:
         FedcoreError: Training was refused or failed; charges stay in the ledger.
     """
     try:
-        return _train(client, name, instruction, ledger, on_spend)
+        update, after = _train(client, name, instruction, ledger, on_spend, local)
     except BaseException as error:
         # The model may be half-trained: the next message builds a new one.
         client.__dict__.pop("resident", None)
@@ -140,6 +145,8 @@ def learn(
             error,
         )
         return bounded(client.run.privacy, instruction, instruction.weights, {})
+    on_local(after)
+    return update
 
 
 def _is_of_data(error: BaseException) -> bool:
@@ -155,7 +162,9 @@ def _train(
     instruction: Instruction,
     ledger: Ledger,
     on_spend: Callable[[Ledger], None],
-) -> Update:
+    local: bytes,
+) -> tuple[Update, bytes]:
+    """Returns the update and the trained local layers."""
     run, number, bounds = client.run, instruction.round, client.bounds()
     settings = settings_of(client, instruction)
     examples, _ = local_data(client, name)
@@ -167,7 +176,7 @@ def _train(
         memory_errors(f"round {number}: training"),
         client.randomness.library_streams("train", number, name),
     ):
-        model = model_of(client, instruction).to(device)
+        model = model_of(client, instruction, local).to(device)
         limit = client.owner.max_memory_bytes
         check_memory(
             model.model,
@@ -198,7 +207,8 @@ def _train(
                 else None,
                 between=bounds.check,
             )
-        weights = pack(model.model)
+        weights, after = pack(model.model), local_state(model.model)
+        check_unchanged(client.resident.checksums, model.model)
     if not np.isfinite(weights).all():
         raise TrainingDiverged(
             f"round {number}: the trained weights are not finite at learning_rate "
@@ -207,8 +217,8 @@ def _train(
     if run.client_private:
         whole = client.resident.layout.whole  # integers stay: a step of one would fill the bound
         weights[len(weights) - whole :] = instruction.weights[len(weights) - whole :]
-        return bounded(run.privacy, instruction, weights, metrics)
-    return Update(weights, size_of(examples), metrics)
+        return bounded(run.privacy, instruction, weights, metrics), after
+    return Update(weights, size_of(examples), metrics), after
 
 
 def _train_private(
@@ -261,40 +271,6 @@ def _train_private(
     if skipped:
         client.on_skipped(name, skipped)
     return ledger.epsilon(run.privacy)
-
-
-def check_instruction(instruction: Instruction, model: FullModel) -> None:
-    """Rejects numbers from a server that no honest training produces, whatever the examples are.
-
-    Raises:
-        InvalidUpdate: A weight, a preprocessing statistic or FedProx's ``mu`` is not finite or too
-            large, or the weights are not float32.
-    """
-    if instruction.weights.dtype != np.float32:  # abs() of the smallest integer is negative
-        raise InvalidUpdate(
-            f"round {instruction.round}: the server's weights are {instruction.weights.dtype}, "
-            "expected float32. Nothing was trained or charged; server and client must run the same "
-            "version."
-        )
-    weights = instruction.weights[: len(instruction.weights) - layout_of(model.model).whole]
-    statistics = [t.detach().to("cpu") for t in model.preprocess.buffers() if t.numel()]
-    found = [
-        ("weight", float(np.abs(weights).max(initial=0)), _LARGEST_WEIGHT),
-        ("proximal_mu", abs(instruction.proximal_mu), _LARGEST_WEIGHT),
-        *(("statistic of inputs", _largest(t), _LARGEST_STATISTIC) for t in statistics),
-    ]
-    for what, largest, limit in found:
-        if not largest <= limit:  # also true for NaN
-            raise InvalidUpdate(
-                f"round {instruction.round}: the server sent a {what} of {largest:g}, expected at "
-                f"most {limit:g}. Nothing was trained or charged; the server's model has diverged, "
-                "or the server is not honest."
-            )
-
-
-def _largest(values: Tensor) -> float:
-    wide = torch.complex128 if values.is_complex() else torch.float64
-    return float(values.to(wide).abs().max())
 
 
 def settings_of(client: Client, instruction: Instruction) -> Settings:
@@ -370,8 +346,8 @@ def local_data(client: Client, name: str) -> tuple[Examples, Examples]:
     return split(examples, holdout, derive(0, "holdout", name))
 
 
-def model_of(client: Client, instruction: Instruction) -> FullModel:
-    """Returns the local model with the server's weights loaded.
+def model_of(client: Client, instruction: Instruction, local: bytes = b"") -> FullModel:
+    """Returns the model with the server's weights and the client's ``local`` layers loaded.
 
     Raises:
         TaskError: The server's weights belong to another model.
@@ -383,4 +359,4 @@ def model_of(client: Client, instruction: Instruction) -> FullModel:
             f"{instruction.layout[:12]}, this client's model {layout.digest[:12]}. Nothing was "
             "trained; install the task that the server runs."
         )
-    return client.resident.load(instruction)
+    return client.resident.load(instruction, local)

@@ -36,7 +36,11 @@ class OptimizerSettings(Protocol):
 
 def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
     """Returns the configured optimiser for a module's trainable parameters."""
-    return optimizer_of([p for p in module.parameters() if p.requires_grad], settings)
+    return optimizer_of(_trained(module), settings)
+
+
+def _trained(module: nn.Module) -> list[Tensor]:
+    return [p for p in module.parameters() if p.requires_grad]
 
 
 def optimizer_of(
@@ -103,7 +107,14 @@ def train(
     device = next(module.parameters()).device
     optimizer = make_optimizer(module, settings)
     count = size_of(examples)
-    least = least_rows(module, loss, examples, count=count, batch_size=batch_size)
+    least = least_rows(
+        module,
+        loss,
+        examples,
+        count=count,
+        batch_size=batch_size,
+        physical_batch_size=physical_batch_size,
+    )
     module.train()
     if count < least:
         use_running_statistics(module)
@@ -160,10 +171,10 @@ def proximal(module: nn.Module, mu: float) -> Callable[[nn.Module], Tensor]:
     Source:
         Li et al. 2020, arXiv:1812.06127, Algorithm 2.
     """
-    anchor = [p.detach().clone() for p in module.parameters()]
+    anchor = [p.detach().clone() for p in _trained(module)]
 
     def penalty(current: nn.Module) -> Tensor:
-        gaps = [(p - a).square().sum() for p, a in zip(current.parameters(), anchor, strict=True)]
+        gaps = [(p - a).square().sum() for p, a in zip(_trained(current), anchor, strict=True)]
         return 0.5 * mu * torch.stack(gaps).sum()
 
     return penalty

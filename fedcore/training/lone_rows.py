@@ -28,10 +28,11 @@ def least_rows(
     *,
     count: int,
     batch_size: int,
+    physical_batch_size: int | None = None,
 ) -> int:
     """Returns how many examples a step of training needs: 2 where one fails and two work, else 1.
 
-    Tries it on a copy, and only where an epoch would have a batch of one.
+    Tries it on a copy, and only where an epoch would have a batch, or a part of a batch, of one.
 
     Args:
         module: The model, on the device to train on.
@@ -39,8 +40,11 @@ def least_rows(
         examples: Data that contains the ``count`` examples; the first rows are tried.
         count: Examples of an epoch.
         batch_size: Examples per step.
+        physical_batch_size: Most examples of a part of a batch; all of it when None.
     """
-    if batch_size == 1 or count % batch_size != 1:
+    part = min(batch_size, physical_batch_size or batch_size)
+    batches = {min(batch_size, count), count % batch_size}
+    if part == 1 or not any(batch % part == 1 for batch in batches):
         return 1
     rows = (0, 1) if size_of(examples) > 1 else (0, 0)
     works = [_works(module, loss, examples, rows[:number]) for number in (1, 2)]

@@ -37,6 +37,8 @@ ARRAYS, CONFIG, METRICS, MODEL = "arrays", "config", "metrics", "model"
 ENVELOPE = "envelope"
 """Name of the record with a reply's signature, and of the signature in it."""
 NUM_EXAMPLES, TRAIN_LOSS, EPSILON = "num-examples", "train_loss", "epsilon"
+FROZEN, FROZEN_SHA256 = "frozen", "frozen-sha256"
+"""Name of the record with a model's frozen parameters and of its only array, and their digest."""
 CLIP_NORM, UNCLIPPED = "clip-norm", "unclipped"
 
 STATISTICS = "query.statistics"
@@ -80,6 +82,10 @@ class Instruction:
     """Weight of FedProx's penalty; 0 disables it."""
     clip_norm: float = 0.0
     """L2 bound of the update for client-level privacy; 0 for no bound."""
+    frozen_sha256: str = ""
+    """Digest of the model's frozen parameters; empty if there are none."""
+    frozen: Array | None = None
+    """The frozen parameters as safetensors, for a client that has others; unchecked."""
     settings: ClientSettings = RUN_SETTINGS
     """Other settings that differ from the run's, unchecked; `settings_with` checks them."""
 
@@ -132,10 +138,12 @@ def _place(values: Vector) -> int:
 
 
 def instruction_config(
-    layout: Layout, preprocess: bytes, *, clip_norm: float = 0.0
+    layout: Layout, preprocess: bytes, *, clip_norm: float = 0.0, frozen_sha256: str = ""
 ) -> ConfigRecord:
     """Returns the configuration sent with the weights to every client; Flower adds the round."""
     config = ConfigRecord({"layout": layout.digest, "preprocess": preprocess})
+    if frozen_sha256:
+        config[FROZEN_SHA256] = frozen_sha256
     if clip_norm:
         config[CLIP_NORM] = clip_norm
     return config
@@ -162,6 +170,8 @@ def read_instruction(content: RecordDict) -> Instruction:
             preprocess=_setting(config, "preprocess", bytes),
             proximal_mu=float(str(config.get(PROXIMAL_MU, 0.0))),
             clip_norm=float(str(config.get(CLIP_NORM, 0.0))),
+            frozen_sha256=_setting(config, FROZEN_SHA256, str) if FROZEN_SHA256 in config else "",
+            frozen=content.array_records[FROZEN][FROZEN] if FROZEN in content else None,
             settings=read_settings(config),
         )
     except (KeyError, TypeError, ValueError) as error:

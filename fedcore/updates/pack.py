@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 
 from fedcore.errors import InvalidUpdate, TaskError
 from fedcore.files import sha256_hex
+from fedcore.updates.local import local_names
 
 if TYPE_CHECKING:  # a server accepts connections before torch, which takes seconds, is imported
     from torch import Tensor, dtype, nn
@@ -27,8 +28,8 @@ LARGEST_WHOLE = 2**24
 class Layout:
     """The positions of a model's tensors in a vector of length ``size``.
 
-    Parameters and floating-point buffers come first, then integer and boolean buffers, each in the
-    order of the state dict. A complex tensor is packed as pairs of numbers. A parameter that
+    Trained parameters and floating-point buffers come first, then integer and boolean buffers, each
+    in the order of the state dict. A complex tensor is packed as pairs of numbers. A parameter that
     several layers share is packed once, under its first name. The batch counter of a normalisation
     layer of torch's that has a ``momentum`` is left out, because nothing reads it.
     """
@@ -135,13 +136,17 @@ def _packed(model: nn.Module) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """Returns the tensors that travel: those of floating point, then the others."""
     import torch
 
-    left_out = _unread_counters(model)
+    left_out, local = _unread_counters(model), local_names(model)
     floats: dict[str, Tensor] = {}
     integers: dict[str, Tensor] = {}
     for name, tensor in model.state_dict(keep_vars=True).items():
         if not isinstance(tensor, torch.Tensor) or id(tensor) in left_out or tensor.is_quantized:
             continue
+        if name in local:
+            continue
         if isinstance(tensor, torch.nn.Parameter):
+            if not tensor.requires_grad:
+                continue  # see `fedcore.updates.frozen`
             left_out.add(id(tensor))  # shared with a later layer
         if tensor.is_complex():
             floats[name] = torch.view_as_real(tensor.detach())

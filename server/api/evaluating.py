@@ -17,6 +17,7 @@ from fedcore.observability.words import counted
 from fedcore.seeds import numpy_rng
 from fedcore.task.definition import Part, Task, data_folder
 from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_preprocess
+from fedcore.updates.frozen import load_frozen
 from fedcore.updates.pack import unpack
 from server.after_rounds import StageLog
 from server.api.arguments import AnyModel, AnyRun, AnyTask, configured, loaded, model_of, shown
@@ -198,6 +199,7 @@ def _interrupted(path: Path, task: Task, run: RunConfig) -> FullModel:
     progress, model = read_checkpoint(path).progress, build_model(task, run)
     try:
         load_preprocess(progress.preprocess, model)
+        load_frozen(progress.frozen, model.model)
         unpack(progress.best, model.model)
     except InvalidUpdate as error:
         raise DataError(

@@ -16,6 +16,7 @@ from fedcore.task.missing import missing_allowed
 from fedcore.task.model import build_model
 from fedcore.training.batches import split
 from fedcore.training.examples import canonical, task_examples
+from fedcore.updates.pack import layout_of
 from server.checking.clients import look_at_clients
 from server.checking.looking import DataFault, Expected, look_at
 from server.checking.progress import StepProgress
@@ -58,7 +59,8 @@ def make_model(state: CheckState) -> StepOutcome:
     missing = missing_allowed(state.model, example)
     state.wanted = Expected(state.task, missing)
     count = sum(p.numel() for p in state.model.parameters())
-    text = f"{count:,} parameters, {count * 4 / 1e6:,.2f} MB an update; outputs "
+    sent = layout_of(state.model.model).size
+    text = f"{count:,} parameters, {sent * 4 / 1e6:,.2f} MB an update; outputs "
     text += f"{tuple(outputs.shape[1:])} for inputs {example.dtype} {tuple(example.shape)}"
     if missing.any():
         where = "everywhere" if missing.all() else f"at {int(missing.sum())} positions"

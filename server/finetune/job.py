@@ -36,8 +36,11 @@ class Job:
 
 
 def remember_by_start(run: RunConfig, starts: int) -> list[float]:
-    """Returns how much each starting point remembers; only the first one is a federated model."""
-    return [run.finetune.remember, *[0.0] * (starts - 1)]
+    """Returns how much each starting point remembers; only the first one is a federated model.
+
+    Nothing where layers stay on clients: the model's own ones are untrained.
+    """
+    return [0.0 if run.client.local else run.finetune.remember, *[0.0] * (starts - 1)]
 
 
 def trained(start: Path) -> Path:

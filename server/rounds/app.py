@@ -13,6 +13,7 @@ from functools import partial
 
 from flwr.app import Context
 from flwr.serverapp import Grid, ServerApp
+from torch import nn
 
 from fedcore.config.run import RunConfig
 from fedcore.errors import RoundFailed
@@ -22,6 +23,8 @@ from fedcore.seeds import Randomness
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, build_model, load_preprocess, warm_start
 from fedcore.training.evaluate import measure, output_shape
+from fedcore.updates.frozen import load_frozen
+from fedcore.updates.local import local_tensors
 from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
 from server.records import RoundRecord
@@ -115,12 +118,13 @@ def server_app(
             name_of=client_name or (peers or NumberedPeers()).client,
         )
         if start is None:
-            for note in chosen.notes:
+            for note in (*chosen.notes, *local_notes(model.model)):
                 listener.on_note(note)
             warm_start(run, model)
             normalise(run, model, grid, cloud, peers or NumberedPeers(), listener.on_note)
         else:
             load_preprocess(start.progress.preprocess, model)
+            load_frozen(start.progress.frozen, model.model)
             restore_strategy(chosen.strategy, start.progress.strategy)
 
         federation = Federation(
@@ -159,6 +163,19 @@ def _outputs(task: Task, model: FullModel) -> tuple[int, ...]:
     found = output_shape(model, task.example_input)
     evaluation_spec(task.metrics, found)
     return found
+
+
+def local_notes(model: nn.Module) -> list[str]:
+    """Returns a note on the layers that stay on clients; none without such layers."""
+    found = local_tensors(model)
+    if not found:
+        return []
+    count = sum(one.numel() for one in found.values())
+    return [
+        f"{counted(count, 'number')} of the model in {counted(len(found), 'tensor')} "
+        f"({', '.join(list(found)[:5])}{', ...' if len(found) > 5 else ''}) stay on each client. "
+        "The server does not know them: in its model they have their initial values."
+    ]
 
 
 def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener: Listener) -> int:
@@ -235,6 +252,7 @@ def outcome_of(run: RunConfig, task: Task, start: Start) -> Outcome:
     progress = start.progress
     model = build_model(task, run)
     load_preprocess(progress.preprocess, model)
+    load_frozen(progress.frozen, model.model)
     unpack(progress.best, model.model)
     federated = Federated(progress.best, progress.best_round, start.records, progress.protection)
     return Outcome(model.eval(), federated)

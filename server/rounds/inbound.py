@@ -23,6 +23,7 @@ from fedcore.updates.messages import (
     DECLINED_BY_OWNER,
     DECLINES,
     EPSILON,
+    FROZEN,
     MODEL,
     REFUSED,
     TRAIN_LOSS,
@@ -342,10 +343,10 @@ def failure_of(reply: Message) -> tuple[int, str]:
 
 
 def payload_bytes(message: Message) -> int:
-    """Returns the bytes of the arrays in a message."""
+    """Returns the bytes of a message's arrays, except frozen parameters, which travel once."""
     return sum(
         size_of(array)
-        for record in message.content.values()
-        if isinstance(record, ArrayRecord)
+        for name, record in message.content.items()
+        if isinstance(record, ArrayRecord) and name != FROZEN
         for array in record.values()
     )

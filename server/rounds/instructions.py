@@ -6,16 +6,19 @@ from collections.abc import Iterable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 
 from flwr.app import ConfigRecord, Message, MessageType
+from flwr.serverapp import Grid
 
 from fedcore.config.client_settings import read_settings
 from fedcore.config.in_round import changed_in_round
 from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError, RoundFailed
 from fedcore.flower.grid import CohortGrid
-from fedcore.updates.messages import instruction_config, weights_record
+from fedcore.updates.frozen import FrozenState
+from fedcore.updates.messages import FROZEN, instruction_config, weights_record
 from fedcore.updates.pack import Layout
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.federation import Federation
+from server.rounds.inbound import FoldingGrid
 
 
 def instructions(
@@ -48,7 +51,19 @@ def instructions(
         raise _failed(
             federation, number, "configure_train must return one message for each node of the round"
         )
+    if carries_frozen(federation.grid, progress.frozen):
+        for message in messages:  # they share their contents
+            message.content[FROZEN] = progress.frozen.record
     return messages
+
+
+def carries_frozen(grid: Grid, frozen: FrozenState) -> bool:
+    """Returns whether messages carry a model's frozen parameters.
+
+    A device fetches them once, and knows them by their digests from then on. The workers of a
+    simulation build them as the server does.
+    """
+    return bool(frozen.raw) and not isinstance(grid, FoldingGrid)
 
 
 def instruction_in_place(
@@ -93,7 +108,10 @@ def settings_in_round(
 def _config(progress: Progress, layout: Layout) -> ConfigRecord:
     protection = progress.protection
     clip_norm = protection.clip_norm if protection else 0.0
-    return instruction_config(layout, progress.preprocess, clip_norm=clip_norm)
+    digest = progress.frozen.sha256
+    return instruction_config(
+        layout, progress.preprocess, clip_norm=clip_norm, frozen_sha256=digest
+    )
 
 
 def _failed(federation: Federation, number: int, reason: str) -> RoundFailed:

@@ -14,6 +14,7 @@ from functools import partial
 from flwr.app import MessageType
 
 from fedcore.task.model import FullModel, preprocess_bytes
+from fedcore.updates.frozen import frozen_state
 from fedcore.updates.messages import sendable
 from fedcore.updates.pack import Vector, layout_of, pack, unpack
 from server.records import RoundRecord
@@ -149,6 +150,7 @@ def _initial_progress(federation: Federation, model: FullModel) -> Progress:
         most_failed=0,
         strategy=strategy_state_of(federation.chosen.strategy),
         preprocess=preprocess_bytes(model),
+        frozen=frozen_state(model.model),
         protection=protection,
     )
 

@@ -34,6 +34,7 @@ from server.simulation.virtual.state import Choice, SimulationState
 MAX_BYTES = 64 << 30  # 64 GiB: two models of 8 GiB and six vectors of a strategy
 _FORMAT = 3
 _DIGEST, _STATE, _EVENTS, _PROGRESS = "sha256", "state", "events", "progress"
+_LOCAL = "local"
 StoredEvent = Noted | RoundFinished
 Arrays = dict[str, NDArray[Any]]
 
@@ -68,6 +69,10 @@ def write_checkpoint(path: Path, checkpoint: Checkpoint) -> None:
     arrays: Arrays = {
         **progress.arrays,
         _STATE: _json(_state(checkpoint) | {_PROGRESS: progress.doc}),
+        **{
+            f"{_LOCAL}/{place}": np.frombuffer(raw, np.uint8)
+            for place, raw in enumerate(checkpoint.state.locals.values())
+        },
         _EVENTS: _json([_encode_event(event) for event in checkpoint.events]),
     }
     arrays[_DIGEST] = _digest(arrays)
@@ -120,6 +125,7 @@ def _state(checkpoint: Checkpoint) -> dict[str, Any]:
             name: [astuple(charge) for charge in ledger.charges]
             for name, ledger in state.ledgers.items()
         },
+        "locals": [*state.locals],
         "rounds": state.rounds,
         "clock_s": state.clock_s,
         "choice": state.choice and asdict(state.choice),
@@ -142,6 +148,10 @@ def _checkpoint(arrays: Arrays) -> Checkpoint:
         state=SimulationState(
             ledgers={name: _ledger(charges) for name, charges in held["ledgers"].items()},
             rounds=Counter(held["rounds"]),
+            locals={
+                name: arrays[f"{_LOCAL}/{place}"].tobytes()
+                for place, name in enumerate(held.get("locals", ()))
+            },
             clock_s=held["clock_s"],
             choice=held["choice"] and Choice(**held["choice"]),
         ),

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from flwr.app import Message
 
@@ -37,6 +37,7 @@ class _Cohort:
     """Clients' names, by node."""
     ledgers: Mapping[str, Ledger | None]
     rounds: Mapping[str, int]
+    locals: Mapping[str, bytes | None]
     clock_s: float
 
 
@@ -115,6 +116,7 @@ class FileCheckpointer:
             names,
             {name: state.ledgers.get(name) for name in names.values()},
             {name: state.rounds.get(name, 0) for name in names.values()},
+            {name: state.locals.get(name) for name in names.values()},
             state.clock_s,
         )
 
@@ -148,13 +150,20 @@ class FileCheckpointer:
         """Returns the checkpoint for ``progress``, without the changes of the round under way."""
         state, cohort = self._state, self._cohort
         if cohort is not None:
-            ledgers, rounds = dict(state.ledgers), Counter(state.rounds)
-            for name, ledger in cohort.ledgers.items():
-                ledgers.pop(name, None)
-                if ledger is not None:
-                    ledgers[name] = ledger
+            rounds = Counter(state.rounds)
+            ledgers = _restored(state.ledgers, cohort.ledgers)
+            layers = _restored(state.locals, cohort.locals)
             rounds.update({name: cohort.rounds[name] - rounds[name] for name in cohort.rounds})
-            state = SimulationState(ledgers, +rounds, cohort.clock_s, state.choice)
+            state = SimulationState(ledgers, +rounds, cohort.clock_s, state.choice, locals=layers)
         elapsed_s = self._clock() - self._began_s
         events = self._events[: self._events_before]
         return Checkpoint(self._identity, progress, events, state, elapsed_s)
+
+
+_Value = TypeVar("_Value")
+
+
+def _restored(now: Mapping[str, _Value], before: Mapping[str, _Value | None]) -> dict[str, _Value]:
+    """Returns ``now`` with the values of ``before``; None removes one."""
+    after = {name: value for name, value in now.items() if name not in before}
+    return after | {name: value for name, value in before.items() if value is not None}

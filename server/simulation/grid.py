@@ -115,6 +115,8 @@ class SimulatedGrid(LazyGrid):
             self._tell(answer)
             if answer.ledger is not None:
                 self._state.ledgers[answer.client.name] = answer.ledger
+            if answer.local:
+                self._state.locals[answer.client.name] = answer.local
         if training:
             answers = self._advance(answers, deadline_s)
         return answers, total
@@ -129,7 +131,9 @@ class SimulatedGrid(LazyGrid):
 
     def _asked(self, node: int) -> ClientRef:
         name = self._clients[node - FIRST_NODE_ID]
-        return ClientRef(node, name, self._state.ledgers.get(name))
+        return ClientRef(
+            node, name, self._state.ledgers.get(name), self._state.locals.get(name, b"")
+        )
 
     def _advance(self, answers: Sequence[ClientOutcome], deadline_s: float) -> list[ClientOutcome]:
         """Advances the virtual clock; drops the content of updates that arrive after the end."""

@@ -25,6 +25,7 @@ from fedcore.task.definition import Task
 from fedcore.task.model import build_model
 from fedcore.training.client import Client
 from fedcore.training.mods import client_mods
+from fedcore.updates.local import write_local
 from fedcore.updates.pack import layout_of
 from fedcore.updates.replies import read_reply
 from server.preflight import Prepared
@@ -264,6 +265,7 @@ def _train_alone(
     message = _instruction(wanted, run, task, prepared, progress)
     context = context_of(wanted.node, wanted.client)
     write_ledger(context, state.ledgers.get(wanted.client, Ledger()))
+    write_local(context, state.locals.get(wanted.client, b""))
     handle = _handler(client, wanted.client, client_mods(run.federation.strategy))
     started = time.perf_counter()
     try:

@@ -116,7 +116,7 @@ class Link:
     def settings(self, run_id: int) -> dict[str, str]:
         return device_settings(self.site.run, instance="first")
 
-    def fetch(self, found: AnnouncedMessage, *, limit_bytes: int) -> Message:
+    def fetch(self, found: AnnouncedMessage, *, limit_bytes: int, kept: object) -> Message:
         return found.message
 
     def answer(self, reply: Message) -> None:

@@ -18,7 +18,8 @@ from fedcore.config.owner import OPEN_POLICY
 from fedcore.flower.fleet_pull import AnnouncedMessage, read_content
 from fedcore.flower.identity import assume_identity
 from fedcore.seeds import Simulated
-from fedcore.training.client import Client, check_instruction, model_of, settings_of
+from fedcore.training.client import Client, model_of, settings_of
+from fedcore.training.server_numbers import check_instruction
 from fedcore.updates.messages import read_instruction, weights_record
 from fedcore.updates.pack import pack
 from tests.fuzz.mutate import damaged, damaged_json, packed, unpacked

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
+from fedcore.updates.frozen import NO_FROZEN, FrozenState
 from fedcore.updates.pack import Vector
 from server.records import RoundRecord
 from server.rounds.client_privacy.protection import Protection
@@ -27,6 +28,8 @@ class Progress:
     strategy: StrategyState
     preprocess: bytes
     """State of the preprocessing, as safetensors bytes."""
+    frozen: FrozenState = NO_FROZEN
+    """The model's frozen parameters, which no round changes."""
     protection: Protection | None = None
     """State of client-level privacy; None where the run does not use it."""
     spent: frozenset[int] = field(default=frozenset(), compare=False)

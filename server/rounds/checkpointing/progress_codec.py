@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from fedcore.updates.frozen import NO_FROZEN, FrozenState
 from server.records import MetricSource, RoundRecord, VirtualRecord
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.client_privacy.protection import noise_of, protection_doc, protection_of
@@ -20,7 +21,7 @@ from server.rounds.strategies.state import StrategyState
 
 Arrays = Mapping[str, NDArray[Any]]
 _WEIGHTS, _BEST, _PREPROCESS = "weights", "best", "preprocess"
-_STRATEGY, _NOISE = "strategy", "noise"
+_STRATEGY, _NOISE, _FROZEN = "strategy", "noise", "frozen"
 
 
 @dataclass(frozen=True)
@@ -36,6 +37,7 @@ class EncodedProgress:
 def encode_progress(progress: Progress) -> EncodedProgress:
     """Returns all of ``progress`` that outlives a process; arrays are not copied."""
     noise, state = noise_of(progress.protection), progress.strategy
+    frozen = progress.frozen.raw
     return EncodedProgress(
         doc={
             "round": progress.round,
@@ -49,6 +51,7 @@ def encode_progress(progress: Progress) -> EncodedProgress:
             _WEIGHTS: progress.weights,
             _BEST: progress.best,
             _PREPROCESS: np.frombuffer(progress.preprocess, np.uint8),
+            **({_FROZEN: np.frombuffer(frozen, np.uint8)} if frozen else {}),
             **{f"{_STRATEGY}/{number}": array for number, array in enumerate(state.arrays)},
             **{f"{_NOISE}/{number}": array for number, array in enumerate(noise)},
         },
@@ -83,6 +86,7 @@ def decode_progress(doc: Mapping[str, Any], arrays: Arrays) -> Progress:
         most_failed=most_failed,
         strategy=StrategyState(doc["strategy"], _numbered(arrays, _STRATEGY)),
         preprocess=arrays[_PREPROCESS].tobytes(),
+        frozen=FrozenState(arrays[_FROZEN].tobytes()) if _FROZEN in arrays else NO_FROZEN,
         protection=protection_of(doc["protection"], _numbered(arrays, _NOISE)),
     )
 

@@ -15,7 +15,8 @@ from fedcore.flower.grid import reply_batches
 from fedcore.observability.words import counted
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel
-from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights_record
+from fedcore.updates.frozen import FrozenState
+from fedcore.updates.messages import ARRAYS, CONFIG, FROZEN, instruction_config, weights_record
 from fedcore.updates.pack import Layout, Vector, unpack
 from fedcore.updates.replies import ReplySpec
 from server.records import MetricSource, RoundRecord
@@ -25,6 +26,7 @@ from server.rounds.cohort import Cohort, select
 from server.rounds.evaluation.pooling import EvaluationAnswer, Pooled, answer_of, pool
 from server.rounds.expected import evaluation_spec
 from server.rounds.inbound import Intake, Tally, accepted
+from server.rounds.instructions import carries_frozen
 from server.rounds.peers import Peers
 
 if TYPE_CHECKING:
@@ -54,7 +56,8 @@ def evaluate_round(
     size = federation.run.federation.evaluate_cohort
     if size:
         return _evaluate_on_clients(federation, weights, layout, progress, size)
-    if federation.evaluate_on_cloud:
+    # A client's own layers stay on the client, so the cloud cannot judge what clients use.
+    if federation.evaluate_on_cloud and not federation.run.client.local:
         unpack(weights, model.model)
         measured = federation.evaluate_on_cloud(model)
         found = {metric.name: measured.judged(metric) for metric in federation.metrics}
@@ -91,6 +94,7 @@ def _evaluate_on_clients(
         weights,
         layout=layout,
         preprocess=progress.preprocess,
+        frozen=progress.frozen,
         number=number,
         spec=spec,
         deadline_s=run.federation.deadline_s,
@@ -123,6 +127,7 @@ def ask_to_evaluate(
     *,
     layout: Layout,
     preprocess: bytes,
+    frozen: FrozenState,
     number: int,
     spec: ReplySpec,
     deadline_s: float,
@@ -138,9 +143,11 @@ def ask_to_evaluate(
     Raises:
         RoundFailed: no client could be evaluated.
     """
-    config, nodes = instruction_config(layout, preprocess), cohort.nodes
-    config["server-round"] = number
+    config = instruction_config(layout, preprocess, frozen_sha256=frozen.sha256)
+    config["server-round"], nodes = number, cohort.nodes
     record = RecordDict({ARRAYS: weights_record(weights), CONFIG: config})
+    if carries_frozen(grid, frozen):
+        record[FROZEN] = frozen.record
     messages = [Message(record, node, MessageType.EVALUATE) for node in nodes]
     intake = Intake(spec, checkpointer=checkpointer, peers=peers, on_note=on_note)
     tally, weights_of = Tally(len(nodes)), cohort.weights or {}

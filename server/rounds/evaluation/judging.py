@@ -23,6 +23,7 @@ from fedcore.task.definition import Task
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, preprocess_bytes
 from fedcore.training.evaluate import output_shape
+from fedcore.updates.frozen import frozen_state
 from fedcore.updates.pack import layout_of, pack
 from server.rounds.checkpointing.checkpointer import NoCheckpoints
 from server.rounds.cohort import Cohort, select
@@ -191,6 +192,7 @@ def judging_app(
                 pack(model.model),
                 layout=layout_of(model.model),
                 preprocess=preprocess_bytes(model),
+                frozen=frozen_state(model.model),
                 number=number,
                 spec=spec,
                 deadline_s=run.federation.deadline_s,

@@ -155,6 +155,8 @@ def find_trainer(
             f"client.physical_batch_size = {settings.physical_batch_size} bounds memory, and "
             "clients that train together need more"
         )
+    if run.client.local:
+        return "layers that stay on clients (client.local) are trained one client at a time"
     forbidden = unsupported_parts(model)
     if forbidden:
         return (

@@ -43,6 +43,8 @@ class SimulationState:
     last: VirtualRecord | None = None
     """The last round on the virtual clock, in this process; None without device classes or a
     trace."""
+    locals: dict[str, bytes] = field(default_factory=dict)
+    """Local layers of clients, see `fedcore.updates.local`, by name."""
 
     def with_clock(self, record: RoundRecord) -> RoundRecord:
         """Returns the last round's record with its time on the virtual clock, if it has one."""

@@ -21,6 +21,8 @@ class ClientRef:
     name: str
     ledger: Ledger | None
     """Privacy budget spent so far; None where the client has no ledger yet."""
+    local: bytes = b""
+    """Its local layers, see `fedcore.updates.local`; empty before its first round."""
 
 
 @dataclass(frozen=True)
@@ -62,6 +64,8 @@ class ClientOutcome:
     """Code and reason, where the client failed or declined."""
     ledger: Ledger | None = None
     """Privacy budget spent after the task."""
+    local: bytes = b""
+    """Its local layers after the task; empty where it has none, or has not trained."""
     fate: Fate | None = None
     """Course of the round for its device on the virtual clock; None without devices."""
     skipped: int = 0

@@ -25,6 +25,7 @@ from fedcore.task.model import FullModel
 from fedcore.training.client import Client, learn, local_data, model_of, settings_of, spend
 from fedcore.training.device import available
 from fedcore.training.memory import memory_errors
+from fedcore.updates.local import read_local, write_local
 from fedcore.updates.messages import (
     ARRAYS,
     EPSILON,
@@ -180,7 +181,7 @@ class Worker:
         """Trains one client; without messages, where the task folds updates."""
         if not order.fold:
             return self._run_app(order, one, found)
-        ledgers = [one.ledger]
+        ledgers, layers = [one.ledger], [b""]
         try:
             update = learn(
                 self._client,
@@ -188,18 +189,22 @@ class Worker:
                 self._instruction_of(order, one),
                 one.ledger or Ledger(),
                 on_spend=ledgers.append,
+                local=one.local,
+                on_local=layers.append,
             )
         except (Exception, SystemExit) as error:  # the task's code: that client's failure
             return ClientOutcome(
                 one, error=error_of(one.name, error, hide=False), ledger=ledgers[-1], fate=found
             )
-        return self._folded(order, one, update, ledgers[-1], found)
+        outcome = self._folded(order, one, update, ledgers[-1], found)
+        return outcome if outcome.error else replace(outcome, local=layers[-1])
 
     def _run_app(self, order: RoundTask, one: ClientRef, found: Fate | None) -> ClientOutcome:
         """Runs one client with the ClientApp that devices run, mods included."""
         context = Context(RUN_ID, one.node, {"client": one.name}, RecordDict(), {})
         if one.ledger is not None:
             write_ledger(context, one.ledger)
+        write_local(context, one.local)
         message = Message(content_for(order, one), one.node, order.kind)
         try:
             reply = self._app(message, context)
@@ -211,7 +216,8 @@ class Worker:
         if reply.has_error():
             code = (reply.error.code, reply.error.reason or f"error {reply.error.code}")
             return ClientOutcome(one, error=code, ledger=ledger, fate=found)
-        return ClientOutcome(one, content=reply.content, ledger=ledger, fate=found)
+        local = read_local(context)
+        return ClientOutcome(one, content=reply.content, ledger=ledger, local=local, fate=found)
 
     def _train_batched(
         self, order: RoundTask, clients: Sequence[tuple[ClientRef, Fate | None]]

@@ -13,6 +13,7 @@ from fedcore.config.run import RunConfig
 from fedcore.crypto.keys import new_key, public_bytes, save_key
 from fedcore.task.definition import Task
 from fedcore.task.model import build_model, preprocess_bytes
+from fedcore.updates.frozen import frozen_state
 from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights_record
 from fedcore.updates.pack import layout_of, pack
 from server.live.rounds.settings import device_settings
@@ -61,7 +62,7 @@ class Link:
     def settings(self, run_id: int) -> dict[str, str]:
         return device_settings(self.run, instance="first")
 
-    def fetch(self, found: Any, *, limit_bytes: int) -> Message:
+    def fetch(self, found: Any, *, limit_bytes: int, kept: Any) -> Message:
         message: Message = found.message
         return message
 
@@ -71,7 +72,10 @@ class Link:
 
 def instruction(task: Task, run: RunConfig, number: int, **more: Any) -> Message:
     model = build_model(task, run)
-    config = instruction_config(layout_of(model.model), preprocess_bytes(model))
+    digest = frozen_state(model.model).sha256
+    config = instruction_config(
+        layout_of(model.model), preprocess_bytes(model), frozen_sha256=digest
+    )
     config["server-round"] = number
     for name, value in more.items():
         config[name] = value

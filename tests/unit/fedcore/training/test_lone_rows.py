@@ -61,6 +61,13 @@ def test_two_rows_are_needed_where_one_fails(kind: str) -> None:
     assert all(torch.equal(state[name], now) for name, now in model.state_dict().items())
 
 
+@pytest.mark.parametrize(("count", "size", "part"), [(34, 17, 8), (66, 64, 9), (50, 49, None)])
+def test_a_lone_row_in_a_part_of_a_batch_counts(count: int, size: int, part: int | None) -> None:
+    sizes = {"batch_size": size, "physical_batch_size": part}
+    model, _ = MODELS["BatchNorm"]
+    assert least_rows(model, LOSS, examples(count), count=count, **sizes) == 2  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize(("count", "size"), [(16, 8), (18, 8), (5, 8), (3, 1), (1, 1)])
 def test_nothing_is_tried_where_no_epoch_has_a_lone_row(count: int, size: int) -> None:
     def refuse(*_: Any) -> Tensor:

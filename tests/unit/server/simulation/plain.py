@@ -89,9 +89,11 @@ def plain_training(
             optimizer.step()
 
 
-def plain_rounds(task: Task, run: RunConfig, train: Train = plain_training) -> State:
+def plain_rounds(
+    task: Task, run: RunConfig, train: Train = plain_training, start: nn.Module | None = None
+) -> State:
     """Averages the whole state dict over clients, weighted by their examples, exactly."""
-    model = build_model(task, run).model
+    model = build_model(task, run).model if start is None else start
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for number in range(1, run.federation.rounds + 1):
         trained, sizes = [], []

@@ -166,18 +166,20 @@ def test_who_is_asked_to_stop_writes_first(tmp_path: Path) -> None:
 
 
 def test_a_round_that_fails_leaves_what_was_before_it(tmp_path: Path) -> None:
-    state = SimulationState({"anna": Ledger()}, Counter(anna=1), 5.0)
+    state = SimulationState({"anna": Ledger()}, Counter(anna=1), 5.0, locals={"anna": b"head"})
     events: list[StoredEvent] = [Noted("before")]
     keeping = keeper(tmp_path, state, events)
     keeping.commit(PROGRESS, None)
     keeping.begin(NODES)
     state.ledgers |= {"anna": LEDGER, "cleo d'A": LEDGER}
+    state.locals |= {"anna": b"trained", "cleo d'A": b"new"}
     state.rounds.update(["anna", "cleo d'A"])
     state.clock_s = 9.0
     events.append(Noted("meanwhile"))
     keeping.fail(PROGRESS)
     read = read_checkpoint(tmp_path / "checkpoint.safetensors")
-    assert read.state == SimulationState({"anna": Ledger()}, Counter(anna=1), 5.0)
+    before = SimulationState({"anna": Ledger()}, Counter(anna=1), 5.0, locals={"anna": b"head"})
+    assert read.state == before
     assert read.events == [Noted("before")]
     assert set(state.ledgers) == {"anna", "cleo d'A"}  # only what is written is set back
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,8 +12,8 @@ from torch import Tensor, nn
 
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import RunConfig
-from fedcore.errors import UnsupportedLayer
-from fedcore.task.model import build_model
+from fedcore.errors import TaskError, UnsupportedLayer
+from fedcore.task.model import build_model, checkpoint_bytes
 from fedcore.updates.pack import layout_of, unpack
 from server.preflight import prepare
 from tests.unit.server.simulation.plain import (
@@ -91,6 +92,62 @@ def test_rounds_average_all_state_with_the_bits_of_a_plain_loop(kind: str) -> No
     found = federated(task, run)
     assert layout_of(found.model.model).integers == 1
     assert_equal(found.model.model, plain_rounds(task, run))
+
+
+class Adapter(nn.Module):
+    """A frozen base that two layers share, and a head that is trained with one of two weights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.base, self.tied = nn.Linear(FEATURES, FEATURES), nn.Linear(FEATURES, FEATURES)
+        self.tied.weight = self.base.weight
+        self.base.weight.requires_grad_(False)
+        self.head, self.unused = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
+        self.copy = nn.Linear(FEATURES, CLASSES)
+        self.copy.weight = self.head.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.tanh(self.tied(torch.tanh(self.base(x))))
+        return self.head(hidden) + self.copy(hidden)  # type: ignore[no-any-return]
+
+
+@pytest.mark.parametrize("initial", [False, True], ids=["built", "federation.initial"])
+def test_frozen_tied_and_unused_parameters_have_the_bits_of_a_plain_loop(
+    initial: bool, tmp_path: Path
+) -> None:
+    task, run = task_of(Adapter, SIZES), run_of()
+    start = build_model(task, run.model_copy(update={"seed": 5 if initial else run.seed}))
+    if initial:
+        (tmp_path / "start").write_bytes(checkpoint_bytes(start))
+        federation = run.federation.model_copy(update={"initial": "start"})
+        run = run.model_copy(update={"federation": federation, "base": tmp_path})
+    found = federated(task, run)
+    names = ("base.bias", "tied.bias", "head.weight", "head.bias", "unused.weight", "unused.bias")
+    assert layout_of(found.model.model).names == (*names, "copy.bias")
+    assert_equal(found.model.model, plain_rounds(task, run, start=start.model))
+    assert found.model.model.tied.weight is found.model.model.base.weight  # type: ignore[union-attr]
+    assert all(record.bytes_up < 4 * 500 for record in found.federated.rounds)
+
+
+class Target(nn.Module):
+    """A frozen copy that follows the trained weights, as in momentum contrast."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.online, self.target = nn.Linear(FEATURES, CLASSES), nn.Linear(FEATURES, CLASSES)
+        self.target.requires_grad_(False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            with torch.no_grad():
+                self.target.weight.lerp_(self.online.weight, 0.1)
+        return self.online(x) + 0 * self.target(x)  # type: ignore[no-any-return]
+
+
+def test_a_frozen_parameter_that_training_changes_is_named() -> None:
+    task = task_of(Target, SIZES)
+    with pytest.raises(TaskError, match=r"training has changed target\.weight, although"):
+        federated(task, run_of(rounds=1))
 
 
 def test_an_optimiser_at_the_server_takes_no_step_with_counters_and_flags() -> None:

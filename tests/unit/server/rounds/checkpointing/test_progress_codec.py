@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 
+from fedcore.updates.frozen import FrozenState
 from server.records import VirtualRecord
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.checkpointing.progress_codec import (
@@ -45,6 +46,7 @@ def same(one: Progress, other: Progress) -> bool:
 @pytest.mark.parametrize("protection", [None, PROTECTION, replace(PROTECTION, noise=())])
 def test_what_was_encoded_is_decoded(protection: Protection | None) -> None:
     before = progress(3, over=True, best_round=2, protection=protection)
+    before = replace(before, frozen=FrozenState(b"frozen"))
     encoded = encode_progress(before)
     found = decode_progress(json.loads(json.dumps(encoded.doc)), encoded.arrays)
     assert same(found, before)
@@ -53,7 +55,7 @@ def test_what_was_encoded_is_decoded(protection: Protection | None) -> None:
 
 def test_every_field_but_one_of_a_process_is_encoded() -> None:
     """A field that is new must be stored, or a resumed run has other bits."""
-    encoded = encode_progress(progress(1))
+    encoded = encode_progress(replace(progress(1), frozen=FrozenState(b"frozen")))
     stored = {*encoded.doc, *(name.partition("/")[0] for name in encoded.arrays)}
     assert {each.name for each in fields(Progress)} - {"spent"} <= stored
 
