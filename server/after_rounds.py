@@ -17,13 +17,12 @@ from pathlib import Path
 from typing import Literal
 
 from fedcore.artifacts.manifest import (
-    ClientStatement,
     Manifest,
-    PrivacyStatement,
     TestStatement,
 )
 from fedcore.config.run import RunConfig
-from fedcore.files import sha256_hex, write_atomic
+from fedcore.errors import FedcoreError
+from fedcore.files import write_atomic
 from fedcore.observability.events import Noted, Sink, StageAdvanced, StageFinished, StageStarted
 from fedcore.observability.words import counted, figure
 from fedcore.task.definition import Task
@@ -34,13 +33,13 @@ from server.compression.compress import Compressed, compress
 from server.compression.draft import draft_of
 from server.final_scores import answers_of_chosen, client_tests, final_scores
 from server.finetune.launch import Finetuned, fine_tune
+from server.origin import origin_of
 from server.records import (
     ClientRecord,
     ClientTestRecord,
     Finished,
     RunRecord,
     TrainingRecord,
-    epsilon_spent,
 )
 from server.release.final_test import (
     FinalTest,
@@ -51,10 +50,8 @@ from server.release.final_test import (
     statement_of,
 )
 from server.release.publish import Origin, publish
-from server.report.folder import config_json
 from server.report.summary import MODELS
 from server.rounds.app import Outcome
-from server.rounds.client_privacy.mechanism import statement
 from server.rounds.evaluation.judging import Judge, MeasureOnnx
 
 
@@ -133,6 +130,10 @@ class StageFunctions:
 
 
 AT_ONCE = StageFunctions()
+_STARTED_PRIVATE = (
+    "The privacy figures are those of this run alone. It started from federation.initial, and what "
+    "training that has cost clients is not known: add it, where the same clients took part."
+)
 
 
 def after_rounds(
@@ -167,7 +168,8 @@ def after_rounds(
         The completed run.
 
     Raises:
-        FedcoreError: any failure; earlier releases remain valid.
+        FedcoreError: any failure before the release; one of the release itself is in the record.
+            Earlier releases remain valid.
     """
     outcome = trained.outcome
     write_atomic(folder / "global.safetensors", parent := checkpoint_bytes(outcome.model))
@@ -178,22 +180,20 @@ def after_rounds(
     kept = tuned is None or tuned.kept
     compressed = _compressed(run, task, cloud, model, kept, trained, folder, story, steps)
 
+    origin = origin_of(run, outcome, trained.clients, parent, noise=trained.noise)
+    if origin.privacy.before == "not known":
+        story.note(_STARTED_PRIVATE)
     tested = _tested(run, task, test, outcome, tuned, compressed, story)
     withheld = reason_to_withhold(run, task.primary, tested.statement) if tested.statement else ""
     for text in (tested.warning, withheld):
         if text:
             story.note(text)
 
-    manifest, origin = None, _origin(run, trained, parent)
-    if run.release.repository is not None and run.release.keys is not None and not withheld:
-        with story.stage("release") as said:
-            manifest = steps.publish(
-                draft_of(run.model_name, task, origin, compressed, tested.statement),
-                repository=run.path(run.release.repository),
-                keys=run.path(run.release.keys),
-                created=datetime.now(UTC),
-            )
-            said.append(f"published {manifest.model} version {manifest.version}")
+    manifest, unreleased = None, ""
+    if not withheld:
+        manifest, unreleased = _released(
+            run, task, origin, compressed, tested.statement, story, steps
+        )
     record = RunRecord(
         name=run.name,
         task=task.name,
@@ -207,11 +207,14 @@ def after_rounds(
         training=trained.training,
         clients=trained.clients,
         epsilon=origin.privacy.epsilon,
+        initial_sha256=origin.initial_sha256,
+        spent_before=origin.privacy.before,
         client_privacy=origin.privacy.client,
         candidates=compressed.records,
         chosen=compressed.chosen,
         manifest=manifest,
         withheld=withheld,
+        unreleased=unreleased,
         scores=tested.scores,
         tested=tested.statement,
         test_warning=tested.warning,
@@ -221,6 +224,43 @@ def after_rounds(
     )
     torch_p50_us = compressed.torch_p50_us
     return Completed(record, torch_p50_us, outcome.model, model, compressed, origin)
+
+
+def _released(
+    run: RunConfig,
+    task: Task,
+    origin: Origin,
+    compressed: Compressed,
+    tested: TestStatement | None,
+    story: StageLog,
+    steps: StageFunctions,
+) -> tuple[Manifest | None, str]:
+    """Publishes the chosen candidate if the run names a repository.
+
+    Returns:
+        The manifest, and why publishing failed: what was computed is kept all the same.
+    """
+    if run.release.repository is None or run.release.keys is None:
+        return None, ""
+    with story.stage("release") as said:
+        try:
+            manifest = steps.publish(
+                draft_of(run.model_name, task, origin, compressed, tested),
+                repository=run.path(run.release.repository),
+                keys=run.path(run.release.keys),
+                created=datetime.now(UTC),
+            )
+        except FedcoreError as error:
+            said.append("failed")
+            unreleased = (
+                f"{error} Models, report and summary of this run are kept; --resume continues "
+                "with the release, and takes other settings of [compression] and [release]."
+            )
+        else:
+            said.append(f"published {manifest.model} version {manifest.version}")
+            return manifest, ""
+    story.note(unreleased)
+    return None, unreleased
 
 
 @dataclass(frozen=True)
@@ -327,41 +367,3 @@ def gate_note(tuned: Finetuned, primary: Metric) -> str:
         f"{asked.before:.4g} before, {asked.after:.4g} after (to {asked.margin:.2g}); {cloud}: "
         f"{verdict}"
     )
-
-
-def _origin(run: RunConfig, trained: FederatedModel, parent: bytes) -> Origin:
-    return Origin(
-        run=run.name,
-        round=trained.outcome.federated.best_round,
-        parent_sha256=sha256_hex(parent),
-        config_sha256=sha256_hex(config_json(run)),
-        seed=run.seed,
-        privacy=PrivacyStatement(
-            unit=run.privacy.unit,
-            epsilon=_epsilon_of(run, trained),
-            target_delta=run.privacy.target_delta if run.private else None,
-            noise=trained.noise,
-            client=_client_statement(run, trained),
-        ),
-    )
-
-
-def _epsilon_of(run: RunConfig, trained: FederatedModel) -> float | None:
-    """Returns the largest epsilon that any client may have spent over the whole run."""
-    budget, federated = run.privacy.max_epsilon if run.private else None, trained.outcome.federated
-    over, patience = len(federated.rounds), run.federation.patience
-    stopped = bool(patience) and over - federated.best_round >= patience
-    return epsilon_spent(
-        federated.rounds,
-        trained.clients,
-        budget=budget,
-        dropped=over < run.federation.rounds and not stopped,  # spent budgets ended the run
-    )
-
-
-def _client_statement(run: RunConfig, trained: FederatedModel) -> ClientStatement | None:
-    """Returns the client-level guarantee for all models of the run; None if it is off."""
-    federated = trained.outcome.federated
-    if federated.protection is None:
-        return None
-    return statement(run, federated.protection, rounds=len(federated.rounds))

@@ -222,6 +222,8 @@ class RunRecord:
     manifest: Manifest | None = None
     withheld: str = ""
     """Reason why the release was withheld; empty if it was not."""
+    unreleased: str = ""
+    """Why publishing the model failed; empty if it did not. The run can be resumed."""
     scores: dict[str, dict[str, float]] = field(default_factory=dict)
     """Scores on the final test split: by metric, then ``federated``, ``cloud_alone``,
     ``finetuned``, ``released``."""
@@ -234,6 +236,10 @@ class RunRecord:
     """Results on clients' own test data; empty without them."""
     epsilon: float | None = None
     """Largest epsilon that any client may have spent on its examples (`epsilon_spent`)."""
+    initial_sha256: str | None = None
+    """Digest of the checkpoint that the run started from; None if it started from new weights."""
+    spent_before: str = "nothing"
+    """What the run's start had spent: ``nothing`` or ``not known``."""
     client_privacy: ClientStatement | None = None
     """Client-level privacy guarantee of the models; None if clients aren't protected."""
     stages: dict[str, float] = field(default_factory=dict)

@@ -14,20 +14,24 @@ def allow_drop(folder: Path) -> None:
 
 
 def require_no_progress(folder: Path) -> None:
-    """Rejects starting a run over if that would drop the progress of an interrupted one.
+    """Rejects starting a run over if that would drop a complete run, or progress of another one.
 
-    A simulation without a finished round has no progress to lose, and a complete run may be
-    replaced.
+    A simulation without a finished round has no progress to lose.
 
     Args:
         folder: The folder of a run of the same name, locked by this process.
 
     Raises:
-        ConfigError: there is an interrupted run with progress. Nothing was removed.
+        ConfigError: there is a complete run, or an interrupted one with progress. Nothing was
+            removed.
         DataError: its checkpoint is damaged. Nothing was removed.
     """
     if is_complete(folder):
-        return
+        raise ConfigError(
+            f"{folder}: this run is complete, and running it again would replace its model and "
+            "results. Nothing was run; choose another `name`, or start over with --fresh (from "
+            "Python, fresh=True)."
+        )
     if is_begun(folder / JOURNAL_FOLDER):
         raise ConfigError(
             f"{folder}: `fedcore server start` started this run over devices, and it is not "

@@ -47,6 +47,8 @@ class Lineage(_Part):
     seed: int
     calibration: str
     """The data that quantisation and pruning used, or ``none``."""
+    initial_sha256: Digest | None = None
+    """Digest of the checkpoint that the run started from; None if there is none."""
     rollback_of: int | None = None
     """The version with identical bytes, if an older one was published again on purpose."""
 
@@ -88,6 +90,9 @@ class PrivacyStatement(_Part):
     target_delta: float | None
     noise: Literal["none", "simulated", "system"]
     """``simulated``: drawn from the run's seed, so no real protection."""
+    before: Literal["nothing", "not known"] = "nothing"
+    """What was spent before this run on the weights that it started from. The figures cover this
+    run alone; where the earlier spending is not known, a device's ledger may have more."""
     client: ClientStatement | None = None
     """Guarantee of each client; None if clients are not protected."""
 
@@ -168,8 +173,13 @@ class Manifest(_Part):
 def manifest_bytes(manifest: Manifest) -> bytes:
     """Returns the manifest as canonical JSON: sorted keys, no optional white space."""
     values = manifest.model_dump(mode="json")
-    if manifest.presentation is None:  # unknown to devices of version 0.1
+    # Devices of version 0.1 do not know these fields.
+    if manifest.presentation is None:
         del values["presentation"]
+    if manifest.lineage.initial_sha256 is None:
+        del values["lineage"]["initial_sha256"]
+    if manifest.privacy.before == "nothing":
+        del values["privacy"]["before"]
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -67,12 +67,13 @@ def simulate(
             such a task; settings that need them are rejected before anything runs.
         run: The run, or its file; None for a run with default settings.
         owner: The policy that every virtual client enforces.
-        runs: Parent folder of results. They go to the subfolder named after the run and replace a
-            complete run there. When None, a temporary folder that is deleted with the result.
-        fresh: Also replace an interrupted run in that subfolder, which is an error otherwise.
+        runs: Parent folder of results. They go to the subfolder named after the run. When None, a
+            temporary folder that is deleted with the result.
+        fresh: Replace a complete or interrupted run in that subfolder, which is an error otherwise.
         resume: Resume the interrupted run in that subfolder from its last checkpoint; with a larger
-            ``federation.rounds``, also a complete one. Whether a task or strategy made in memory is
-            unchanged isn't checked.
+            ``federation.rounds``, also a complete one, and with other settings of the later steps,
+            one whose release failed. Whether a task or strategy made in memory is unchanged isn't
+            checked.
         progress: Whether to show progress, on standard error or in the notebook's cell; or a
             callback that receives the events instead.
         strategy: Replaces the run's strategy: an instance or a class of `fedcore.Algorithm` or of
@@ -81,7 +82,7 @@ def simulate(
 
     Returns:
         The results of the run. If the final test withholds the model, ``record.withheld`` gives the
-        reason.
+        reason; if publishing failed, ``record.unreleased`` does.
 
     Raises:
         FedcoreError: any failure, with the message that the command line shows. Only progress is
@@ -122,7 +123,7 @@ def simulated(
         run: The run.
         owner: The policy that every virtual client enforces.
         runs: Parent folder of results; None for a temporary folder that is deleted with the result.
-        fresh: Replace an interrupted run in its folder, too.
+        fresh: Replace a complete or interrupted run in its folder.
         resume: Resume the interrupted run in its folder from its last checkpoint.
         progress: Whether to show progress, or a callback that receives the events.
         say_slow: Whether to print a notice on standard error if the first step takes long.

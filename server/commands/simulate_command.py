@@ -51,7 +51,7 @@ def _simulate_arguments(parser: argparse.ArgumentParser) -> None:
         "for bit. With more rounds, also a complete run",
     )
     again.add_argument(
-        "--fresh", action="store_true", help="start over, and discard an interrupted run"
+        "--fresh", action="store_true", help="start over, and discard the run of this name"
     )
     again.add_argument(
         "--replay",
@@ -102,8 +102,8 @@ def _simulate(options: argparse.Namespace) -> int:
         say(json.dumps({"event": "summary", **result.summary}))
     else:
         say(f"report: {os.path.relpath(result.folder / 'report.html')}")
-    if result.record.withheld:
-        raise ReleaseError(result.record.withheld)
+    if refused := result.record.withheld or result.record.unreleased:
+        raise ReleaseError(refused)
     return 0
 
 

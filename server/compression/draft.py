@@ -43,6 +43,7 @@ def draft_of(
             config_sha256=origin.config_sha256,
             seed=origin.seed,
             calibration=compressed.calibration,
+            initial_sha256=origin.initial_sha256,
         ),
         privacy=origin.privacy,
         parity=compressed.parity,

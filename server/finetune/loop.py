@@ -22,6 +22,7 @@ from fedcore.training.batches import batches_of, gather
 from fedcore.training.distillation import beside_teacher
 from fedcore.training.local import check_loss, clip_gradients, make_optimizer
 from fedcore.training.lone_rows import least_rows, use_running_statistics
+from server.process.cores import usable_cores
 
 _TRIED_STEPS = 3
 
@@ -32,8 +33,16 @@ def device_of(rank: int) -> torch.device:
 
 
 def threads_of(world: int) -> int:
-    """Returns the number of threads per process when ``world`` processes share this machine."""
-    return max(1, (os.cpu_count() or 1) // world)
+    """Returns the number of threads per process when ``world`` processes share this machine.
+
+    It is ``OMP_NUM_THREADS`` where that is set, and otherwise an equal share of the cores that this
+    process may use: by its affinity, and by the quota of its container. More threads than cores
+    wait for each other in every operation.
+    """
+    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
+    if asked.isdecimal() and int(asked):
+        return int(asked)
+    return max(1, usable_cores() // world)
 
 
 def unknown_failure(rank: int, error: BaseException) -> str:

@@ -124,7 +124,8 @@ def finish(
         judge: Evaluates the fine-tuned model on devices; None to evaluate on the cloud's data.
 
     Raises:
-        ReleaseError: the run is complete, and its model was withheld from release.
+        ReleaseError: the run is complete, and its model was withheld from release; or publishing it
+            failed, and the run can be resumed.
         FedcoreError: a step failed; anything published before stays published.
         KeyboardInterrupt: SIGTERM or SIGINT; completed steps stay completed.
     """
@@ -156,6 +157,8 @@ def finish(
     taken_s = story.seconds["federate"] + time.monotonic() - started
     delta = run.privacy.target_delta if run.private else None
     write_results(folder, finished, target_delta=delta, seconds=taken_s)
+    if finished.record.unreleased:  # the steps stay, for --resume
+        raise ReleaseError(finished.record.unreleased)
     shutil.rmtree(steps, ignore_errors=True)
     if finished.record.withheld:
         raise ReleaseError(finished.record.withheld)

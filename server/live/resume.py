@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from fedcore.config.owner import OPEN_POLICY
-from fedcore.config.run import Finetune, RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
 from server.live.journal.head import is_begun
 from server.live.journal.journal import Journal, OnPoint, create, ignore_point, reopen
@@ -19,16 +19,9 @@ from server.report.folder import (
     open_folder,
     restore_mark,
 )
-from server.rounds.checkpointing.run_identity import check_same, identity_of
+from server.rounds.checkpointing.run_identity import AFTER_ROUNDS, check_same, identity_of
 from server.unfinished import allow_drop, require_no_simulated_progress
 
-AFTER_ROUNDS = (
-    *("compression.", "release.", "serving."),
-    *(f"finetune.{name}" for name in Finetune.model_fields if name != "holdout"),
-)
-"""Prefixes of settings that affect only the steps after the rounds: a resume may change them once
-the rounds have ended. ``finetune.holdout`` is not among them: held-out data evaluates the rounds.
-"""
 STEPS = "steps"
 """Subfolder for the results of completed steps after the rounds."""
 

@@ -85,6 +85,8 @@ class Origin:
     """SHA-256 of the run's configuration."""
     seed: int
     privacy: PrivacyStatement
+    initial_sha256: str | None = None
+    """SHA-256 of the checkpoint that the run started from; None if it started from new weights."""
 
 
 def initialise(

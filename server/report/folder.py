@@ -18,6 +18,10 @@ JOURNAL_FOLDER = "journal"
 """Subfolder with the journal of a deployment."""
 MARK, SUMMARY = "run.json", "summary.json"
 """The configuration that marks a run's folder, and the figures that mark it as complete."""
+_UNRELEASED = "unreleased.txt"
+"""States why a run whose results are all there could not publish its model; it can be resumed."""
+_ASIDE = ".replaced"
+"""Holds what a new run replaces, until that has progress of its own."""
 
 
 @contextmanager
@@ -25,6 +29,9 @@ def open_folder(
     run: RunConfig, runs: Path, *, before: Callable[[Path], None] = lambda folder: None
 ) -> Iterator[Path]:
     """Locks and empties ``runs/<name>``, and marks it as this run's.
+
+    What was there is set aside, and put back if the run fails before its first checkpoint: a run
+    that cannot train replaces nothing.
 
     Args:
         run: The run.
@@ -47,11 +54,21 @@ def open_folder(
                     "folder."
                 )
         folder.mkdir(parents=True, exist_ok=True)
-    with locked(folder):
+    with locked(folder), disk_errors(folder):
+        if not _has_progress(folder):
+            _put_back(folder)  # a process that was killed left it aside
         before(folder)
-        clear(folder)
+        _set_aside(folder)
         mark(folder, run)
-        yield folder
+        try:
+            yield folder
+        except BaseException:
+            if not _has_progress(folder):
+                _put_back(folder)
+            raise
+        finally:
+            if (folder / _ASIDE).exists():
+                remove(folder / _ASIDE)
 
 
 @contextmanager
@@ -81,7 +98,7 @@ def complete(folder: Path) -> ConfigError:
     """Returns the error for a complete run that was to be resumed."""
     return ConfigError(
         f"{folder}: this run is complete: its results are in {SUMMARY}. Nothing was run; "
-        "leave --resume out to run it again, or give it more rounds to continue it."
+        "give it more rounds to continue it, or start over with --fresh."
     )
 
 
@@ -91,8 +108,40 @@ def mark(folder: Path, run: RunConfig) -> None:
 
 
 def is_complete(folder: Path) -> bool:
-    """Returns whether the folder contains a complete run with all of its results."""
-    return (folder / SUMMARY).is_file()
+    """Returns whether the folder contains a complete run with all of its results, its release too.
+
+    A run that could not publish its model has its results, and can be resumed.
+    """
+    return (folder / SUMMARY).is_file() and not (folder / _UNRELEASED).is_file()
+
+
+def _has_progress(folder: Path) -> bool:
+    return (folder / CHECKPOINT).is_file() or (folder / JOURNAL_FOLDER).exists()
+
+
+def _set_aside(folder: Path) -> None:
+    """Moves the content of a run's folder into a hidden one; its mark is copied."""
+    aside = folder / _ASIDE
+    if aside.exists():
+        remove(aside)
+    found = [entry for entry in folder.iterdir() if entry.name != MARK]
+    if not found:
+        return
+    aside.mkdir()
+    if (folder / MARK).is_file():
+        write_atomic(aside / MARK, (folder / MARK).read_bytes())
+    for entry in found:
+        entry.rename(aside / entry.name)
+
+
+def _put_back(folder: Path) -> None:
+    """Undoes `_set_aside`, in place of what the run has written since; does nothing without it."""
+    aside = folder / _ASIDE
+    if not aside.is_dir():
+        return
+    clear(folder, keep=(_ASIDE,))
+    for entry in aside.iterdir():
+        entry.replace(folder / entry.name)
 
 
 def restore_mark(folder: Path, run: RunConfig) -> None:
@@ -167,5 +216,7 @@ def write_results(
         seconds=seconds,
     )
     write_atomic(folder / "report.html", report_html(finished.record, figures).encode())
+    if finished.record.unreleased:
+        write_atomic(folder / _UNRELEASED, finished.record.unreleased.encode() + b"\n")
     write_json(folder / SUMMARY, figures)
     return figures

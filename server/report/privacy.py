@@ -13,11 +13,12 @@ from server.report.parts import Card
 def privacy_card(record: RunRecord, summary: Mapping[str, Any]) -> Card:
     """Returns the headline privacy figure: example-level if examples are protected."""
     epsilon, client = summary["epsilon"]["max"], record.client_privacy
+    more = ", in this run; before it, not known" if record.spent_before == "not known" else ""
     if epsilon is None and client is not None:
         return Card(
             "Privacy",
             f"epsilon {epsilon_text(client.epsilon)}",
-            f"delta {client.target_delta:g}, of each client",
+            f"delta {client.target_delta:g}, of each client{more}",
         )
     if epsilon is None:
         return Card("Differential privacy", "none", "updates were not protected")
@@ -27,7 +28,7 @@ def privacy_card(record: RunRecord, summary: Mapping[str, Any]) -> Card:
             f"; of each client as a whole {epsilon_text(client.epsilon)} at delta "
             f"{client.target_delta:g}"
         )
-    return Card("Privacy", f"epsilon {epsilon_text(epsilon)}", detail)
+    return Card("Privacy", f"epsilon {epsilon_text(epsilon)}", f"{detail}{more}")
 
 
 def protects_examples(record: RunRecord, summary: Mapping[str, Any]) -> bool:

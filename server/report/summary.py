@@ -45,6 +45,8 @@ def summary(
     fixed: dict[str, Any] = {
         "rounds": len(record.rounds),
         "epsilon": {"max": record.epsilon},
+        "initial": record.initial_sha256
+        and {"sha256": record.initial_sha256, "spent_before": record.spent_before},
         "target_delta": target_delta,
         "client_privacy": record.client_privacy and record.client_privacy.model_dump(mode="json"),
         "bytes": {
@@ -67,6 +69,7 @@ def summary(
             "version": manifest.version if manifest else None,
             "digest": manifest.onnx.sha256 if manifest else None,
             "withheld": record.withheld or None,
+            "failed": record.unreleased or None,
         },
         "test": _test(record),
         "best_round": record.best_round if record.judged else None,

@@ -9,7 +9,7 @@ from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
 from server.report.folder import CHECKPOINT, clear, complete, is_complete, mark
-from server.rounds.checkpointing.run_identity import check_same, identity_of
+from server.rounds.checkpointing.run_identity import AFTER_ROUNDS, check_same, identity_of
 from server.simulation.checkpoint import Checkpoint, read_checkpoint
 from server.simulation.checkpointer import FAILED
 from server.simulation.extension import ROUNDS, extended, rounds_of
@@ -40,7 +40,8 @@ def open_checkpoint(folder: Path, run: RunConfig, owner: OwnerPolicy) -> Checkpo
         )
     checkpoint = read_checkpoint(path)
     identity, before = identity_of(run, owner), rounds_of(checkpoint.identity)
-    check_same(path, checkpoint.identity, identity, free=(ROUNDS,))
+    later = AFTER_ROUNDS if checkpoint.progress.over else ()
+    check_same(path, checkpoint.identity, identity, free=(ROUNDS, *later))
     if before != run.federation.rounds:
         progress = extended(path, run, checkpoint.progress, before=before)
         checkpoint = replace(checkpoint, progress=progress, identity=identity)

@@ -8,12 +8,19 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.config.owner import OwnerPolicy
-from fedcore.config.run import IN_MEMORY, RunConfig
+from fedcore.config.run import IN_MEMORY, Finetune, RunConfig
 from fedcore.errors import ConfigError
 from fedcore.files import read_bytes, sha256_hex
 from server.rounds.strategies.own import file_of
 
 _MAX_FILE_BYTES = 64 << 20  # of a task, strategy or trace file
+AFTER_ROUNDS = (
+    *("compression.", "release.", "serving."),
+    *(f"finetune.{name}" for name in Finetune.model_fields if name != "holdout"),
+)
+"""Prefixes of settings that affect only the steps after the rounds: a resume may change them once
+the rounds have ended. ``finetune.holdout`` is not among them: held-out data evaluates the rounds.
+"""
 TASK, STRATEGY, TRACE = "task file", "strategy file", "trace"
 _FREE = {"run.simulation.workers", "run.simulation.engine"}
 """Settings that may change on resume, so that a machine with less memory can use fewer workers.

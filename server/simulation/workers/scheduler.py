@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from flwr.app import MessageType
 
 from fedcore.config.run import Simulation
 from fedcore.errors import ConfigError
+from server.process.cores import usable_cores
 from server.simulation.virtual.state import Choice, SimulationState
 from server.simulation.workers.autotune import Clock, attempts, choose, difference, forced
 from server.simulation.workers.executor import Executor, LocalExecutor, MakeWorker
@@ -98,7 +98,7 @@ class WorkerScheduler:
         if self._settings.engine == "ray":
             from server.simulation.workers.ray_executor import RayExecutor
 
-            return RayExecutor(self._make_elsewhere, self._settings.workers or _cores())
+            return RayExecutor(self._make_elsewhere, self._settings.workers or usable_cores())
         workers = self._settings.workers
         if self._gpus:  # a single process uses a GPU best
             workers = workers or self._gpus
@@ -106,16 +106,9 @@ class WorkerScheduler:
         if not workers:
             taken_s = choice.loop_s if choice.method == "loop" else choice.vectorised_s
             small = taken_s is not None and taken_s * cohort < _WORTH_S
-            workers = 1 if small else _cores()
+            workers = 1 if small else usable_cores()
         workers = min(workers, cohort)
         return self._here if workers == 1 else self._pool(self._make, workers)
 
     def _pool(self, make: MakeWorker, workers: int) -> Executor:
         return ProcessPool(make, workers, gpus=self._gpus)
-
-
-def _cores() -> int:
-    """Returns the number of CPU cores that this process may use."""
-    if hasattr(os, "sched_getaffinity"):
-        return len(os.sched_getaffinity(0))
-    return os.cpu_count() or 1

@@ -174,12 +174,64 @@ def test_what_an_interrupted_simulation_has_learnt_is_not_dropped(tmp_path: Path
         pass
 
 
-def test_a_simulation_that_is_complete_or_has_learnt_nothing_is_replaced(tmp_path: Path) -> None:
+def test_a_simulation_that_has_learnt_nothing_is_replaced(tmp_path: Path) -> None:
     folder = open_folder(RUN, tmp_path)
     interrupted(folder, 0)
     with opening(RUN, tmp_path, before=require_no_progress):
         assert not (folder / CHECKPOINT).exists()
-    interrupted(folder, 3)
-    (folder / "summary.json").write_text("{}")
-    with opening(RUN, tmp_path, before=require_no_progress):
-        assert not (folder / CHECKPOINT).exists()
+
+
+def test_a_run_that_fails_before_its_first_checkpoint_replaces_nothing(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    (folder / "candidates").mkdir()
+    (folder / "candidates" / "fp32.onnx").write_bytes(b"old")
+    write_results(folder, FINISHED, target_delta=None, seconds=3.5)
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    other = RUN.model_copy(update={"seed": 8})
+    for stopped in (ConfigError("cannot train"), KeyboardInterrupt()):
+        with pytest.raises(type(stopped)), opening(other, tmp_path):
+            assert json.loads((folder / "run.json").read_text())["seed"] == 8
+            assert not (folder / "summary.json").exists()
+            (folder / "metrics.jsonl").write_text("{}")
+            raise stopped
+        assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
+
+
+def test_a_run_with_progress_replaces_the_one_before(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    write_results(folder, FINISHED, target_delta=None, seconds=3.5)
+    with pytest.raises(ConfigError), opening(RUN, tmp_path):
+        (folder / CHECKPOINT).write_bytes(b"progress")
+        raise ConfigError("stopped")
+    assert {path.name for path in folder.iterdir()} == {"run.json", CHECKPOINT}
+
+
+def test_what_a_killed_process_had_set_aside_is_found_again(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    (folder / ".replaced").mkdir()
+    (folder / ".replaced" / "summary.json").write_text("{}")
+    (folder / "metrics.jsonl").write_text("{}")
+    with (
+        pytest.raises(ConfigError, match="this run is complete"),
+        opening(RUN, tmp_path, before=require_no_progress),
+    ):
+        pass
+    assert {path.name for path in folder.iterdir()} == {"run.json", "summary.json"}
+
+
+def test_a_complete_run_is_replaced_only_when_that_is_asked_for(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    write_results(folder, FINISHED, target_delta=None, seconds=3.5)
+    with pytest.raises(ConfigError, match=r"would replace its model and results\. .*--fresh"):
+        require_no_progress(folder)
+    assert (folder / "summary.json").is_file()
+
+
+def test_a_run_that_could_not_be_released_has_results_and_can_be_resumed(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    failed = replace(FINISHED, record=replace(FINISHED.record, unreleased="the disk is full."))
+    figures = write_results(folder, failed, target_delta=None, seconds=3.5)
+    assert figures["release"]["failed"] == "the disk is full."
+    assert "The release failed. the disk is full." in (folder / "report.html").read_text()
+    with reopen_folder(RUN, tmp_path):
+        pass
