@@ -35,6 +35,12 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
             "store", lambda: _releases_clock(options.store), remedy="see docs/release.md, Clocks"
         )
         yield disk(options.store)
+    else:
+        yield Finding(
+            "store",
+            "ok",
+            "released models were not checked; --store names their folder, if there is one",
+        )
 
 
 def _kit(options: argparse.Namespace) -> Iterator[Finding]:
@@ -131,7 +137,7 @@ def _wake_up(kit: Kit, host: str, port: int, proxy: str | None) -> Finding:
 
 def _clock(theirs: datetime) -> Finding:
     off_s = (datetime.now(UTC) - theirs).total_seconds()
-    told = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'is_slow'} the server's"
+    told = f"{abs(off_s):.0f} s {'ahead of' if off_s > 0 else 'behind'} the server's"
     remedy = "set the clock; NTP keeps it correct (timedatectl set-ntp true)"
     if abs(off_s) > _SKEW_S:
         return Finding("clock", "fail", f"{told}, more than the {_SKEW_S:.0f} s allowed", remedy)

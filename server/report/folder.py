@@ -142,6 +142,7 @@ def _put_back(folder: Path) -> None:
     clear(folder, keep=(_ASIDE,))
     for entry in aside.iterdir():
         entry.replace(folder / entry.name)
+    aside.rmdir()
 
 
 def restore_mark(folder: Path, run: RunConfig) -> None:
@@ -218,5 +219,7 @@ def write_results(
     write_atomic(folder / "report.html", report_html(finished.record, figures).encode())
     if finished.record.unreleased:
         write_atomic(folder / _UNRELEASED, finished.record.unreleased.encode() + b"\n")
+    else:
+        (folder / _UNRELEASED).unlink(missing_ok=True)
     write_json(folder / SUMMARY, figures)
     return figures

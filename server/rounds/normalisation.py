@@ -14,7 +14,7 @@ from flwr.serverapp import Grid
 from numpy.typing import NDArray
 
 from fedcore.config.run import RunConfig
-from fedcore.errors import ConfigError, InvalidUpdate, RoundFailed
+from fedcore.errors import ConfigError, DataError, InvalidUpdate, RoundFailed
 from fedcore.observability.words import counted
 from fedcore.task.model import FullModel, standardise_of
 from fedcore.training.batches import in_order
@@ -50,6 +50,7 @@ def normalise(
 
     Raises:
         ConfigError: the setting is ``cloud``, and the task has no cloud data.
+        DataError: the setting is ``cloud``, and the cloud's data are not finite.
         RoundFailed: the setting is ``federated``, and too few clients sent valid sums.
     """
     if run.federation.normalisation == "task":
@@ -76,6 +77,15 @@ def _from_cloud(model: FullModel, cloud: CloudData) -> Sums:
     first = next(iter(model.preprocess.children()))
     with torch.inference_mode():
         values = torch.cat([first(x) for x, _ in in_order(cloud.train, BATCH_SIZE)]).double()
+    usable = values.flatten(1).abs() <= _LARGEST_INPUT  # false for NaN, too
+    if not usable.all():
+        row = int((~usable.all(dim=1)).nonzero()[0])
+        raise DataError(
+            f"normalisation: example {row} of the cloud's training data has values that are NaN or "
+            f"larger than {_LARGEST_INPUT:g} after the task's preprocessing, and would spoil mean "
+            "and deviation for every client. Nothing was trained; correct the cloud's data "
+            "(cloud_data of the task), or use federation.normalisation = 'federated'."
+        )
     return len(values), values.sum(0).numpy(), values.square().sum(0).numpy()
 
 
@@ -116,6 +126,11 @@ def _from_clients(
             f"normalisation: {len(kept)} of {counted(len(nodes), 'client')} sent usable sums, "
             f"but federation.quorum = {run.federation.quorum:g}. Nothing was trained. First: "
             f"{'; '.join(reasons[:1]) or 'no reply arrived before the deadline'}"
+        )
+    if reasons:
+        on_note(
+            f"normalisation: without {len(reasons)} of {counted(len(nodes), 'client')}, whose sums "
+            f"could not be used. First: {reasons[0]}"
         )
     count, total, squares = kept[0]
     for more, sums, squared in kept[1:]:

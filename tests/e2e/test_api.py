@@ -102,9 +102,11 @@ def test_a_run_that_was_interrupted_is_dropped_only_when_told(tmp_path: Path) ->
         fedcore.simulate(task, runs=tmp_path, progress=False, **settings)
     with pytest.raises(fedcore.FedcoreError, match=r"interrupted after round \d.*fresh=True"):
         fedcore.simulate(task, runs=tmp_path, progress=False, **settings)
-    for fresh in (True, False):  # a complete run is replaced
-        result = fedcore.simulate(task, runs=tmp_path, fresh=fresh, progress=False, **settings)
+    for _ in range(2):  # an interrupted run, then a complete one
+        result = fedcore.simulate(task, runs=tmp_path, fresh=True, progress=False, **settings)
         assert len(result.history.rounds) == 3
+    with pytest.raises(fedcore.FedcoreError, match=r"this run is complete.*fresh=True"):
+        fedcore.simulate(task, runs=tmp_path, progress=False, **settings)
     assert [path.name for path in tmp_path.iterdir()] == ["corners"]
 
 

@@ -19,8 +19,8 @@ from torch.utils.data import TensorDataset
 from fedcore import Task
 from fedcore.artifacts.manifest import Manifest
 from fedcore.config.run import RunConfig
-from fedcore.errors import CompressionError, DataError, ReleaseError
-from fedcore.files import write_atomic, write_json
+from fedcore.errors import CompressionError, DataError, DiskFull, ReleaseError
+from fedcore.files import sha256_hex, write_atomic, write_json
 from fedcore.observability.events import Event
 from fedcore.task.definition import Examples
 from fedcore.task.model import FullModel, build_model
@@ -33,6 +33,7 @@ from server.live.finish import check_finish, finish
 from server.records import RoundRecord
 from server.release import final_test
 from server.release.publish import history, initialise, publish
+from server.report.folder import is_complete
 from server.rounds.app import Outcome
 from server.rounds.evaluation.judging import Judge, Judgement
 from server.rounds.loop import Federated
@@ -149,6 +150,38 @@ def test_a_model_that_is_withheld_leaves_a_complete_run(
     assert not (site.folder / "steps").exists()
 
 
+def test_a_release_that_fails_keeps_what_was_computed_and_can_go_on(site: Site) -> None:
+    def full(*arguments: Any, **more: Any) -> Manifest:
+        raise DiskFull("releases: the disk has no room.")
+
+    with site.patch.context() as patch:
+        patch.setattr(finish_module, "publish", full)
+        with pytest.raises(ReleaseError, match=r"the disk has no room\. .*--resume continues"):
+            site.finish()
+    assert "the disk has no room" in site.summary()["release"]["failed"]
+    assert "The release failed." in (site.folder / "report.html").read_text()
+    assert not is_complete(site.folder)
+    site.finish()
+    assert (site.done["fine-tuning"], site.done["compression"]) == (1, 1)
+    assert site.summary()["release"]["version"] == 1
+    assert is_complete(site.folder)
+
+
+def test_what_a_run_started_from_is_stated(site: Site) -> None:
+    (site.root / "start.safetensors").write_bytes(b"weights")
+    federation = site.run.federation.model_copy(update={"initial": "start.safetensors"})
+    site.run = site.run.model_copy(update={"federation": federation})
+    site.finish()
+    (manifest,) = site.versions()
+    assert manifest.lineage.initial_sha256 == sha256_hex(b"weights")
+    assert manifest.privacy.before == "not known"
+    stated = {"sha256": sha256_hex(b"weights"), "spent_before": "not known"}
+    assert site.summary()["initial"] == stated
+    report = (site.folder / "report.html").read_text()
+    assert "in this run; before it, not known" in report
+    assert "what training that has cost clients is not known" in report
+
+
 def dies_before(what: str) -> Callable[..., None]:
     """Writes as ever, and dies before the file of that name is written."""
 
@@ -168,7 +201,12 @@ def test_a_run_is_finished_released_and_says_how(site: Site) -> None:
     assert manifest.privacy.noise == "system"
     assert manifest.privacy.epsilon == 1.5
     summary = site.summary()
-    assert summary["release"] == {"version": 1, "digest": manifest.onnx.sha256, "withheld": None}
+    assert summary["release"] == {
+        "version": 1,
+        "digest": manifest.onnx.sha256,
+        "withheld": None,
+        "failed": None,
+    }
     assert list(summary["seconds"]) == [
         *("federate", "finetune", "compress", "test", "release", "total")
     ]
@@ -212,6 +250,7 @@ def test_whatever_it_dies_of_each_step_is_done_once(site: Site, point: str) -> N
         "version": 1,
         "digest": manifest.onnx.sha256,
         "withheld": None,
+        "failed": None,
     }
     assert (site.done["fine-tuning"], site.done["compression"]) == POINTS[point]
 

@@ -187,22 +187,31 @@ def test_a_run_that_fails_before_its_first_checkpoint_replaces_nothing(tmp_path:
     (folder / "candidates" / "fp32.onnx").write_bytes(b"old")
     write_results(folder, FINISHED, target_delta=None, seconds=3.5)
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
-    other = RUN.model_copy(update={"seed": 8})
-    for stopped in (ConfigError("cannot train"), KeyboardInterrupt()):
-        with pytest.raises(type(stopped)), opening(other, tmp_path):
+
+    def fails(stopped: BaseException) -> None:
+        with opening(RUN.model_copy(update={"seed": 8}), tmp_path):
             assert json.loads((folder / "run.json").read_text())["seed"] == 8
             assert not (folder / "summary.json").exists()
             (folder / "metrics.jsonl").write_text("{}")
             raise stopped
+
+    for stopped in (ConfigError("cannot train"), KeyboardInterrupt()):
+        with pytest.raises(type(stopped)):
+            fails(stopped)
         assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
 
 
 def test_a_run_with_progress_replaces_the_one_before(tmp_path: Path) -> None:
     folder = open_folder(RUN, tmp_path)
     write_results(folder, FINISHED, target_delta=None, seconds=3.5)
-    with pytest.raises(ConfigError), opening(RUN, tmp_path):
-        (folder / CHECKPOINT).write_bytes(b"progress")
-        raise ConfigError("stopped")
+
+    def fails() -> None:
+        with opening(RUN, tmp_path):
+            (folder / CHECKPOINT).write_bytes(b"progress")
+            raise ConfigError("stopped")
+
+    with pytest.raises(ConfigError, match="stopped"):
+        fails()
     assert {path.name for path in folder.iterdir()} == {"run.json", CHECKPOINT}
 
 

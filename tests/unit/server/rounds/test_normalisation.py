@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset, TensorDataset
 from fedcore.client_app import client_app
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import RunConfig
-from fedcore.errors import ConfigError, RoundFailed
+from fedcore.errors import ConfigError, DataError, RoundFailed
 from fedcore.flower.grid import InProcessGrid
 from fedcore.flower.identity import assume_identity
 from fedcore.seeds import Simulated, torch_rng
@@ -231,6 +231,26 @@ def test_sums_that_no_inputs_have_are_refused(name: str) -> None:
     part = standardise_of(fitted(run, handle=with_liar(LIARS[name], 4), nodes=nodes))
     assert torch.allclose(part.mean, torch.tensor(1.1))
     assert part.deviation.isfinite().all()
+
+
+def test_whose_sums_were_not_used_is_said() -> None:
+    notes: list[str] = []
+    run = make_run("federated", quorum=0.7)
+    handle = with_liar(LIARS["one row of 1e20"], 4)
+    fitted(run, handle=handle, nodes=range(10, 14), notes=notes)
+    assert len(notes) == 1
+    assert (
+        "without 1 of 4 clients, whose sums could not be used. First: sums from node 13" in notes[0]
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e20])
+def test_the_cloud_is_blamed_for_its_own_data(value: float) -> None:
+    inputs = torch.randn(40, 4, generator=torch_rng(0))
+    inputs[17, 2] = value
+    spoilt: Any = TensorDataset(inputs, torch.zeros(40, dtype=torch.long))
+    with pytest.raises(DataError, match="example 17 of the cloud's training data"):
+        fitted(make_run("cloud"), cloud=CloudData(spoilt, spoilt))
 
 
 @pytest.mark.parametrize("value", [-999_999.0, 1e6, 1e11])

@@ -1,0 +1,68 @@
+"""A release that fails at the end of a simulation: nothing that was computed is lost."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+
+import fedcore
+from fedcore.errors import DiskFull
+from server.release.publish import initialise, registry
+from server.report.folder import is_complete
+
+
+def data(seed: int) -> TensorDataset:
+    inputs = torch.randn(40, 3, generator=torch.Generator().manual_seed(seed))
+    return TensorDataset(inputs, (inputs[:, 0] > 0).long())
+
+
+TASK = fedcore.Task(
+    name="corners",
+    kind="classification",
+    model=lambda: nn.Linear(3, 2),
+    clients=lambda folder: ["one", "two"],
+    client_data=lambda client, folder: data(len(client)),
+    test_data=lambda folder: data(9),
+    example_input=torch.zeros(3),
+)
+SETTINGS: dict[str, Any] = {
+    "federation": {"rounds": 1},
+    "simulation": {"workers": 1, "training": "loop"},
+    "compression": {"timing_runs": 100},
+}
+
+
+def test_it_is_resumed_with_or_without_a_release(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    places = {"repository": str(tmp_path / "releases"), "keys": str(tmp_path / "keys")}
+    initialise(tmp_path / "releases", tmp_path / "keys", now=datetime.now(UTC))
+
+    def simulate(**more: Any) -> fedcore.Result:
+        return fedcore.simulate(TASK, runs=tmp_path / "runs", progress=False, **SETTINGS, **more)
+
+    def full(*arguments: Any, **more: Any) -> None:
+        raise DiskFull("releases: the disk has no room.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(registry, "add", full)
+        result = simulate(release=places)
+    assert "the disk has no room" in result.record.unreleased
+    assert result.record.manifest is None
+    folder = tmp_path / "runs" / "corners"
+    model = (folder / "global.safetensors").read_bytes()
+    assert json.loads((folder / "summary.json").read_text())["accuracy"]["released"] is not None
+    with pytest.raises(fedcore.FedcoreError, match=r"interrupted after round 1.*resume=True"):
+        simulate(release=places)
+    assert not is_complete(folder)
+    alone = simulate(resume=True)
+    assert (alone.record.unreleased, alone.record.manifest) == ("", None)
+    assert is_complete(folder)
+    assert (folder / "global.safetensors").read_bytes() == model
