@@ -357,11 +357,12 @@ def _check_mean(loss: Loss, model: FullModel, sample: SyntheticExamples) -> None
         raise PrivacyError(
             "loss: over a batch it is not the mean of the losses of batches of one. "
             "Example-level privacy computes each example alone, so this would train for another "
-            "objective. Nothing was trained or charged; divide by the number of examples: "
-            "instead of CrossEntropyLoss(weight=w) use (w[target] * cross_entropy(output, "
-            "target, reduction='none')).mean(); for masked targets divide by a fixed length, or "
-            "by each example's own; use the mean itself instead of its root, and no terms "
-            "between examples; or set privacy.unit to 'none'."
+            "objective. Nothing was trained or charged; for class weights or ignored targets leave "
+            "`loss` out and set class_weights or ignore_index of the task. In a loss of your own "
+            "divide by the number of examples: instead of CrossEntropyLoss(weight=w) use "
+            "(w[target] * cross_entropy(output, target, reduction='none')).mean(); for masked "
+            "targets divide by a fixed length, or by each example's own; use the mean itself "
+            "instead of its root, and no terms between examples; or set privacy.unit to 'none'."
         )
 
 

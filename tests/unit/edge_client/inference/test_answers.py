@@ -9,6 +9,7 @@ import pytest
 
 from edge_client.inference.answers import MAX_PRINTED, answer_lines, answers, labels
 from fedcore.artifacts.manifest import Manifest
+from fedcore.artifacts.presentation import probabilities
 from fedcore.errors import DeviceError, LimitExceeded
 
 
@@ -79,3 +80,46 @@ def test_the_most_that_is_printed_takes_little_memory(manifest: Any) -> None:
         tracemalloc.stop()
     assert size > 3 * MAX_PRINTED
     assert most < 10 << 20
+
+
+def presenting(manifest: Any, presentation: str, names: tuple[str, ...] = ()) -> Any:
+    changed = {"kind": "own", "presentation": presentation, "labels": names}
+    return manifest.model_copy(update=changed)
+
+
+def test_a_binary_answer_is_one_of_two_names_with_its_probability(manifest: Any) -> None:
+    binary = presenting(manifest, "binary", ("no", "yes"))
+    for outputs in (np.array([[2.0], [-1.0]], np.float32), np.array([2.0, -1.0], np.float32)):
+        assert [*answers(binary, outputs)] == ["yes", "no"]
+        found = json.loads("".join(answer_lines(binary, outputs)))
+        assert found["labels"] == ["yes", "no"]
+        assert found["probabilities"] == pytest.approx([0.8808, 0.2689], abs=1e-4)
+    assert [*answers(presenting(manifest, "binary"), outputs)] == ["1", "0"]
+    with pytest.raises(DeviceError, match="expected 1 or 2 dimensions"):
+        answers(binary, np.zeros((2, 1, 1), np.float32))
+
+
+def test_a_multilabel_answer_has_any_number_of_names(manifest: Any) -> None:
+    several = presenting(manifest, "labels", ("red", "hot"))
+    outputs = np.array([[1, 2], [-1, 3], [-1, -2]], np.float32)
+    assert [*answers(several, outputs)] == ["red hot", "hot", ""]
+    found = json.loads("".join(answer_lines(several, outputs)))
+    assert found["labels"] == [["red", "hot"], ["hot"], []]
+    assert np.shape(found["probabilities"]) == (3, 2)
+
+
+def test_a_dense_answer_is_a_class_at_each_position(manifest: Any) -> None:
+    outputs = np.zeros((1, 3, 2, 2), np.float32)
+    outputs[0, 2, 0, 1] = outputs[0, 1, 1, 1] = 1
+    assert [*answers(presenting(manifest, "dense"), outputs)] == ["0 2 0 1"]
+
+
+@pytest.mark.parametrize("scale", [1.0, 1e4])
+def test_probabilities_stay_finite_and_sum_to_one(scale: float) -> None:
+    outputs = (scale * np.random.default_rng(0).standard_normal((4, 3, 5))).astype(np.float32)
+    for presentation, axis in (("label", -1), ("tokens", -1), ("dense", 1)):
+        found = probabilities(outputs, presentation)  # type: ignore[arg-type]
+        assert np.allclose(found.sum(axis=axis), 1, atol=1e-5)
+    assert np.isfinite(probabilities(outputs[..., 0], "labels")).all()
+    with pytest.raises(ValueError, match="no probabilities"):
+        probabilities(outputs, "values")
