@@ -58,7 +58,7 @@ def export_with_scopes(
         example_batch: Two inputs ``(2, ...)`` of the dtype that devices use; from a single input
             the exporter would infer a constant batch dimension.
         labels: Names of the classes, in order; may be empty.
-        kind: ``classification``, ``regression`` or ``next_token``.
+        kind: Name of the kind of problem.
 
     Returns:
         One ONNX file: input ``input`` and output ``output`` with a dynamic batch dimension, weights
