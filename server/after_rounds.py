@@ -9,9 +9,9 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Literal
@@ -37,10 +37,12 @@ from server.origin import origin_of
 from server.records import (
     ClientRecord,
     ClientTestRecord,
+    FinalTestDetails,
     Finished,
     RunRecord,
     TrainingRecord,
 )
+from server.release.final_details import details_of
 from server.release.final_test import (
     FinalTest,
     Scores,
@@ -50,6 +52,7 @@ from server.release.final_test import (
     statement_of,
 )
 from server.release.publish import Origin, publish
+from server.report.settings import shown_settings
 from server.report.summary import MODELS
 from server.rounds.app import Outcome
 from server.rounds.evaluation.judging import Judge, MeasureOnnx
@@ -205,7 +208,7 @@ def after_rounds(
         rounds=outcome.federated.rounds,
         best_round=outcome.federated.best_round,
         training=trained.training,
-        clients=trained.clients,
+        clients=_with_tests(trained.clients, tested.clients),
         epsilon=origin.privacy.epsilon,
         initial_sha256=origin.initial_sha256,
         spent_before=origin.privacy.before,
@@ -219,6 +222,8 @@ def after_rounds(
         tested=tested.statement,
         test_warning=tested.warning,
         client_tests=tested.clients,
+        details=tested.details,
+        settings=shown_settings(run),
         stages=story.seconds,
         notes=tuple(story.notes),
     )
@@ -271,6 +276,7 @@ class _Tested:
     statement: TestStatement | None = None
     warning: str = ""
     clients: tuple[ClientTestRecord, ...] = ()
+    details: FinalTestDetails | None = None
 
 
 def _tested(
@@ -291,12 +297,21 @@ def _tested(
             models |= {"cloud_alone": tuned.cloud_alone, "finetuned": tuned.candidate}
         released = answers_of_chosen(compressed, threads=run.serving.threads)
         scores = final_scores(task, test.examples, models, released)
+        details = details_of(task, *released(test.examples))
         by_client = client_tests(task, test, outcome.model, released)
         of_models = scores[task.primary.name].items()
         figures = (f"{MODELS[model]} {figure(value)}" for model, value in of_models)
         said.append(f"{task.primary.name} on the final test split: {', '.join(figures)}")
     statement = statement_of(task, scores, test)
-    return _Tested(scores, statement, drop_warning(run, task.primary, statement), by_client)
+    warning = drop_warning(run, task.primary, statement)
+    return _Tested(scores, statement, warning, by_client, details)
+
+
+def _with_tests(
+    clients: Sequence[ClientRecord], tests: Sequence[ClientTestRecord]
+) -> tuple[ClientRecord, ...]:
+    by_name = {each.client: each for each in tests}
+    return tuple(replace(each, test=by_name.get(each.client)) for each in clients)
 
 
 def _fine_tuned(

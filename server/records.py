@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from fedcore.artifacts.manifest import ClientStatement, Manifest, TestStatement
 
@@ -109,6 +110,63 @@ class TrainingRecord:
 
 
 @dataclass(frozen=True)
+class ClientTestRecord:
+    """One client's results on its own test data, in a simulation."""
+
+    client: str
+    examples: int
+    federated: float
+    """Primary metric of the federated model; NaN if it is undefined on these data."""
+    released: float
+    """Primary metric of the released file; NaN if it is undefined on these data."""
+
+
+@dataclass(frozen=True)
+class ClassResult:
+    """One class on the final test."""
+
+    label: str
+    support: int
+    """Number of its targets."""
+    precision: float | None
+    """Share of the decisions for it that are right; None if there are none."""
+    recall: float | None
+    """Share of its targets that were decided right; None if it has none."""
+    f1: float | None
+    """Harmonic mean of both; None if it occurs in neither."""
+
+
+@dataclass(frozen=True)
+class CalibrationBin:
+    """Decisions of similar confidence on the final test."""
+
+    decisions: int
+    confidence: float
+    """Mean probability that the model gives its own decisions."""
+    accuracy: float
+    """Share of them that are right."""
+
+
+@dataclass(frozen=True)
+class FinalTestDetails:
+    """The released model on the final test, in detail."""
+
+    examples: int
+    interval: tuple[float, float] | None
+    """95 % interval of the primary metric over examples like these; None if it is not known."""
+    method: str
+    """How the interval was computed; empty without one."""
+    classes: tuple[ClassResult, ...] = ()
+    """By class; empty for other kinds of problem, and for more than 100 classes."""
+    confusion: tuple[tuple[int, ...], ...] = ()
+    """How often each class (row) was taken for each (column); empty where ``classes`` is."""
+    calibration: tuple[CalibrationBin, ...] = ()
+    """By confidence, from the lowest; empty for kinds without decisions."""
+    calibration_error: float | None = None
+    """Expected calibration error; None for kinds without decisions."""
+
+
+@dataclass(frozen=True)
 class ClientRecord:
     """One client at the end of a simulation. Real devices keep these figures to themselves."""
 
@@ -119,18 +177,8 @@ class ClientRecord:
     epsilon: float | None
     rounds: int
     """Rounds in which the client took part."""
-
-
-@dataclass(frozen=True)
-class ClientTestRecord:
-    """One client's results on its own test data, in a simulation."""
-
-    client: str
-    examples: int
-    federated: float
-    """Primary metric of the federated model; NaN if it is undefined on these data."""
-    released: float
-    """Primary metric of the released file; NaN if it is undefined on these data."""
+    test: ClientTestRecord | None = None
+    """Results on the client's own test data; None if it has none within reach."""
 
 
 def epsilon_spent(
@@ -234,6 +282,10 @@ class RunRecord:
     it isn't."""
     client_tests: tuple[ClientTestRecord, ...] = ()
     """Results on clients' own test data; empty without them."""
+    details: FinalTestDetails | None = None
+    """The released model on the final test, in detail; None without a test split."""
+    settings: dict[str, Any] = field(default_factory=dict)
+    """The settings of the run that matter for its result, by name."""
     epsilon: float | None = None
     """Largest epsilon that any client may have spent on its examples (`epsilon_spent`)."""
     initial_sha256: str | None = None

@@ -120,11 +120,15 @@ def _round_cells(values: Mapping[str, Value]) -> _Cells:
     metrics = values.get("metrics")
     first = next(iter(metrics.items()), None) if isinstance(metrics, dict) else None
     name, metric = first or ("metric", None)
+    sources = values.get("sources")
+    source = sources.get(name) if isinstance(sources, dict) else None
+    if isinstance(source, dict) and source.get("averaged"):
+        name = f"{name}, mean of clients"
     virtual = values.get("virtual")
     on_devices = virtual if isinstance(virtual, dict) else {}
     return (
         ("round", f"{values.get('round')}/{values.get('rounds')}"),
-        (name, figure(metric)),
+        (name, "undefined" if first and metric is None else figure(metric)),
         ("epsilon", _epsilon(values)),
         ("clients", f"{values.get('updates')}/{values.get('cohort')}"),
         ("loss", figure(_number(values, "train_loss"))),

@@ -83,7 +83,8 @@ def hit_statistics(
     def limits(shape: Shape) -> list[tuple[float, float]]:
         return [(0.0, decisions.places(shape))] * 2
 
-    return Statistics(sums, lambda sums: sums[0] / sums.sum(), limits, total=decisions.places)
+    value = lambda sums: sums[0] / sums.sum()  # noqa: E731
+    return Statistics(sums, value, limits, total=decisions.places, is_share=True)
 
 
 def accuracy_statistics(decisions: Decisions = ROWS) -> Statistics:

@@ -88,6 +88,7 @@ def _attempt(metric: Metric, compute: Callable[[], object]) -> _Attempt:
 
 def _failed(error: BaseException) -> _Attempt:
     said, of_data = foreign(error, _MAX_REASON), isinstance(error, _OF_DATA)
+    said = said.rstrip(".")
     if not (of_data and said):
         said = f"{type(error).__name__}: {said}" if said else type(error).__name__
     return _Attempt(math.nan, foreign(said, _MAX_REASON), fault=not of_data)

@@ -68,6 +68,9 @@ class Statistics:
     total: float | Callable[[Shape], float] = math.inf
     """The most that one example adds to all sums together, by magnitude, or a function that returns
     it for the shape of one example's outputs. For counts of disjoint cases it is 1."""
+    is_share: bool = False
+    """Whether the two sums count right and wrong decisions, and the value is the share of right
+    ones: its interval over examples is then known exactly."""
 
     def __call__(self, outputs: Tensor, targets: Tensor) -> float:
         """Computes the metric over all examples of a data set.

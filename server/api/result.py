@@ -37,12 +37,23 @@ class History:
         return len(self.rounds)
 
     def rows(self) -> list[dict[str, Any]]:
-        """Returns one flat dict per round: its fields, and each metric and setting by its name."""
+        """Returns one flat dict per round: its fields, and each metric and setting by its name.
+
+        Where clients evaluate rounds, ``mean_of_clients`` names the metrics that are means of the
+        clients' values; others are values over all of their examples. A metric whose name is that
+        of a field, such as ``seconds``, is stored as ``seconds_metric``.
+        """
         rows = []
         for each in self.rounds:
             row = asdict(each)
             metrics, virtual, client = row.pop("metrics"), row.pop("virtual"), row.pop("client")
-            rows.append({**row, **(virtual or {}), **client, **metrics})
+            sources = row.pop("sources")
+            fixed = {**row, **(virtual or {}), **client}
+            if sources:
+                means = [name for name, source in sources.items() if source["averaged"]]
+                fixed["mean_of_clients"] = ", ".join(means)
+            named = {f"{name}_metric" if name in fixed else name: metrics[name] for name in metrics}
+            rows.append({**fixed, **named})
         return rows
 
     def to_pandas(self) -> Any:

@@ -7,6 +7,13 @@ from typing import Any
 
 from server.records import RunRecord
 from server.report import plots, sections
+from server.report.client_plot import clients_plot
+from server.report.final_test import (
+    calibration_plot,
+    classes_table,
+    confusion_table,
+    final_test,
+)
 from server.report.pages import render
 from server.report.parts import DrawnPlot, drawn
 from server.report.privacy import delta_text, protects_examples
@@ -33,6 +40,11 @@ def report_html(record: RunRecord, summary: Mapping[str, Any]) -> str:
         cards=sections.headline(record, summary),
         scores=sections.scores_table(record),
         client_tests=sections.client_tests_table(record),
+        final_test=final_test(record),
+        classes=classes_table(record.details),
+        confusion=confusion_table(record.details),
+        metric_notes=sections.metric_notes(record),
+        settings=sections.settings_table(record),
         training=sections.training(record),
         rounds=sections.rounds_table(record),
         candidates=sections.candidates_table(record),
@@ -58,8 +70,17 @@ def _plots(record: RunRecord) -> dict[str, DrawnPlot | None]:
     candidates = plots.candidates_plot(
         record.candidates, primary=primary, higher_is_better=higher, chosen=record.chosen
     )
-    clients = plots.clients_plot(record.clients, primary=primary, higher_is_better=higher)
+    clients = clients_plot(record.clients, primary=primary, higher_is_better=higher)
     return {
+        "calibration_plot": drawn(
+            calibration_plot(record.details),
+            "How often the released model is right, by its confidence, on the final test split.",
+        ),
+        "loss_plot": drawn(
+            plots.loss_plot(record.rounds),
+            "Mean loss of local training by round, on the data that clients train on; it does not "
+            "show how good the model is on other data.",
+        ),
         "scores_plot": drawn(scores, f"The {primary} of each model on the final test split."),
         "rounds_plot": drawn(rounds, sections.judged(record)),
         "bytes_plot": drawn(
@@ -73,7 +94,8 @@ def _plots(record: RunRecord) -> dict[str, DrawnPlot | None]:
         ),
         "clients_plot": drawn(
             clients,
-            f"The {primary} of the federated model on each client's own data. A simulation can "
-            "look at every client; real devices do not release these figures.",
+            f"The {primary} of the federated model on all data of each client, most of which it "
+            "trained on. A simulation can look at every client; real devices do not release these "
+            "figures.",
         ),
     }

@@ -7,24 +7,22 @@ epsilon.
 from __future__ import annotations
 
 import math
-import statistics
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
 import numpy as np
-from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter, NullLocator
+from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
 from matplotlib.transforms import Bbox
 from numpy.typing import NDArray
 
 from fedcore.observability.words import bytes_text, figure
-from server.records import CandidateRecord, ClientRecord, RoundRecord
+from server.records import CandidateRecord, RoundRecord
+from server.report.axes import metric_label, plain_numbers, round_axis
 from server.report.summary import MODELS
 from server.report.svg import (
     BLUE,
-    FAINT,
     GREEN,
     HEIGHT_IN,
     INK,
@@ -35,8 +33,6 @@ from server.report.svg import (
     drawable,
     shortened,
 )
-
-_NAME_LENGTH = 24  # characters of a metric's name that fit next to an axis
 
 
 def rounds_plot(
@@ -60,14 +56,14 @@ def rounds_plot(
             colour = BLUE if points is metric else PURPLE
             panel.plot(*zip(*points, strict=True), color=colour, marker=marker, markersize=4)
             panel.margins(x=0.04, y=0.12)
-            _plain_numbers(panel, "y")
+            plain_numbers(panel, "y")
         if metric:
-            _metric_label(axes[0], "y", primary, higher_is_better)
+            metric_label(axes[0], "y", primary, higher_is_better)
             _mark_best(axes[0], dict(metric), best_round)
         if epsilon:
             axes[-1].set_ylabel(f"epsilon spent ({'of clients' if of_clients else 'max'})")
             axes[-1].set_ylim(bottom=0)
-        _round_axis(axes[-1], rounds)
+        round_axis(axes[-1], rounds)
 
     label = f"{primary} by round" + (", and epsilon spent" if epsilon else "")
     return draw("rounds", label, paint, HEIGHT_IN if len(panels) == 1 else 1.35 * HEIGHT_IN)
@@ -90,6 +86,25 @@ def _mark_best(axes: Axes, points: Mapping[int, float], best_round: int) -> None
         va="top" if below else "bottom",
         color=ORANGE,
     )
+
+
+def loss_plot(rounds: Sequence[RoundRecord]) -> str | None:
+    """Plots the mean training loss by round."""
+    values = [(r.round, r.train_loss) for r in rounds]
+    points = [(number, loss) for number, loss in values if loss is not None and drawable(loss)]
+    if not points:
+        return None
+
+    def paint(on: Figure) -> None:
+        axes = on.subplots()
+        marker = "o" if len(points) <= 40 else ""
+        axes.plot(*zip(*points, strict=True), color=GREEN, marker=marker, markersize=4)
+        axes.margins(x=0.04, y=0.12)
+        plain_numbers(axes, "y")
+        axes.set_ylabel("training loss")
+        round_axis(axes, rounds)
+
+    return draw("loss", "Training loss by round", paint, HEIGHT_IN)
 
 
 def bytes_plot(rounds: Sequence[RoundRecord]) -> str | None:
@@ -122,7 +137,7 @@ def bytes_plot(rounds: Sequence[RoundRecord]) -> str | None:
         axes.set_ylim(0, 1.1 * top)
         axes.yaxis.set_major_formatter(FuncFormatter(lambda value, _: bytes_text(value)))
         axes.set_ylabel("bytes sent so far, all clients")
-        _round_axis(axes, rounds)
+        round_axis(axes, rounds)
 
     return draw("bytes", "Bytes sent by round, up and down", paint, HEIGHT_IN)
 
@@ -158,8 +173,8 @@ def candidates_plot(
             )
         _log_times(axes, [c.p50_us for c in shown])
         axes.margins(y=0.25)
-        _plain_numbers(axes, "y")
-        _metric_label(axes, "y", primary, higher_is_better)
+        plain_numbers(axes, "y")
+        metric_label(axes, "y", primary, higher_is_better)
         axes.set_xlabel("p50 latency, \N{MICRO SIGN}s (bar: medians of repeated blocks)")
         _label_points(on, axes, shown, chosen)
 
@@ -174,7 +189,7 @@ def _log_times(axes: Axes, times_us: Sequence[float]) -> None:
     axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
     axes.xaxis.set_minor_locator(NullLocator())
     axes.xaxis.set_minor_formatter(NullFormatter())
-    _plain_numbers(axes, "x")
+    plain_numbers(axes, "x")
 
 
 def _label_points(
@@ -273,66 +288,6 @@ def _within(inner: Bbox, outer: Bbox) -> bool:
     )
 
 
-def clients_plot(
-    clients: Sequence[ClientRecord], *, primary: str, higher_is_better: bool
-) -> str | None:
-    """Plots each client's metric: sorted on the left, against its examples on the right."""
-    shown = sorted((c for c in clients if drawable(c.metric)), key=lambda c: c.metric)
-    if not shown:
-        return None
-    spent = [c.epsilon if drawable(c.epsilon) else math.nan for c in shown]
-    most = max((c.epsilon for c in shown if c.epsilon is not None), default=math.nan)
-    coloured = drawable(most)
-
-    # Eight steps: a smooth colour bar would be an embedded image, which the content policy forbids.
-    colours = colormaps["viridis_r"].resampled(8).with_extremes(bad=FAINT)
-
-    def paint(on: Figure) -> None:
-        ordered, against = on.subplots(1, 2, sharey=True)
-        metrics = [c.metric for c in shown]
-        size = 34 if len(shown) <= 60 else 14
-        for axes, places in (
-            (ordered, list(range(1, len(shown) + 1))),
-            (against, [max(1, c.examples) for c in shown]),
-        ):
-            dots = axes.scatter(
-                places,
-                metrics,
-                s=size,
-                c=spent if coloured else BLUE,
-                cmap=colours if coloured else None,
-                vmin=0 if coloured else None,  # one scale for both panels, from 0
-                vmax=most if coloured and most > 0 else None,
-                plotnonfinite=coloured,
-                edgecolors=MUTED,
-                linewidths=0.4,
-            )
-        median = statistics.median(metrics)
-        ordered.axhline(median, color=MUTED, linewidth=1, linestyle=(0, (3, 2)))
-        ordered.annotate(
-            f"median {figure(median)}",
-            (0.02, median),
-            xycoords=("axes fraction", "data"),
-            xytext=(0, 3),
-            textcoords="offset points",
-            color=MUTED,
-            fontsize=8.5,
-        )
-        _plain_numbers(ordered, "y")
-        _metric_label(ordered, "y", primary, higher_is_better)
-        ordered.set_xlabel("clients, in order")
-        ordered.xaxis.set_major_locator(MaxNLocator(5, integer=True))
-        against.set_xlabel("examples (log)")
-        against.set_xscale("log")
-        against.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=6))
-        against.xaxis.set_minor_locator(NullLocator())
-        _plain_numbers(against, "x")
-        if coloured:
-            on.colorbar(dots, ax=against, label="epsilon spent", aspect=30)
-
-    return draw("clients", f"{primary} of each client", paint, HEIGHT_IN)
-
-
 def scores_plot(scores: Mapping[str, float], *, primary: str, higher_is_better: bool) -> str | None:
     """Plots the primary metric of each model on the final test split, as bars."""
     shown = [(name, scores[name]) for name in MODELS if drawable(scores.get(name))]
@@ -350,26 +305,7 @@ def scores_plot(scores: Mapping[str, float], *, primary: str, higher_is_better: 
         axes.tick_params(axis="y", length=0)
         axes.margins(x=0.14)
         axes.axvline(0, color=MUTED, linewidth=1)
-        _plain_numbers(axes, "x")
-        _metric_label(axes, "x", primary, higher_is_better)
+        plain_numbers(axes, "x")
+        metric_label(axes, "x", primary, higher_is_better)
 
     return draw("scores", f"{primary} on the final test split", paint, 0.8 * HEIGHT_IN)
-
-
-def _metric_label(axes: Axes, which: str, primary: str, higher_is_better: bool) -> None:
-    better = "higher" if higher_is_better else "lower"
-    text = f"{shortened(primary, _NAME_LENGTH)} ({better} is better)"
-    (axes.set_xlabel if which == "x" else axes.set_ylabel)(text)
-
-
-def _plain_numbers(axes: Axes, which: str) -> None:
-    axis = axes.xaxis if which == "x" else axes.yaxis
-    axis.set_major_formatter(FuncFormatter(lambda value, _: f"{value:g}"))
-
-
-def _round_axis(axes: Axes, rounds: Sequence[RoundRecord]) -> None:
-    axes.set_xlabel("round")
-    if len(rounds) > 1:
-        axes.xaxis.set_major_locator(MaxNLocator(8, integer=True))
-    else:
-        axes.set_xticks([rounds[0].round])

@@ -167,9 +167,49 @@ def client_tests_table(record: RunRecord) -> Table | None:
     return Table(["client", "examples", *tested], rows)
 
 
+_MEAN = ", mean of clients"
+
+
+def mean_of_clients(record: RunRecord) -> set[str]:
+    """Returns the metrics that are means of the clients' values in some round."""
+    return {
+        name for each in record.rounds for name, source in each.sources.items() if source.averaged
+    }
+
+
+def metric_notes(record: RunRecord) -> list[str]:
+    """Describes which metrics are means of clients, and which some clients could not measure."""
+    kept = next((each for each in record.rounds if each.round == record.best_round), None)
+    notes = []
+    means = [name for name in (kept.sources if kept else ()) if name in mean_of_clients(record)]
+    if means:
+        notes.append(
+            f"Mean of the clients' values, weighted by their examples: {', '.join(means)}. Other "
+            "metrics are values over all examples of the clients together."
+        )
+    for name, source in (kept.sources if kept else {}).items():
+        if source.undefined:
+            notes.append(
+                f"{name}: {source.clients} of {counted(source.asked, 'client')} "
+                f"({source.undefined} undefined: {source.reason})."
+            )
+    return notes
+
+
+def settings_table(record: RunRecord) -> Table | None:
+    """Returns the run's settings; None if they are not known."""
+    if not record.settings:
+        return None
+    rows = [
+        [name, NOTHING if value is None else str(value)] for name, value in record.settings.items()
+    ]
+    return Table(["setting", "value"], rows, prose="value")
+
+
 def rounds_table(record: RunRecord) -> Table:
     """Returns the table of all rounds."""
     metrics = list(dict.fromkeys(name for each in record.rounds for name in each.metrics))
+    means = mean_of_clients(record)
     devices = ["on devices", "away", "dropped", "late", "wasted"]
     on_devices = devices if any(each.virtual for each in record.rounds) else []
     of_clients = any(each.client_epsilon is not None for each in record.rounds)
@@ -183,6 +223,7 @@ def rounds_table(record: RunRecord) -> Table:
             f"{each.updates} of {each.cohort}",
             str(each.declined),
             str(each.failed),
+            str(max(0, each.cohort - each.updates - each.declined - each.failed)),
             bytes_text(each.bytes_up),
             bytes_text(each.bytes_down),
             seconds_text(each.seconds),
@@ -190,8 +231,15 @@ def rounds_table(record: RunRecord) -> Table:
         ]
         for each in record.rounds
     ]
-    headings = ["round", *metrics, "loss", "epsilon", *(["client epsilon"] if of_clients else ())]
-    headings += ["updates", "declined", "failed", "up", "down", "time", *on_devices]
+    shown = [f"{name}{_MEAN if name in means else ''}" for name in metrics]
+    headings = [
+        "round",
+        *shown,
+        "training loss",
+        "epsilon",
+        *(["client epsilon"] if of_clients else ()),
+    ]
+    headings += ["updates", "declined", "failed", "no reply", "up", "down", "time", *on_devices]
     return Table(headings, rows, highlighted=str(record.best_round) if record.judged else None)
 
 

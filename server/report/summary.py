@@ -72,6 +72,8 @@ def summary(
             "failed": record.unreleased or None,
         },
         "test": _test(record),
+        "evaluation": _evaluation(record),
+        "settings": record.settings,
         "best_round": record.best_round if record.judged else None,
         "seconds": {**record.stages, "total": seconds},
         "training": asdict(record.training) if record.training else None,
@@ -95,6 +97,19 @@ def _test(record: RunRecord) -> dict[str, Any] | None:
         **record.tested.model_dump(mode="json"),
         "warning": record.test_warning or None,
         "by_client": [asdict(each) for each in record.client_tests],
+        "details": asdict(record.details) if record.details else None,
+    }
+
+
+def _evaluation(record: RunRecord) -> dict[str, Any] | None:
+    """Returns the clients behind each metric of the kept round; None if no client evaluated it."""
+    kept = next((each for each in record.rounds if each.round == record.best_round), None)
+    if kept is None or not kept.sources:
+        return None
+    return {
+        "mean_of_clients": [name for name, each in kept.sources.items() if each.averaged],
+        "metrics": kept.metrics,
+        "sources": {name: asdict(each) for name, each in kept.sources.items()},
     }
 
 

@@ -222,3 +222,17 @@ def test_epsilon_names_whose_it_is(
     said = stream.getvalue()
     assert ("epsilon" in said) == bool(shown)
     assert not shown or f", {shown}, clients 19/20" in said
+
+
+def test_a_mean_of_clients_is_called_one_and_an_undefined_metric_undefined(
+    finished_round: Round,
+) -> None:
+    values = finished_round(2).values
+    source = {"clients": 7, "asked": 10, "undefined": 3, "averaged": True, "reason": "one class"}
+    stream = StringIO()
+    with console.plain(stream) as sink:
+        sink(RoundFinished({**values, "sources": {"accuracy": source}}))
+        sink(RoundFinished({**values, "metrics": {"auc": None, "accuracy": 0.5}}))
+    one, other = stream.getvalue().splitlines()
+    assert one.startswith("round 2/5: accuracy, mean of clients 0.7000, ")
+    assert other.startswith("round 2/5: auc undefined, ")

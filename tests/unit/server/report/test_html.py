@@ -9,7 +9,16 @@ from typing import Any
 
 import pytest
 
-from server.records import ClientTestRecord, RunRecord, TrainingRecord, VirtualRecord
+from server.records import (
+    CalibrationBin,
+    ClassResult,
+    ClientTestRecord,
+    FinalTestDetails,
+    MetricSource,
+    RunRecord,
+    TrainingRecord,
+    VirtualRecord,
+)
 from server.report.html import report_html
 from server.report.sections import client_tests_table
 from server.report.summary import summary
@@ -232,3 +241,59 @@ def test_clients_whose_test_data_define_no_metric_come_last(
     assert table is not None
     order = "".join(str(row[0]) for row in table.rows)
     assert order == ("cfeabd" if higher else "aecfbd")
+
+
+DETAILS = FinalTestDetails(
+    examples=1200,
+    interval=(0.93, 0.97),
+    method="Wilson",
+    classes=(ClassResult("<cat>", 700, 0.9, 0.8, 0.85), ClassResult("dog", 500, 0.7, None, 0.6)),
+    confusion=((560, 140), (60, 440)),
+    calibration=(CalibrationBin(300, 0.6, 0.5), CalibrationBin(900, 0.95, 0.99)),
+    calibration_error=0.055,
+)
+
+
+def test_the_final_test_is_told_with_its_interval_its_classes_and_its_calibration(
+    record: RunRecord,
+) -> None:
+    page = page_of(replace(record, details=DETAILS))
+    text = read(page).text
+    assert "The test has 1,200 examples. accuracy of the released model is 0.9500" in text
+    assert "between 0.9300 and 0.9700 with 95 % confidence (Wilson)" in text
+    assert "Expected calibration error 0.055" in text
+    assert "Which class was taken for which (2 classes)" in text
+    assert "&lt;cat&gt;" in page
+    assert "Accuracy by confidence" in page
+    bare = read(page_of(replace(record, details=replace(DETAILS, interval=None, classes=())))).text
+    assert "95 % confidence" not in bare
+    assert "Which class" not in bare
+
+
+def test_means_of_clients_lost_devices_loss_and_settings_are_told(record: RunRecord) -> None:
+    sources = {"accuracy": MetricSource(7, 10, 3, averaged=True, reason="one class only")}
+    rounds = tuple(
+        replace(each, sources=sources, cohort=5, failed=1, train_loss=1 / each.round)
+        for each in record.rounds
+    )
+    settings = {"federation.strategy": "FedAdam", "federation.cohort": None}
+    page = page_of(replace(record, rounds=rounds, settings=settings))
+    text = re.sub(r"\s+", " ", read(page).text)
+    assert (
+        "accuracy, mean of clients training loss epsilon updates declined failed no reply" in text
+    )
+    assert "3 of 5 0 1 1" in text  # one of five sent nothing
+    assert "accuracy: 7 of 10 clients (3 undefined: one class only)." in text
+    assert "Mean loss of local training by round, on the data that clients train on" in text
+    assert "Settings of the run (2)" in text
+    assert "federation.strategy FedAdam" in text
+
+
+def test_clients_are_named_on_their_plot(record: RunRecord) -> None:
+    few = page_of(record)
+    assert all(f">{each.client}</text>" in few for each in record.clients)
+    many = tuple(replace(record.clients[0], client=f"site-{n}", metric=n / 100) for n in range(60))
+    page = page_of(replace(record, clients=many))
+    assert ">site-0</text>" in page
+    assert ">site-59</text>" in page
+    assert ">site-7</text>" not in page

@@ -10,7 +10,8 @@ import matplotlib
 import pytest
 
 from server.records import RunRecord
-from server.report.plots import bytes_plot, candidates_plot, clients_plot, rounds_plot, scores_plot
+from server.report.client_plot import clients_plot
+from server.report.plots import bytes_plot, candidates_plot, rounds_plot, scores_plot
 from server.report.svg import BLUE, ORANGE, shortened
 
 SVG = "{http://www.w3.org/2000/svg}"

@@ -5,7 +5,7 @@ import math
 from dataclasses import asdict, replace
 
 from fedcore.artifacts.manifest import TestStatement
-from server.records import ClientTestRecord, RunRecord, TrainingRecord, VirtualRecord
+from server.records import ClientTestRecord, MetricSource, RunRecord, TrainingRecord, VirtualRecord
 from server.report.summary import summary
 
 
@@ -33,6 +33,8 @@ def test_a_whole_run(record: RunRecord) -> None:
         "latency": {"torch_p50_us": 70.0, "fp32_p50_us": 11.0, "released_p50_us": 9.0},
         "release": {"version": 3, "digest": "ab" * 32, "withheld": None, "failed": None},
         "test": None,
+        "evaluation": None,
+        "settings": {},
         "best_round": 3,
         "seconds": {"rounds": 1.5, "compression": 2.5, "total": 5.0},
         "training": None,
@@ -67,6 +69,8 @@ def test_what_a_run_lacks_is_null_and_not_left_out(record: RunRecord) -> None:
         "latency": {"torch_p50_us": None, "fp32_p50_us": None, "released_p50_us": None},
         "release": {"version": None, "digest": None, "withheld": None, "failed": None},
         "test": None,
+        "evaluation": None,
+        "settings": {},
         "best_round": None,
         "seconds": {"total": 1.0},
         "training": None,
@@ -154,3 +158,21 @@ def test_the_final_test_is_told_with_its_warning_and_each_client(record: RunReco
         {"client": "anna", "examples": 5, "federated": 1.0, "released": 0.8},
         {"client": "ben", "examples": 3, "federated": 0.7, "released": None},
     ]
+
+
+def test_clients_behind_each_metric_are_told(record: RunRecord) -> None:
+    sources = {
+        "accuracy": MetricSource(10, 10, 0, averaged=False, reason=""),
+        "auc": MetricSource(7, 10, 3, averaged=True, reason="one class only"),
+    }
+    metrics: dict[str, float | None] = {"accuracy": 0.9, "auc": None}
+    rounds = tuple(replace(each, metrics=metrics, sources=sources) for each in record.rounds)
+    made = summary(
+        replace(record, rounds=rounds), target_delta=None, torch_p50_us=None, seconds=1.0
+    )
+    assert made["evaluation"] == {
+        "mean_of_clients": ["auc"],
+        "metrics": {"accuracy": 0.9, "auc": None},
+        "sources": {name: asdict(each) for name, each in sources.items()},
+    }
+    json.dumps(made, allow_nan=False)
