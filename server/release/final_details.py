@@ -13,6 +13,7 @@ from scipy.stats import norm
 from scipy.stats import t as student
 from torch import Tensor
 
+from fedcore.seeds import torch_rng
 from fedcore.task.class_statistics import Decisions, confusion_counts
 from fedcore.task.definition import Task
 from fedcore.task.measured import measure_outputs
@@ -83,7 +84,9 @@ def interval_of(
     if sums is not None and _is_share(metric) and sums.sum() == len(targets):
         return _wilson(float(sums[0]), len(targets)), "Wilson"
     groups = min(_GROUPS, len(targets))
-    rows = torch.arange(len(targets)) % max(groups, 1)
+    # Drawn, not taken in turn: examples may be in an order, such as class by class in turn.
+    rng = torch_rng(0, "groups of the final test")
+    rows = torch.randperm(len(targets), generator=rng) % max(groups, 1)
     left_out = [
         measure_outputs([metric], outputs[rows != group], targets[rows != group]).score(metric)
         for group in range(groups if groups > 1 else 0)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from scipy.stats import binomtest
 
-from fedcore.metrics import F1, RMSE
+from fedcore.metrics import AUC, F1, RMSE
 from fedcore.seeds import torch_rng
 from fedcore.task.metrics import ACCURACY
 from server.records import CalibrationBin
@@ -59,6 +59,15 @@ def test_other_metrics_have_an_interval_that_covers_the_value_of_many_rows(metri
         assert method == "jackknife"
         covers += interval[0] <= truth <= interval[1]
     assert covers / 150 > 0.88
+
+
+def test_an_interval_does_not_depend_on_classes_in_turn() -> None:
+    rng = torch_rng(0, "turns")
+    targets = torch.arange(600) % 2
+    logits = targets + torch.randn(600, generator=rng)
+    interval, _ = interval_of(AUC, torch.stack([-logits, logits], 1), targets)
+    assert interval is not None
+    assert 0.05 < interval[1] - interval[0] < 0.15  # the area's deviation is about 0.02
 
 
 def test_there_is_no_interval_of_one_row_or_of_no_value() -> None:
