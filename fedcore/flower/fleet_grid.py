@@ -45,6 +45,9 @@ class NodePresence(Protocol):
     def offline_s(self, node_id: int) -> float:
         """Returns the seconds since a node was last online; 0 while it is."""
 
+    def owe(self, node_ids: Iterable[int]) -> None:
+        """Leaves nodes out that were online and did not reply in time, until they call again."""
+
 
 Check = Callable[[Message], None]
 """Checks a reply before any use of it; raises a FedcoreError to reject it."""
@@ -61,6 +64,7 @@ class FleetGrid(OwnGrid):
     """Sends messages to the fleet in this process, and yields replies as they arrive.
 
     A round stops waiting once every device that has not replied has been offline for `GRACE_S`.
+    Devices that are online and have not replied at its end are left out until they call again.
     Messages without a reply at the end of a round are deleted; a later reply is rejected as late.
 
     Replies are parsed and checked on demand, and not kept: in batches of those that are complete
@@ -157,6 +161,7 @@ class FleetGrid(OwnGrid):
                     raise failure
                 now = time.monotonic()
                 if now >= end:
+                    self._presence.owe(waiting.values())
                     self._check_machine()
                     return
                 self.on_wait()

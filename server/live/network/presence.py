@@ -7,12 +7,15 @@ some seconds after each call.
 from __future__ import annotations
 
 import asyncio
+import logging
 import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 
 from fedcore.errors import TrustError
+
+log = logging.getLogger("fedcore.server")
 
 MAX_SILENCE_S = 30.0
 """Maximum seconds that a device without a stream counts as online after a call, even if it
@@ -43,6 +46,8 @@ class _Session:
     """Time at which its stream ended or it signed off; None if neither."""
     silent_s: float = INITIAL_SILENCE_S
     """Seconds that it counts as online after its last call, without a stream."""
+    owes: bool = False
+    """Whether it was online and did not reply in time to a round, and has not called since."""
     replaced: tuple[str, ...] = ()
     """Identifiers of earlier processes of this device."""
 
@@ -57,6 +62,8 @@ class DeviceStatus:
     """Whether it is online."""
     awake: bool
     """Whether its stream is open; an online device without a stream polls."""
+    owes: bool = False
+    """Whether it has not replied in time to a round, and not called since; rounds leave it out."""
 
 
 class Presence:
@@ -88,7 +95,7 @@ class Presence:
         with self._lock:
             now, old = self._clock(), self._sessions.get(node_id)
             if old is not None and old.instance == instance:
-                old.seen, old.left = now, None
+                old.seen, old.left, old.owes = now, None, False
                 return False
             if old is not None and instance in old.replaced:
                 raise TrustError(
@@ -114,6 +121,7 @@ class Presence:
             if session is None or session.instance != instance:
                 return False
             session.seen = self._clock()
+            session.owes = False
             if next_call_s is not None:
                 session.silent_s = min(next_call_s + POLL_GRACE_S, MAX_SILENCE_S)
             if session.stream is None:
@@ -170,6 +178,29 @@ class Presence:
                 _set_event(self._loop, session.stream)
         self._on_change()
 
+    def owe(self, node_ids: Iterable[int]) -> None:
+        """Leaves devices out of `nodes` that were online and did not reply in time.
+
+        Training may never end, for example in a task that hangs. A device that calls has finished
+        it, and is selected again.
+        """
+        with self._lock:
+            found = [
+                session
+                for node_id in node_ids
+                if (session := self._sessions.get(node_id)) is not None
+                and self._left(session) is None
+            ]
+            for session in found:
+                session.owes = True
+        for name in sorted(session.name for session in found):
+            log.warning(
+                "%s: connected, but it did not reply by federation.deadline_s. Rounds leave it out "
+                "until it calls again; look at its log, and restart it if its task hangs",
+                name,
+            )
+        self._on_change()
+
     def close(self) -> None:
         """Forgets all devices and ends their streams, when the server stops."""
         for node_id in self.keys():
@@ -184,19 +215,21 @@ class Presence:
         self._on_change()
 
     def nodes(self) -> list[int]:
-        """Returns the nodes that are online and not drained."""
+        """Returns the nodes that are online, not drained, and owe no reply."""
         with self._lock:
             return [
                 key
                 for key, one in self._sessions.items()
-                if one.name not in self._drained and self._left(one) is None
+                if one.name not in self._drained and self._left(one) is None and not one.owes
             ]
 
     def devices(self) -> list[DeviceStatus]:
         """Returns the state of all devices that have called, sorted by name."""
         with self._lock:
             found = [
-                DeviceStatus(node_id, one.name, self._left(one) is None, one.stream is not None)
+                DeviceStatus(
+                    node_id, one.name, self._left(one) is None, one.stream is not None, one.owes
+                )
                 for node_id, one in self._sessions.items()
             ]
         return sorted(found, key=lambda device: device.name)

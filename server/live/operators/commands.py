@@ -111,6 +111,7 @@ def _shown_devices(answer: Mapping[str, Any]) -> str:
     for one in answer["devices"]:
         there = "awake" if one["awake"] else "polls" if one["there"] else "away"
         drained = ", drained" if one["drained"] else ""
+        drained += ", owes a reply: left out until it calls" if one["owes"] else ""
         until = one["certificate_not_after"][:10]
         lines.append(f"{one['name']:<24} {there}{drained}; certificate until {until}")
     return "\n".join(lines) or "The project has no devices yet."

@@ -88,6 +88,7 @@ def devices_answer(
                 "node_id": node_id,
                 "there": device is not None and device.online,
                 "awake": device is not None and device.awake,
+                "owes": device is not None and device.owes,
                 "drained": member.name in drained,
                 "num_examples": member.num_examples,
                 "certificate_not_after": f"{member.not_after:%Y-%m-%dT%H:%M:%SZ}",

@@ -142,7 +142,7 @@ class JournalCheckpointer:
                 time.sleep(_POLL_S)
             except RoundFailed as error:
                 why, missing = str(error).partition(". ")[0], self._missing()
-                named = f" Not connected: {some(missing)}." if missing else ""
+                named = f" Missing: {some(missing)}." if missing else ""
                 patient = max(began + self._grace_s, self._rejoin_until)
                 short = self._short(draw, final=not missing or time.monotonic() >= patient)
                 if short is not None:

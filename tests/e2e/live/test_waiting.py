@@ -160,7 +160,7 @@ def test_a_later_round_that_finds_too_few_devices_is_stopped(
     assert device.end() == 0
     ask_local(folder, {"verb": "resume"})
     wait_for(lambda: status(project)["state"] == "running")
-    wait_for(lambda: "Not connected: edge-0." in (status(project)["waits"] or ""), 30)
+    wait_for(lambda: "Missing: edge-0." in (status(project)["waits"] or ""), 30)
     ask_local(folder, {"verb": "backup", "file": str(project.root / "b.tar")})
     began = time.monotonic()
     ask_local(folder, {"verb": "stop"})

@@ -51,6 +51,9 @@ class Answering:
     def offline_s(self, node_id: int) -> float:
         return 60.0
 
+    def owe(self, node_ids: Iterable[int]) -> None:
+        self.owing = list(node_ids)
+
     def wake(self, node_ids: Iterable[int]) -> None:
         devices = zip(self.keys, self.messages, self.sizes, strict=True)
         for place, (key, message, size) in enumerate(devices):
@@ -156,3 +159,13 @@ def test_a_caller_with_enough_leaves_the_rest(fleet: Fleet) -> None:
     batches.close()  # type: ignore[attr-defined]
     assert len(devices.done) == 3
     assert not fleet.pending
+
+
+def test_who_is_there_and_does_not_reply_in_time_owes_a_reply(
+    fleet: Fleet, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    devices = Answering(fleet, [SMALL, SMALL])
+    monkeypatch.setattr(devices, "wake", lambda node_ids: None)
+    monkeypatch.setattr(devices, "offline_s", lambda node_id: 0.0)
+    assert list(devices.grid.send_and_receive_batches(devices.messages, timeout=0.01)) == []
+    assert devices.owing == [one.metadata.dst_node_id for one in devices.messages]

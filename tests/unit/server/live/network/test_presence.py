@@ -169,3 +169,30 @@ def test_who_is_drained_stays_so_with_another_key() -> None:
         assert presence.nodes() == [1, 3]
 
     run(scenario)
+
+
+def test_a_device_that_owes_a_reply_is_left_out_until_it_calls(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    async def scenario(presence: Presence, now: list[float], changes: list[int]) -> None:
+        for node, name in ((7, "hung"), (8, "gone"), (9, "well")):
+            presence.arrive(node, "a", name, b"key")
+            stream = presence.watch(node, "a")
+        assert stream is not None
+        presence.leave(8)
+        presence.owe([7, 8])
+        assert presence.nodes() == [9]
+        assert {one.name: (one.online, one.owes) for one in presence.devices()} == {
+            "hung": (True, True),
+            "gone": (False, False),
+            "well": (True, False),
+        }
+        presence.call(7, "a")  # with its late reply
+        assert presence.nodes() == [7, 9]
+        presence.owe([7])
+        presence.arrive(7, "b", "hung", b"key")  # it was restarted
+        assert presence.nodes() == [7, 9]
+
+    run(scenario)
+    assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["hung"] * 2
+    assert "did not reply by federation.deadline_s" in caplog.records[0].getMessage()

@@ -61,7 +61,7 @@ def test_a_round_begins_without_a_device_that_stays_away(journal: Journal) -> No
     assert time.monotonic() - began >= 0.05
     assert notes == [
         "round 2: 2 are connected, but 3 are needed. It begins with 2, enough for the quorum, and "
-        "so do the rounds that follow until more connect. Not connected: edge-5."
+        "so do the rounds that follow until more connect. Missing: edge-5."
     ]
 
 
@@ -94,4 +94,4 @@ def test_fewer_than_the_quorum_are_waited_for_by_name_until_the_deadline(
     )
     with pytest.raises(RoundFailed, match="1 are connected"):
         keeper.cohort("train", gone)
-    assert waits[0].endswith(" left. Not connected: edge-5, edge-6.")
+    assert waits[0].endswith(" left. Missing: edge-5, edge-6.")
