@@ -80,6 +80,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         rejoin_s=rejoin_s,
         on_missing=live.control.lacks_devices,
         on_wait=live.waiting,
+        on_note=lambda text: live.emit(Noted(text)),
         name=peers.name,
     )
     try:

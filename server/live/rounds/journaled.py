@@ -195,6 +195,7 @@ class JournalGrid(ForwardingGrid):
         rejoin_s: float = 0.0,
         on_missing: Callable[[], None] = lambda: None,
         on_wait: OnWait = lambda text: None,
+        on_note: OnWait = lambda text: None,
         name: Callable[[int], str] = str,
     ) -> None:
         """Creates a grid for the run of ``journal``.
@@ -208,6 +209,7 @@ class JournalGrid(ForwardingGrid):
             on_missing: Called at each check for disconnected devices; an exception from it ends the
                 round.
             on_wait: Called from time to time with a line on the devices that a round waits for.
+            on_note: Called when a round ends without nodes that it had asked.
             name: Returns a node's name for that line.
         """
         super().__init__(grid)
@@ -218,6 +220,7 @@ class JournalGrid(ForwardingGrid):
         self._rejoin_until = time.monotonic() + rejoin_s
         self._seen: set[int] = set()
         self._on_wait = on_wait
+        self._on_note = on_note
         self._name = name
         self._awaited: Awaited | None = None
         if isinstance(grid, FleetGrid):
@@ -287,6 +290,7 @@ class JournalGrid(ForwardingGrid):
             if not self._wait_for_rejoin(
                 waiting, end, enough=accepted_total >= self._quorum * expected
             ):
+                self._tell_lost(kind, waiting, late=time.monotonic() >= end)
                 return
             for node, message in waiting.items():  # a grid sends the same message only once
                 waiting[node] = Message(message.content, node, message.metadata.message_type)
@@ -304,6 +308,19 @@ class JournalGrid(ForwardingGrid):
             self._remind()
             time.sleep(_POLL_S)
         return False
+
+    def _tell_lost(self, kind: str, waiting: Iterable[int], *, late: bool) -> None:
+        """Notes the nodes that a round goes on without: lost, or ``late`` at its deadline."""
+        lost = [self._name(node) for node in sorted(waiting)]
+        why = "the connection ended before a reply came"
+        if late:
+            why = "no reply came by federation.deadline_s"
+        if lost:
+            self._on_note(
+                f"round {self._journal.round + 1} ({kind}) goes on without {some(lost)}: {why}. "
+                "Look whether the process still runs: a task may hang or have ended it, and the "
+                "device's own log says more."
+            )
 
     def _remind(self) -> None:
         if self._awaited is not None:

@@ -17,6 +17,7 @@ from server.live.journal.journal import Journal, create
 from server.live.rounds import journaled as journal_keeper
 from server.live.rounds.journaled import JournalCheckpointer
 from server.rounds.cohort import Cohort
+from tests.unit.server.live.rounds.test_journaled import Devices, Rounds, answered, messages
 
 NODES = (4, 5, 6)
 
@@ -95,3 +96,27 @@ def test_fewer_than_the_quorum_are_waited_for_by_name_until_the_deadline(
     with pytest.raises(RoundFailed, match="1 are connected"):
         keeper.cohort("train", gone)
     assert waits[0].endswith(" left. Missing: edge-5, edge-6.")
+
+
+@pytest.mark.parametrize(
+    ("quorum", "timeout", "why"),
+    [
+        (0.5, 5.0, "the connection ended before a reply came."),
+        (1.0, 0.1, "no reply came by federation.deadline_s."),
+    ],
+)
+def test_who_is_lost_during_a_round_is_named(
+    journal: Journal, quorum: float, timeout: float, why: str
+) -> None:
+    notes: list[str] = []
+    grid = Rounds(
+        Devices(gone={6: 10**6}),
+        journal,
+        admit=set,
+        quorum=quorum,
+        on_note=notes.append,
+        name="edge-{}".format,
+    )
+    assert answered(grid.send_and_receive(messages(), timeout=timeout)) == [4, 5]
+    assert len(notes) == 1
+    assert notes[0].startswith(f"round 1 (train) goes on without edge-6: {why}")
