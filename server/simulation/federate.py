@@ -59,6 +59,7 @@ def federate(
         run.simulation,
         state=state,
         on_choice=on_choice,
+        rounds=run.federation.rounds,
         gpus=torch.cuda.device_count() if _device(run, owner).type == "cuda" else 0,
     )
     first = run.federation.cohort if run.federation.over_selection > 1 else None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 
@@ -110,7 +111,9 @@ class SimulatedGrid(LazyGrid):
             order = replace(order, clock_s=self._state.clock_s, deadline_s=deadline_s)
             self._state.rounds.update(one.name for one in asked)
         executor, order = self._scheduler.executor_for(order, asked)
+        began_s = time.perf_counter()
         answers, total = executor.run_task(order, asked)
+        self._scheduler.took(order, len(asked), time.perf_counter() - began_s)
         for answer in answers:
             self._tell(answer)
             if answer.ledger is not None:

@@ -12,20 +12,28 @@ from fedcore.config.run import Simulation
 from fedcore.errors import ConfigError
 from server.process.cores import usable_cores
 from server.simulation.virtual.state import Choice, SimulationState
-from server.simulation.workers.autotune import Clock, attempts, choose, difference, forced
+from server.simulation.workers.autotune import (
+    Clock,
+    attempts,
+    choose,
+    difference,
+    forced,
+    trial_budget_s,
+)
 from server.simulation.workers.executor import Executor, LocalExecutor, MakeWorker
 from server.simulation.workers.messages import ClientRef, RoundTask
 from server.simulation.workers.process_pool import ProcessPool
 
 _WORTH_S = 0.02  # shorter rounds do not gain from more processes
+_WRONG = 2.0  # a round that takes so many times the other method's time: the choice was wrong
 
 
 class WorkerScheduler:
     """Chooses the training method and the number of workers once, and reuses both.
 
     ``make`` creates a worker in this process or a fork of it. ``make_elsewhere`` is picklable and
-    creates one in a process that shares no memory with this one. ``gpus`` is the number of GPUs to
-    train on.
+    creates one in a process that shares no memory with this one. ``rounds`` is the number of the
+    run's rounds, and ``gpus`` that of GPUs to train on.
     """
 
     def __init__(
@@ -36,6 +44,7 @@ class WorkerScheduler:
         *,
         state: SimulationState,
         on_choice: Callable[[Choice, int], None],
+        rounds: int = 1,
         gpus: int = 0,
         clock: Clock = time.perf_counter,
     ) -> None:
@@ -48,6 +57,9 @@ class WorkerScheduler:
         self._here = LocalExecutor(make())
         self._executor: Executor | None = None
         self._state = state
+        self._rounds = rounds
+        self._recheck: bool | None = False if state.choice is None else None
+        """Whether to measure again; None once it was, or where an earlier process chose."""
 
     def executor_for(
         self, order: RoundTask, clients: Sequence[ClientRef]
@@ -60,10 +72,35 @@ class WorkerScheduler:
             choice = self._state.choice = self._choose(order, clients)
         if choice is None:
             return self._here, order
+        if self._recheck:
+            choice = self._choose_again(order, clients, choice)
         if self._executor is None:
             self._executor = self._start_executor(choice, len(clients))
             self._on_choice(choice, self._executor.size)
         return self._executor, replace(order, method=choice.method, chosen=True)
+
+    def took(self, order: RoundTask, clients: int, seconds: float) -> None:
+        """Compares what a task took with what the other training method was measured to take."""
+        choice, executor = self._state.choice, self._executor
+        if order.kind != MessageType.TRAIN or executor is None or choice is None or not clients:
+            return
+        other_s = choice.vectorised_s if choice.method == "loop" else choice.loop_s
+        each_s = seconds * executor.size / clients
+        if self._recheck is False and self._settings.training == "auto" and other_s is not None:
+            self._recheck = each_s > _WRONG * other_s
+
+    def _choose_again(
+        self, order: RoundTask, clients: Sequence[ClientRef], choice: Choice
+    ) -> Choice:
+        """Measures both methods again, once in a run; returns the choice from now on."""
+        self._recheck = None
+        found = self._choose(order, clients)
+        if found is None or found.method == choice.method:
+            return choice
+        self._state.choice = found
+        if self._executor is not None:
+            self._on_choice(found, self._executor.size)
+        return found
 
     def close(self) -> None:
         """Stops the workers."""
@@ -76,13 +113,17 @@ class WorkerScheduler:
         if wanted == "loop":
             return forced(wanted)
         active = worker.clients_in_time(order, clients)
-        alone = attempts(worker, order, active, clock=self._clock)
+        alone, loop_s = attempts(worker, order, active, clock=self._clock)
         train = [one.client for one in alone if one.content is not None]
         if not train:
             return None
         if wanted == "auto":
             rest = active[len(alone) :]
-            choice = choose(worker, order, [*train, *rest], clock=self._clock)
+            trainings = self._rounds * len(clients)
+            budget_s = trial_budget_s(loop_s, trainings=trainings) - loop_s * len(train)
+            choice = choose(
+                worker, order, [*train, *rest], loop_s=loop_s, budget_s=budget_s, clock=self._clock
+            )
         else:
             choice = forced(wanted)
         if choice.method == "loop":

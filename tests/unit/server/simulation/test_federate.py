@@ -28,6 +28,7 @@ from server.rounds.cohort import select
 from server.simulation.federate import federate
 from server.simulation.virtual.devices import read_fleet
 from server.simulation.virtual.state import Choice, SimulationState
+from server.simulation.workers import scheduler
 
 NAMES = [f"client-{place}" for place in range(6)]
 
@@ -199,10 +200,11 @@ def test_convolutions_can_be_trained_side_by_side_without_privacy() -> None:
     ],
 )  # fmt: skip
 def test_what_cannot_go_side_by_side_is_refused_or_goes_one_by_one(
-    task: Task, options: dict[str, Any], why: str
+    task: Task, options: dict[str, Any], why: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with pytest.raises(ConfigError, match=why):
         train(run_of(SIDE_BY_SIDE, **options), task)
+    monkeypatch.setattr(scheduler, "trial_budget_s", lambda *_, **__: 60.0)  # a long run's
     ((choice, _),) = train(run_of({"workers": 1}, **options), task).choices
     assert choice.method == "loop"
     assert why in choice.reason

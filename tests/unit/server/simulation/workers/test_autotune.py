@@ -10,8 +10,8 @@ from flwr.app import RecordDict
 
 from fedcore.errors import ConfigError
 from fedcore.updates.messages import ARRAYS, Update, update_content, weights_record
-from server.simulation.virtual.state import Method
-from server.simulation.workers.autotune import choose, difference
+from server.simulation.virtual.state import Choice, Method
+from server.simulation.workers.autotune import choose, difference, trial_budget_s
 from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
 
 ASKED = [ClientRef(node, f"client-{node}", None) for node in range(20)]
@@ -52,6 +52,18 @@ class Rigged:
         return lambda: self.now
 
 
+def chosen(worker: Rigged, loop_s: float, *, trainings: int = 10**5) -> Choice:
+    budget_s = trial_budget_s(loop_s, trainings=trainings)
+    return choose(
+        worker,  # type: ignore[arg-type]
+        ORDER,
+        ASKED,
+        loop_s=loop_s,
+        budget_s=budget_s,
+        clock=worker.clock,
+    )
+
+
 @pytest.mark.parametrize(
     ("loop_s", "vectorised_s", "method"),
     [(0.01, 0.001, "vectorised"), (0.01, 0.02, "loop"), (0.01, 0.0097, "loop")],
@@ -59,8 +71,7 @@ class Rigged:
 def test_the_quicker_is_chosen_and_a_tie_goes_to_what_devices_do(
     loop_s: float, vectorised_s: float, method: str
 ) -> None:
-    worker = Rigged({"loop": loop_s, "vectorised": vectorised_s})
-    choice = choose(worker, ORDER, ASKED, clock=worker.clock)  # type: ignore[arg-type]
+    choice = chosen(Rigged({"vectorised": vectorised_s}), loop_s)
     assert choice.method == method
     assert choice.loop_s == pytest.approx(loop_s)
     assert choice.vectorised_s == pytest.approx(vectorised_s)
@@ -68,21 +79,38 @@ def test_the_quicker_is_chosen_and_a_tie_goes_to_what_devices_do(
 
 
 def test_what_the_first_time_costs_does_not_count() -> None:
-    worker = Rigged({"loop": 0.001, "vectorised": 0.01}, first=3.0)
-    choice = choose(worker, ORDER, ASKED, clock=worker.clock)  # type: ignore[arg-type]
-    assert choice.method == "loop"
-    assert choice.loop_s == pytest.approx(0.001)
+    choice = chosen(Rigged({"vectorised": 0.001}, first=3.0), 0.01)
+    assert choice.method == "vectorised"
+    assert choice.vectorised_s == pytest.approx(0.001)
 
 
 def test_clients_that_take_long_are_looked_at_once() -> None:
-    worker = Rigged({"loop": 60.0, "vectorised": 30.0})
-    assert choose(worker, ORDER, ASKED, clock=worker.clock).method == "vectorised"  # type: ignore[arg-type]
-    assert worker.seen == [("loop", 1), ("vectorised", 10)]
+    worker = Rigged({"vectorised": 30.0})
+    assert chosen(worker, 60.0).method == "vectorised"
+    assert worker.seen == [("vectorised", 2)]
+
+
+@pytest.mark.parametrize("vectorised_s", [0.001, 0.05, 0.5, 2.0])
+@pytest.mark.parametrize("trainings", [100, 1000, 10_000])
+def test_a_trial_costs_at_most_a_tenth_of_what_it_can_save(
+    vectorised_s: float, trainings: int
+) -> None:
+    worker, loop_s = Rigged({"vectorised": vectorised_s}), 0.05
+    chosen(worker, loop_s, trainings=trainings)
+    cost_s = worker.now - 1000.0 * bool(worker.seen)
+    first_s = 2 * vectorised_s  # which nothing is known of before
+    assert cost_s <= max(0.1 * loop_s * trainings, first_s)
+
+
+def test_where_few_are_trained_nothing_is_tried() -> None:
+    worker = Rigged({"vectorised": 0.001})
+    choice = chosen(worker, 0.01, trainings=100)
+    assert (choice.method, worker.seen) == ("loop", [])
+    assert choice.reason == "a client takes 10 ms, and the run is too short to try another way"
 
 
 def test_why_clients_cannot_go_side_by_side_is_said() -> None:
-    worker = Rigged({"loop": 0.01})
-    choice = choose(worker, ORDER, ASKED, clock=worker.clock)  # type: ignore[arg-type]
+    choice = chosen(Rigged({}), 0.01)
     assert (choice.method, choice.vectorised_s) == ("loop", None)
     assert choice.reason == "the model holds BatchNorm"
 
