@@ -76,8 +76,7 @@ class FederationConfig(Section):
     later ones do not count. With a cohort of ten and 1.3, three of thirteen clients may be slow."""
     quorum: Annotated[float, Field(gt=0, le=1)] = 0.75
     """The share of a cohort whose updates a round needs, rounded up: three of four by default, so
-    that one may be missing; 0.8 of four are all four. On a live run a later round also begins with
-    fewer devices than the cohort, but at least this share, where the others stay away."""
+    that one may be missing. A live run's later rounds also begin with this share of devices."""
     deadline_s: Seconds = 3600.0
     """After this time a round continues with the updates that have arrived."""
     evaluate_cohort: Annotated[int, Field(ge=0, le=MAX_CLIENTS)] = 0
@@ -324,9 +323,8 @@ class Simulation(Section):
 
     training: Literal["auto", "loop", "vectorised"] = "auto"
     """``loop``: one client after the other, by the app that devices run. ``vectorised``: many
-    clients at once in batched computation. ``auto``: the faster of the two on the first clients,
-    measured in at most a tenth of the time that it can save, and once more if a round shows that
-    it was wrong. The result is the same up to the order of float32 sums."""
+    clients at once in batched computation. ``auto``: the faster of the two on the first clients.
+    The result is the same up to the order of float32 sums."""
     workers: Annotated[int, Field(ge=0, le=1024)] = 0
     """Processes that train at the same time, one thread each. 0: as many as there are cores, or
     only the main process when rounds are short."""
