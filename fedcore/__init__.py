@@ -25,6 +25,11 @@ if TYPE_CHECKING:
     from fedcore.config.run import RunConfig
     from fedcore.config.settings import load_run
     from fedcore.errors import FedcoreError
+    from fedcore.sources.arrays import from_arrays
+    from fedcore.sources.client_data import ClientData
+    from fedcore.sources.frames import from_frames
+    from fedcore.sources.hub import from_datasets
+    from fedcore.sources.images import from_folder
     from fedcore.task.algorithm import Algorithm, ClientUpdate, Round
     from fedcore.task.definition import Task, load_task
     from fedcore.task.kinds.protocol import Kind
@@ -58,6 +63,7 @@ __version__ = "0.1.0"
 _LAZY = {
     "ACCURACY": "fedcore.task.metrics",
     "Algorithm": "fedcore.task.algorithm",
+    "ClientData": "fedcore.sources.client_data",
     "ClientScores": "server.evaluation",
     "ClientSettings": "fedcore.config.client_settings",
     "ClientUpdate": "fedcore.task.algorithm",
@@ -92,6 +98,10 @@ _LAZY = {
     "dirichlet": "fedcore.task.partition",
     "evaluate": "server.api.evaluating",
     "finetune": "server.api.steps",
+    "from_arrays": "fedcore.sources.arrays",
+    "from_datasets": "fedcore.sources.hub",
+    "from_folder": "fedcore.sources.images",
+    "from_frames": "fedcore.sources.frames",
     "iid": "fedcore.task.partition",
     "list_releases": "server.api.releases",
     "load_run": "fedcore.config.settings",
@@ -114,6 +124,7 @@ __all__ = [
     "PERPLEXITY",
     "RMSE",
     "Algorithm",
+    "ClientData",
     "ClientScores",
     "ClientSettings",
     "ClientUpdate",
@@ -146,6 +157,10 @@ __all__ = [
     "dirichlet",
     "evaluate",
     "finetune",
+    "from_arrays",
+    "from_datasets",
+    "from_folder",
+    "from_frames",
     "iid",
     "list_releases",
     "load_run",

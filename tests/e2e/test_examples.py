@@ -140,3 +140,27 @@ def test_turbofan_learns_nearly_as_from_pooled_data(
     assert summary["rmse"]["federated"] <= 1.15 * pooled
     assert all(math.isfinite(value) for value in summary["rmse"].values())
     assert summary["model"]["released_bytes"] < summary["model"]["fp32_bytes"]
+
+
+def test_frames_by_site_give_a_report_by_site_in_a_few_lines(tmp_path: Path) -> None:
+    """The script is what the page shows."""
+    script = EXAMPLES / "sites" / "sites.py"
+    source = script.read_text()
+    assert len(source.splitlines()) <= 25
+    page = (EXAMPLES.parent / "docs" / "task.md").read_text()
+    assert source.partition('"""\n\n')[2] in page
+    done = subprocess.run(
+        [sys.executable, script],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": str(EXAMPLES.parent), "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    lines = done.stdout.splitlines()
+    assert [line.partition(":")[0] for line in lines] == [
+        *("east", "north", "south", "west"),
+        "report",
+    ]
+    assert all(float(line.split()[2]) > 0.8 for line in lines[:4])
+    assert "south" in (tmp_path / "runs" / "sites" / "report.html").read_text()
