@@ -37,7 +37,8 @@ def parse_inputs(raw: bytes, manifest: Manifest, *, where: str) -> AnyArray:
     """Parses one input or a batch of them from JSON.
 
     Args:
-        raw: One input as nested lists of numbers, or a JSON list of inputs.
+        raw: One input as nested lists of numbers, or a JSON list of inputs; ``null`` or NaN for a
+            missing number, if the model takes it.
         manifest: The model's manifest.
         where: Source of the inputs, for errors.
 
@@ -51,7 +52,7 @@ def parse_inputs(raw: bytes, manifest: Manifest, *, where: str) -> AnyArray:
     shape = list(manifest.input_shape)
     expected = f"expected one input of shape {shape}, or a JSON list of inputs of this shape"
     try:
-        batch = np.asarray(json.loads(raw))
+        batch = _with_missing(np.asarray(json.loads(raw)))
     except (ValueError, RecursionError) as error:  # no JSON, or lists of unequal length
         raise DataError(f"{where}: {expected}: {error}. Nothing was answered.") from None
     batch = batch[None] if batch.shape == manifest.input_shape else batch
@@ -70,24 +71,54 @@ def as_batch(batch: AnyArray, manifest: Manifest, *, expected: str) -> AnyArray:
         Shape ``(B, *input_shape)``, dtype ``input_dtype``.
 
     Raises:
-        DataError: the batch is empty or of another shape, or a number is not finite or does not
-            fit the type.
+        DataError: the batch is empty or of another shape, or a number does not fit the type, or
+            is not finite and no missing value that the model takes.
     """
     if batch.ndim == 0 or len(batch) == 0 or batch.shape[1:] != manifest.input_shape:
         raise DataError(f"{expected}, got shape {list(batch.shape)}. Nothing was answered.")
     dtype = np.dtype(manifest.input_dtype)
     with np.errstate(over="ignore", invalid="ignore"):
         converted = batch.astype(dtype) if batch.dtype.kind in "iuf" else None
-    if converted is None or not _represents(converted, batch):
+    if converted is None or (dtype.kind != "f" and not np.array_equal(converted, batch)):
         raise DataError(
             f"{expected}, finite and of type {dtype}, got {batch.dtype} with values that this "
             "type cannot represent. Nothing was answered."
         )
+    if dtype.kind == "f":
+        _demand_finite(converted, batch, manifest, expected)
     return converted
 
 
-def _represents(converted: AnyArray, batch: AnyArray) -> bool:
-    """Returns whether a conversion kept all values; floats may be rounded, but must be finite."""
-    if converted.dtype.kind == "f":
-        return bool(np.isfinite(converted).all())
-    return bool(np.array_equal(converted, batch))
+def _demand_finite(converted: AnyArray, given: AnyArray, manifest: Manifest, expected: str) -> None:
+    """Raises for numbers that are not finite, except NaN where the model takes it as missing."""
+    odd = ~np.isfinite(converted)
+    missing = np.isnan(given) if given.dtype.kind == "f" else np.zeros_like(odd)
+    if manifest.missing == "all":
+        odd &= ~missing
+    elif manifest.missing is not None:
+        allowed = np.zeros(int(np.prod(manifest.input_shape, dtype=np.int64)), dtype=bool)
+        allowed[[place for place in manifest.missing if place < allowed.size]] = True
+        odd &= ~(missing & allowed.reshape(manifest.input_shape))
+    if not odd.any():
+        return
+    row, *place = (int(number) for number in np.argwhere(odd)[0])
+    at = f", column {place[0]}" if len(place) == 1 else f", position {place}" if place else ""
+    value = given[(row, *place)]
+    why = (
+        "this model takes no missing value there"
+        if np.isnan(value)
+        else f"{converted.dtype} cannot represent it as a finite number"
+    )
+    raise DataError(
+        f"{expected}, finite and of type {converted.dtype}, got {value} in input {row}{at}: {why}. "
+        "Nothing was answered."
+    )
+
+
+def _with_missing(values: AnyArray) -> AnyArray:
+    """Returns numbers with JSON's ``null`` as NaN; other objects as they are."""
+    if values.dtype.kind != "O":
+        return values
+    if not all(one is None or type(one) in (int, float) for one in values.flat):
+        return values
+    return values.astype(np.float64)

@@ -17,6 +17,17 @@ MAX_VERSION = 10**15
 MAX_MODEL_BYTES = 2 << 30  # 2 GiB: protobuf's limit, and so the limit of one ONNX file
 
 
+MOST_MISSING = 4096
+MissingAllowed = (
+    Literal["all"]
+    | Annotated[
+        tuple[Annotated[int, Field(ge=0, lt=2**31)], ...],
+        Field(min_length=1, max_length=MOST_MISSING),
+    ]
+)
+"""Positions of an input that may be missing, or all of them."""
+
+
 class _Part(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False)
 
@@ -154,6 +165,9 @@ class Manifest(_Part):
     input_shape: tuple[int, ...]
     """Shape of one input, without the batch dimension."""
     input_dtype: str
+    missing: MissingAllowed | None = None
+    """Positions of an input, in row-major order, that may be NaN for a missing value, or ``all``;
+    None if no number may be missing. Infinity never is an input."""
     onnx: FileEntry
     golden: FileEntry
     golden_tolerance: Annotated[float, Field(gt=0)]
@@ -180,6 +194,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         del values["lineage"]["initial_sha256"]
     if manifest.privacy.before == "nothing":
         del values["privacy"]["before"]
+    if manifest.missing is None:
+        del values["missing"]
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -103,6 +103,11 @@ def _columns(frames: Mapping[str, Any], target: str) -> list[str]:
                 f"client {client!r}: got a {type(frame).__name__}, expected a pandas DataFrame. "
                 "Nothing was read; convert it, such as with .to_pandas()."
             )
+        if not len(frame):
+            raise DataError(
+                f"client {client!r}: it has no examples, expected at least 1. Nothing was read; "
+                "leave this client out."
+            )
         names = [str(name) for name in frame.columns]
         if len(set(names)) < len(names):
             raise DataError(f"client {client!r}: two columns have one name. Nothing was read.")

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedcore.artifacts.golden import Golden
-from fedcore.artifacts.manifest import Parity
+from fedcore.artifacts.manifest import MissingAllowed, Parity
 from fedcore.artifacts.parity import FloatArray, max_abs_error
 from fedcore.config.run import RunConfig
 from fedcore.errors import CompressionError, FedcoreError, ParityError, TaskError
@@ -38,6 +38,7 @@ from server.compression.evaluated import (
     unbuilt_records,
 )
 from server.compression.golden import golden_count, golden_inputs, stored, tolerance
+from server.compression.missing import missing_in_file
 from server.compression.quantise import saturates
 from server.compression.runtime import answer, answers, open_session
 from server.compression.timing import TORCH, time_candidates
@@ -84,6 +85,8 @@ class Compressed:
     """Largest absolute difference from the golden outputs allowed on a device."""
     calibration: str
     """Data that quantisation and pruning of the chosen candidate used, or ``none``."""
+    missing: MissingAllowed | None = None
+    """Positions of an input that may be NaN, see `server.compression.missing`."""
     notes: tuple[str, ...]
     """Notes for readers of the report, one sentence each."""
     source_sha256: str
@@ -165,6 +168,7 @@ def compress(
         progress(f"{record.name}: {record.reason}")
 
     released = evaluated[chosen]
+    allowed = tolerance(released.golden, relative=EXACT if released.built.exact else QUANTISED)
     return Compressed(
         records=records,
         chosen=chosen,
@@ -172,8 +176,9 @@ def compress(
         torch_p50_us=timings[TORCH].p50_us,
         parity=parity_of(of[chosen], of[FP32.name], task.primary if cloud else None),
         golden=stored(golden, released.golden, seed=run.seed),
-        golden_tolerance=tolerance(
-            released.golden, relative=EXACT if released.built.exact else QUANTISED
+        golden_tolerance=allowed,
+        missing=missing_in_file(
+            released.built.reference, task.example_input, released.built.onnx, tolerance=allowed
         ),
         calibration=released.built.calibration,
         notes=_notes(cloud, of[chosen], reduce_range, slower_note(of[chosen], measured)),

@@ -30,6 +30,7 @@ def draft_of(
         golden=golden_bytes(golden.inputs, golden.outputs, golden.places),
         kind=kind.name,
         presentation=None if presentation_of(kind.name) == kind.presentation else kind.presentation,
+        missing=compressed.missing,
         labels=task.labels,
         input_shape=tuple(task.example_input.shape),
         input_dtype=str(task.example_input.dtype).removeprefix("torch."),

@@ -100,6 +100,9 @@ def _range(example_input: Tensor, examples: Examples | None) -> tuple[Tensor, Te
         if examples is None:
             return least, largest
     for inputs, _ in in_order(examples, _BATCH_SIZE):
-        least = torch.minimum(least, inputs.double().amin(dim=0))
-        largest = torch.maximum(largest, inputs.double().amax(dim=0))
-    return least, largest
+        wide = inputs.double()
+        gone = torch.isnan(wide)  # missing values, which a task may take
+        least = torch.minimum(least, wide.masked_fill(gone, torch.inf).amin(dim=0))
+        largest = torch.maximum(largest, wide.masked_fill(gone, -torch.inf).amax(dim=0))
+    empty = largest < least
+    return torch.where(empty, example - 1, least), torch.where(empty, example + 1, largest)

@@ -22,6 +22,7 @@ from fedcore.artifacts.manifest import (
     FileEntry,
     Lineage,
     Manifest,
+    MissingAllowed,
     Parity,
     PrivacyStatement,
     TestStatement,
@@ -69,6 +70,7 @@ class Draft:
     """Golden inputs and outputs, encoded by `fedcore.artifacts.golden.golden_bytes`."""
     test: TestStatement | None = None
     presentation: Presentation | None = None
+    missing: MissingAllowed | None = None
     """How devices tell an answer; None where the kind says it."""
 
 
@@ -197,6 +199,7 @@ def rollback(
             model=model,
             kind=old.kind,
             presentation=old.presentation,
+            missing=old.missing,
             labels=old.labels,
             input_shape=old.input_shape,
             input_dtype=old.input_dtype,
@@ -312,6 +315,7 @@ def _files(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[st
         created=f"{now:%Y-%m-%dT%H:%M:%SZ}",
         kind=draft.kind,
         presentation=draft.presentation,
+        missing=draft.missing,
         labels=draft.labels,
         input_shape=draft.input_shape,
         input_dtype=draft.input_dtype,

@@ -9,8 +9,8 @@ import pytest
 
 from edge_client.inference import inputs
 from edge_client.inference.inputs import parse_inputs, read_text
-from fedcore.artifacts.manifest import Manifest
-from fedcore.errors import DataError
+from fedcore.artifacts.manifest import Manifest, manifest_bytes, parse_manifest
+from fedcore.errors import DataError, TrustError
 
 
 def test_a_list_of_inputs_becomes_a_batch(manifest: Manifest) -> None:
@@ -77,3 +77,38 @@ def test_standard_input_is_read_up_to_a_limit(monkeypatch: pytest.MonkeyPatch) -
 def test_a_file_that_does_not_exist_is_named(tmp_path: Path) -> None:
     with pytest.raises(DataError, match=r"none\.json"):
         read_text(str(tmp_path / "none.json"))
+
+
+@pytest.mark.parametrize("raw", [b"[[1, NaN, 3]]", b"[[1, null, 3]]", b"[1, null, 3]"])
+def test_missing_numbers_are_taken_where_the_model_takes_them(
+    manifest: Manifest, raw: bytes
+) -> None:
+    for missing in ("all", (1,), (0, 1)):
+        taken = manifest.model_copy(update={"missing": missing})
+        (row,) = parse_inputs(raw, taken, where="x").tolist()
+        assert (row[0], np.isnan(row[1]), row[2]) == (1, True, 3)
+    for missing in (None, (2,)):
+        refusing = manifest.model_copy(update={"missing": missing})
+        with pytest.raises(DataError, match="got nan in input 0, column 1: this model takes no"):
+            parse_inputs(raw, refusing, where="x")
+
+
+def test_infinity_is_no_missing_number(manifest: Manifest) -> None:
+    taken = manifest.model_copy(update={"missing": "all"})
+    for raw in (b"[[1, 2, 3], [1, -Infinity, 3]]", b"[[1, 2, 3], [1, -1e39, 3]]"):
+        with pytest.raises(DataError, match="in input 1, column 1: float32 cannot represent"):
+            parse_inputs(raw, taken, where="x")
+    with pytest.raises(DataError):
+        parse_inputs(b'[[1, null, "3"]]', taken, where="x")
+
+
+def test_the_manifest_lists_what_may_be_missing_and_else_says_nothing_of_it(
+    manifest: Manifest,
+) -> None:
+    assert b"missing" not in manifest_bytes(manifest)
+    for missing in ("all", (0, 2)):
+        taken = manifest.model_copy(update={"missing": missing})
+        assert parse_manifest(manifest_bytes(taken)) == taken
+    for wrong in ("some", (), (-1,), (2**31,), tuple(range(5000))):
+        with pytest.raises(TrustError):
+            parse_manifest(manifest_bytes(manifest.model_copy(update={"missing": wrong})))
