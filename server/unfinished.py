@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from fedcore.errors import ConfigError
+from fedcore.errors import ConfigError, DataError
 from server.live.journal.head import is_begun
 from server.report.folder import CHECKPOINT, JOURNAL_FOLDER, is_complete
 
@@ -39,6 +39,21 @@ def require_no_progress(folder: Path) -> None:
             "`name`, or start over with --fresh."
         )
     require_no_simulated_progress(folder)
+
+
+def has_finished_round(folder: Path) -> bool:
+    """Returns whether the folder has a checkpoint of a simulation that has finished a round.
+
+    A checkpoint that cannot be read may be one.
+    """
+    # Imported here: it imports torch, and a server starts listening before that.
+    from server.simulation.checkpoint import read_checkpoint
+
+    path = folder / CHECKPOINT
+    try:
+        return path.is_file() and read_checkpoint(path).progress.round > 0
+    except DataError:
+        return True
 
 
 def require_no_simulated_progress(folder: Path) -> None:

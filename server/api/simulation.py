@@ -38,7 +38,7 @@ from server.rounds.strategies.own import UserStrategy
 from server.simulation.checkpoint import Checkpoint
 from server.simulation.resume import open_checkpoint
 from server.simulation.run import run_pipeline
-from server.unfinished import allow_drop, require_no_progress
+from server.unfinished import allow_drop, has_finished_round, require_no_progress
 
 
 def simulate(
@@ -153,7 +153,8 @@ def simulated(
         if resume:
             opening = reopen_folder(run, base)
         else:
-            opening = open_folder(run, base, before=allow_drop if fresh else require_no_progress)
+            before = allow_drop if fresh else require_no_progress
+            opening = open_folder(run, base, before=before, has_progress=has_finished_round)
         with opening as folder:
             resumed = open_checkpoint(folder, run, owner) if resume else None
             with shown(progress) as sink:

@@ -24,20 +24,30 @@ _ASIDE = ".replaced"
 """Holds what a new run replaces, until that has progress of its own."""
 
 
+def _has_progress(folder: Path) -> bool:
+    return (folder / CHECKPOINT).is_file() or (folder / JOURNAL_FOLDER).exists()
+
+
 @contextmanager
 def open_folder(
-    run: RunConfig, runs: Path, *, before: Callable[[Path], None] = lambda folder: None
+    run: RunConfig,
+    runs: Path,
+    *,
+    before: Callable[[Path], None] = lambda folder: None,
+    has_progress: Callable[[Path], bool] = _has_progress,
 ) -> Iterator[Path]:
     """Locks and empties ``runs/<name>``, and marks it as this run's.
 
-    What was there is set aside, and put back if the run fails before its first checkpoint: a run
-    that cannot train replaces nothing.
+    What was there is set aside, and put back if the run fails before it has progress: a run that
+    cannot train replaces nothing.
 
     Args:
         run: The run.
         runs: Parent folder of the run's folder.
         before: Callback with the locked folder before it is emptied; an exception from it leaves
             everything unchanged.
+        has_progress: Whether a run that failed left something to continue from; by default a
+            checkpoint or a journal.
 
     Raises:
         ConfigError: the folder contains something that no run of fedcore wrote, or a run of this
@@ -55,7 +65,7 @@ def open_folder(
                 )
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), disk_errors(folder):
-        if not _has_progress(folder):
+        if not has_progress(folder):
             _put_back(folder)  # a process that was killed left it aside
         before(folder)
         _set_aside(folder)
@@ -63,7 +73,7 @@ def open_folder(
         try:
             yield folder
         except BaseException:
-            if not _has_progress(folder):
+            if not has_progress(folder):
                 _put_back(folder)
             raise
         finally:
@@ -113,10 +123,6 @@ def is_complete(folder: Path) -> bool:
     A run that could not publish its model has its results, and can be resumed.
     """
     return (folder / SUMMARY).is_file() and not (folder / _UNRELEASED).is_file()
-
-
-def _has_progress(folder: Path) -> bool:
-    return (folder / CHECKPOINT).is_file() or (folder / JOURNAL_FOLDER).exists()
 
 
 def _set_aside(folder: Path) -> None:

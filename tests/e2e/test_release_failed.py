@@ -1,4 +1,4 @@
-"""A release that fails at the end of a simulation: nothing that was computed is lost."""
+"""A run that fails at its end or at its beginning: nothing that was computed before is lost."""
 
 from __future__ import annotations
 
@@ -66,3 +66,24 @@ def test_it_is_resumed_with_or_without_a_release(
     assert (alone.record.unreleased, alone.record.manifest) == ("", None)
     assert is_complete(folder)
     assert (folder / "global.safetensors").read_bytes() == model
+
+
+@pytest.mark.parametrize(
+    ("refused", "said"),
+    [
+        ({"federation": {"rounds": 1, "normalisation": "cloud"}}, "has no cloud_data"),
+        ({"client": {"learning_rate": 1e30, "epochs": 5}}, "."),
+    ],
+)
+def test_a_run_that_cannot_train_replaces_none(
+    tmp_path: Path, refused: dict[str, Any], said: str
+) -> None:
+    def simulate(**more: Any) -> fedcore.Result:
+        settings = {**SETTINGS, **more}
+        return fedcore.simulate(TASK, runs=tmp_path, progress=False, **settings)
+
+    folder = simulate().folder
+    before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    with pytest.raises(fedcore.FedcoreError, match=said):
+        simulate(fresh=True, **refused)
+    assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before
