@@ -25,6 +25,7 @@ from server.simulation.virtual.devices import VirtualFleet
 from server.simulation.virtual.nodes import RUN_ID, context_of, one_thread
 from server.simulation.virtual.state import Choice, SimulationState
 from server.simulation.workers.scheduler import WorkerScheduler
+from server.simulation.workers.sharing import with_shared_frozen
 from server.simulation.workers.worker import Worker
 
 
@@ -54,7 +55,7 @@ def federate(
         on_choice: Callback with the training method and the number of workers.
     """
     scheduler = WorkerScheduler(
-        partial(_worker, task, run, owner, fleet),
+        partial(_worker, with_shared_frozen(task, run), run, owner, fleet),
         partial(worker_elsewhere, run.path(run.task), run, owner, fleet),
         run.simulation,
         state=state,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping
 from fractions import Fraction
 from typing import Any
@@ -93,7 +94,7 @@ def plain_rounds(
     task: Task, run: RunConfig, train: Train = plain_training, start: nn.Module | None = None
 ) -> State:
     """Averages the whole state dict over clients, weighted by their examples, exactly."""
-    model = build_model(task, run).model if start is None else start
+    model = build_model(task, run).model if start is None else copy.deepcopy(start)
     state = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     for number in range(1, run.federation.rounds + 1):
         trained, sizes = [], []

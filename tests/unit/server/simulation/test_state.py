@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+import fedcore
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import RunConfig
 from fedcore.errors import TaskError, UnsupportedLayer
 from fedcore.task.model import build_model, checkpoint_bytes
 from fedcore.updates.pack import layout_of, unpack
 from server.preflight import prepare
+from server.simulation.workers.sharing import with_shared_frozen
 from tests.unit.server.simulation.plain import (
     BATCH,
     CLASSES,
@@ -127,6 +131,22 @@ def test_frozen_tied_and_unused_parameters_have_the_bits_of_a_plain_loop(
     assert_equal(found.model.model, plain_rounds(task, run, start=start.model))
     assert found.model.model.tied.weight is found.model.model.base.weight  # type: ignore[union-attr]
     assert all(record.bytes_up < 4 * 500 for record in found.federated.rounds)
+    if not initial:
+        settings: dict[str, Any] = {"finetune": {"epochs": 0}, "simulation": {"workers": 2}}
+        compression = {"candidates": ["fp32"], "timing_runs": 100}
+        alone = replace(task, cloud_data=None)  # with it, the best round would count
+        many = fedcore.simulate(alone, run, compression=compression, **settings)
+        assert_equal(many.federated.model, plain_rounds(task, run, start=start.model))
+
+
+def test_models_of_a_machine_share_the_memory_of_frozen_parameters() -> None:
+    task = with_shared_frozen(task_of(Adapter, SIZES), run_of())
+    one, other = (build_model(task, run_of()).model for _ in range(2))
+    assert one.base.weight.data_ptr() == other.tied.weight.data_ptr()  # type: ignore[union-attr,operator]
+    assert one.head.weight.data_ptr() != other.head.weight.data_ptr()  # type: ignore[union-attr,operator]
+    assert_equal(one, build_model(task_of(Adapter, SIZES), run_of()).model.state_dict())
+    plain = task_of(cumulative, SIZES)
+    assert with_shared_frozen(plain, run_of()) is plain
 
 
 class Target(nn.Module):
