@@ -150,16 +150,21 @@ class Task:
         return TargetOptions(weights, self.ignore_index, self.label_smoothing)
 
     @cached_property
-    def probed(self) -> Probed | None:
-        """What a fresh model makes of ``example_input``; None if it cannot answer it."""
+    def _probe(self) -> Probed | Exception | None:
+        """What a fresh model makes of ``example_input``, or the error that it raises."""
         try:
             with warnings.catch_warnings(), global_streams(0, "outputs"):
                 warnings.simplefilter("ignore")
                 model = self.model()
                 before = self.preprocess() if self.preprocess else nn.Identity()
                 return probe(before, model, torch.stack([self.example_input] * 2))
-        except Exception:  # the task's code may raise anything; building the model reports it
-            return None
+        except Exception as error:  # the task's code may raise anything
+            return error.with_traceback(None)  # it would keep the model
+
+    @property
+    def probed(self) -> Probed | None:
+        """What a fresh model makes of ``example_input``; None if it cannot answer it."""
+        return self._probe if isinstance(self._probe, Probed) else None
 
     @property
     def outputs(self) -> OutputForm | None:
@@ -178,9 +183,17 @@ class Task:
             Why it would learn badly, as a sentence; else empty.
 
         Raises:
-            TaskError: the outputs are not of the kind, carry no gradient, or differ in number from
-                labels or class weights.
+            TaskError: the model fails on ``example_input``, or the outputs are not of the kind,
+                carry no gradient, or differ in number from labels or class weights.
         """
+        if isinstance(self._probe, Exception):
+            error, example = self._probe, self.example_input
+            raise TaskError(
+                f"task {self.name!r}: its model fails on example_input, {example.dtype} "
+                f"{tuple(example.shape)}: {type(error).__name__}: {error}. Nothing was trained; "
+                "make example_input one input of the model, without the batch dimension, of a "
+                "dtype that the model takes: data are converted to it."
+            )
         if self.probed is None:
             return ""
         problem, form = self.problem, self.probed.form
