@@ -85,7 +85,7 @@ def replace(path: Path, old: str, new: str) -> None:
         ("", ["--set", "federation.rounds=many"], "federation.rounds = 'many': it should be"),
         ("", ["--set", "federation.rounds"], "expected section.key=value"),
         ("", ["--owner", "gone.toml"], "gone.toml: this file does not exist"),
-        ("", ["--rounds", "5"], "unrecognized arguments: --rounds 5"),
+        ("", ["--epochs", "5"], "unrecognized arguments: --epochs 5"),
     ],
 )
 def test_a_configuration_that_is_wrong_stops_before_anything_runs(
