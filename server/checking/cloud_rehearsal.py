@@ -28,7 +28,7 @@ from server.compression.golden import tolerance
 from server.compression.runtime import answer, open_session
 from server.finetune.loop import device_of, train_start
 from server.finetune.rehearse import rehearse
-from server.release.publish import Origin, initialise, publish
+from server.release.publish import Origin, check_publishable, initialise, publish
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.state import strategy_state_of
@@ -129,6 +129,10 @@ def try_release(state: CheckState) -> StepOutcome:
         privacy=statement,
     )
     now = datetime.now(UTC)
+    release = state.run.release
+    if release.repository is not None and release.keys is not None:
+        real, real_keys = state.run.path(release.repository), state.run.path(release.keys)
+        check_publishable(state.run.model_name, repository=real, keys=real_keys, now=now)
     with tempfile.TemporaryDirectory(prefix="fedcore-check-") as folder:
         repository, keys = Path(folder) / "releases", Path(folder) / "keys"
         initialise(repository, keys, now=now)

@@ -43,6 +43,7 @@ from server.simulation.batched.work import LocalWork
 
 _TRIED = 1000  # client names for a strategy; a task may have millions
 _LONG_S = 6.0  # after which no other client trains
+_ROSE = 3.0  # times the loss before training, which is noted
 _GREW = 100.0  # times the loss before training
 _TINY = 1e-3
 _WAYS = {
@@ -142,6 +143,7 @@ def train_clients(state: CheckState) -> StepOutcome:
             faults.append(_fault(name, "training", f"{type(error).__name__}: {error}"))
             continue
         after = _mean_loss(state, examples, client.resident.model)
+        least = min(after, update.metrics[TRAIN_LOSS])
         after = max(after, update.metrics[TRAIN_LOSS])  # the first one, if that is NaN
         losses.append(after)
         if not after <= _GREW * max(before, _TINY):  # also true for NaN
@@ -152,8 +154,14 @@ def train_clients(state: CheckState) -> StepOutcome:
                 "preprocess, or set federation.normalisation"
             )
             faults.append(_fault(name, "training", text))
-        elif first is None:
-            first = update
+            continue
+        if least > _ROSE * max(before, _TINY):
+            text = (
+                f"the mean loss rose from {before:.4g} to {after:.4g} in an epoch: lower "
+                "client.learning_rate, or scale the inputs, as federation.normalisation does"
+            )
+            faults.append(_fault(name, "rising loss", text, required=False))
+        first = first or update
     if first is not None:
         unpack(first.weights, state.model.model)
     if not losses:

@@ -193,6 +193,18 @@ def test_a_client_may_have_no_test_data_of_its_own(tmp_path: Path) -> None:
     assert found["test data"].detail == "30 examples; no examples of client 'ben'"
 
 
+def test_what_cannot_be_released_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A run without a repository can do without; one with a repository would fail at its end."""
+    monkeypatch.setattr("server.release.publish.MAX_GOLDEN_BYTES", 10)
+    task = write(tmp_path, "del values['cloud_data']")
+    found = check_call(task).findings[-1]
+    assert (found.step, found.ok, found.required) == ("release", False, False)
+    assert "its golden file has" in found.detail
+    release = {"repository": "releases", "keys": "keys"}
+    found = check_call(task, release=release).findings[-1]
+    assert (found.ok, found.required) == (False, True)
+
+
 def test_a_client_that_is_not_there_is_named(tmp_path: Path) -> None:
     found = check(tmp_path, client="carl")
     assert found["clients"].detail == "client 'carl': not among the 2 clients."
