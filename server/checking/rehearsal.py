@@ -47,7 +47,7 @@ _ROSE = 3.0  # times the loss before training, which is noted
 _GREW = 100.0  # times the loss before training
 _TINY = 1e-3
 _WAYS = {
-    "chain": "fastest method, for a chain of dense layers and convolutions",
+    "chain": "fastest method, for a chain of known layers",
     "vmap": "all examples of a batch at once",
     "alone": "one example at a time, which is slow",
 }

@@ -100,15 +100,15 @@ TWO = {"first": m.dense(), "second": m.dense()}
 
 def _accepted() -> Iterator[Case]:
     dense: list[tuple[str, Outcome, Build]] = [
-        ("residual block", "vmap", m.Residual),
+        ("residual block", "chain", m.Residual),
         ("frozen layer", "vmap", m.frozen),
         ("low-rank adapter", "vmap", m.Adapter),
         ("unused head", "vmap", made(lambda n, x: n.first(x), **TWO)),
-        ("dropout", "vmap", dropped),
+        ("dropout", "chain", dropped),
         ("in-place relu", "chain", in_place),
         ("weight_norm", "vmap", m.weight_normed),
-        ("checkpointing", "alone", m.recomputed(False)),
-        ("reentrant checkpointing", "alone", m.recomputed(True)),
+        ("checkpointing", "chain", m.recomputed(False)),
+        ("reentrant checkpointing", "chain", m.recomputed(True)),
         # What made-up examples do not show.
         ("coupled for unusual values", "alone", s.CoupledForSome),
         ("a mean kept for unusual values", "alone", lambda: s.Remembering(rarely=True)),
@@ -133,8 +133,8 @@ def _accepted() -> Iterator[Case]:
     images: list[tuple[str, Outcome, Build]] = [
         ("cnn", "chain", m.cnn),
         ("cnn, many filters", "chain", m.many_filters),
-        ("cnn, group norm", "vmap", normed(lambda: nn.GroupNorm(2, 4))),
-        ("cnn, instance norm", "alone", normed(lambda: nn.InstanceNorm2d(4, affine=True))),
+        ("cnn, group norm", "chain", normed(lambda: nn.GroupNorm(2, 4))),
+        ("cnn, instance norm", "chain", normed(lambda: nn.InstanceNorm2d(4, affine=True))),
         ("cnn, dropout2d", "vmap", normed(lambda: nn.Dropout2d(0.5))),
         ("cnn, grouped", "vmap", m.grouped),
         ("transposed convolution", "vmap", m.transposed),
@@ -154,7 +154,7 @@ def _accepted() -> Iterator[Case]:
         *(("transformer block", block), ("windows as rows of a batch", m.by_rows)),
     ]
     for name, model in windows:
-        yield Case(name, "vmap", model, WINDOW, classes)
+        yield Case(name, "chain" if name in ("lstm", "gru") else "vmap", model, WINDOW, classes)
     tied = made(m.tied, table=m.embedding, mix=m.dense(WIDTH, WIDTH))
     languages: list[tuple[str, Build, Loss | None]] = [
         ("positions", LANGUAGE, None),

@@ -10,13 +10,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
 from fedcore.kernels.window import ConvolutionWindow
 from fedcore.training.per_example.images import convolved, largest, patches, with_input_gradient
+from fedcore.training.per_example.scales import scale_gradients, scaled
+from fedcore.training.per_example.sequences import unrolled
 
 Elementwise = Callable[..., Tensor]
 Weights = dict[str, Tensor]
@@ -41,10 +43,29 @@ class Conv(Dense):
 
 
 @dataclass(frozen=True)
+class Scale(Dense):
+    """The weight and bias that follow a normalisation: one of each per channel or value."""
+
+    channels: bool
+    """Whether they are for the channels of ``(K, B, C, ...)``, or for the last dimension."""
+
+
+@dataclass(frozen=True)
+class Recurrent:
+    """A GRU or LSTM layer, forwards over sequences ``(K, B, T, in)`` from a state of zeros."""
+
+    kind: Literal["gru", "lstm"]
+    of_inputs: Dense
+    """Weight ``(G * H, in)`` for ``G`` gates, and bias."""
+    of_states: Dense
+    """Weight ``(G * H, H)``, and bias."""
+
+
+@dataclass(frozen=True)
 class Step:
     """Applies ``apply`` to results of earlier steps, which each `StepResult` argument names."""
 
-    apply: Dense | Elementwise
+    apply: Dense | Recurrent | Elementwise
     args: tuple[Any, ...]
     kwargs: dict[str, Any]
 
@@ -64,18 +85,27 @@ class Chain:
     output: int
     numbers: int = 0
     """Size of the largest layer input or output for one example, in elements."""
+    drops: bool = False
+    """Whether it has dropout, which draws from torch's default generator."""
 
     @property
     def layers(self) -> tuple[Dense, ...]:
-        """The layers with weights, in execution order."""
-        return tuple(step.apply for step in self.steps if isinstance(step.apply, Dense))
+        """The layers' weights with their biases, in execution order."""
+        found: list[Dense] = []
+        for step in self.steps:
+            if isinstance(step.apply, Dense):
+                found.append(step.apply)
+            elif isinstance(step.apply, Recurrent):
+                found += (step.apply.of_inputs, step.apply.of_states)
+        return tuple(found)
 
 
 @dataclass(frozen=True)
 class ForwardPass:
     """A forward pass through the chain, with the tensors that the backward pass needs.
 
-    A dense layer has one row per example, a convolution several.
+    A dense layer has one row per example, or several as a convolution has. For a `Scale`, inputs
+    and results are those of the whole layer.
     """
 
     output: Tensor
@@ -128,6 +158,11 @@ def per_example_part(
     return part
 
 
+def summed(part: PerExampleGradients) -> BatchGradients:
+    """Returns the sum over each client's batch."""
+    return BatchGradients(part.weight.sum(dim=1), part.bias.sum(dim=1))
+
+
 Run = Callable[[Weights, Tensor], tuple[Tensor, Back]]
 """Runs ``K`` clients' batches ``(K, B, ...)`` through ``K`` copies of the weights."""
 
@@ -142,17 +177,27 @@ def torch_run(chain: Chain) -> Run:
 
     def run(weights: Weights, x: Tensor) -> tuple[Tensor, Back]:
         passed = run_chain(chain, weights, x)
-        return passed.output, lambda grads: _backward(passed, grads)
+        return passed.output, lambda grads: _backward(chain, passed, grads)
 
     return run
 
 
-def _backward(passed: ForwardPass, grads: Tensor) -> Iterable[Share]:
+def _backward(
+    chain: Chain, passed: ForwardPass, grads: Tensor
+) -> Iterable[Share | PerExampleGradients]:
     if not passed.output.requires_grad:
-        return zip(passed.inputs, [grads], [grads], strict=True)
+        yield from zip(passed.inputs, [grads], [grads], strict=True)
+        return
     anchors = [*passed.products, *passed.results]
     found = torch.autograd.grad([passed.output], anchors, [grads])
-    return zip(passed.inputs, found[: len(found) // 2], found[len(found) // 2 :], strict=True)
+    half = len(found) // 2
+    parts = zip(chain.layers, passed.inputs, found[:half], found[half:], strict=True)
+    for layer, inputs, of_products, of_results in parts:
+        if isinstance(layer, Scale):
+            weight, bias = scale_gradients(inputs, of_results, channels=layer.channels)
+            yield PerExampleGradients(weight.unsqueeze(3), bias)
+        else:
+            yield inputs, of_products, of_results
 
 
 def stacked(chain: Chain, weights: Weights, clients: int) -> Weights:
@@ -177,7 +222,7 @@ def matrix(layer: Dense, weight: Tensor) -> Tensor:
     """Views a layer's stacked weights ``(K, ...)`` as its product matrices, ``(K, out, in)``."""
     if isinstance(layer, Conv):
         return weight.permute(0, 1, 3, 4, 2).view(*weight.shape[:2], -1)
-    return weight
+    return weight.unsqueeze(2) if isinstance(layer, Scale) else weight
 
 
 def reshape_to_weight(layer: Dense, products: Tensor, weight: Tensor) -> Tensor:
@@ -202,6 +247,16 @@ def run_chain(chain: Chain, weights: Weights, x: Tensor) -> ForwardPass:
     results: list[Tensor] = []
     for step in chain.steps:
         layer = step.apply
+        if isinstance(layer, Recurrent):
+            a = places[step.args[0].index]
+            given, of_states = _dense(layer.of_inputs, weights, a), layer.of_states
+            bias = weights[of_states.bias] if of_states.bias else None
+            states, before, anchor = unrolled(layer.kind, given, weights[of_states.weight], bias)
+            places.append(states)
+            inputs += (a.detach(), before)
+            products += (given, anchor)
+            results += (given, anchor)
+            continue
         if not isinstance(layer, Dense):
             args = [places[a.index] if isinstance(a, StepResult) else a for a in step.args]
             places.append(layer(*args, **step.kwargs))
@@ -211,10 +266,17 @@ def run_chain(chain: Chain, weights: Weights, x: Tensor) -> ForwardPass:
             rows, z, result = _convolved(layer, weights, a)
             cells = layer.window.cells(*a.shape[3:])
             places.append(result.view(*a.shape[:2], *cells, -1).permute(_IMAGE))
-        else:
-            rows, z = a.detach(), _dense(layer, weights, a)
+        elif isinstance(layer, Scale):
+            bias = weights[layer.bias] if layer.bias else None
+            found = scaled(a, weights[layer.weight], bias, channels=layer.channels)
+            rows, z = a.detach(), _anchored(found)
             result = z
             places.append(result)
+        else:
+            many = a.flatten(2, -2) if a.dim() > 3 else a
+            rows, z = many.detach(), _dense(layer, weights, many)
+            result = z
+            places.append(result.view(*a.shape[:-1], -1))
         inputs.append(rows)
         products.append(z)
         results.append(result)
@@ -225,11 +287,13 @@ _IMAGE = (0, 1, 4, 2, 3)  # from (K, B, H, W, C) to (K, B, C, H, W)
 
 
 def _dense(layer: Dense, weights: Weights, a: Tensor) -> Tensor:
-    """Applies a dense layer to ``(K, B, in)``; returns ``(K, B, out)``, which tracks gradients."""
-    weight = weights[layer.weight].transpose(1, 2)
+    """Applies a dense layer to ``(K, B, in)`` or ``(K, B, R, in)``; its result tracks gradients."""
+    weight, rows = weights[layer.weight].transpose(1, 2), a.flatten(1, -2)
     if layer.bias is None:
-        return _anchored(torch.bmm(a, weight))
-    return _anchored(torch.baddbmm(weights[layer.bias].unsqueeze(1), a, weight))
+        found = torch.bmm(rows, weight)
+    else:
+        found = torch.baddbmm(weights[layer.bias].unsqueeze(1), rows, weight)
+    return _anchored(found.view(*a.shape[:-1], -1))
 
 
 def _convolved(layer: Conv, weights: Weights, image: Tensor) -> tuple[Tensor, Tensor, Tensor]:

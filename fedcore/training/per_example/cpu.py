@@ -19,7 +19,9 @@ from fedcore.training.per_example.chain import (
     Conv,
     Dense,
     PerExampleGradients,
+    Recurrent,
     Run,
+    Scale,
     Share,
     Step,
     StepResult,
@@ -27,7 +29,9 @@ from fedcore.training.per_example.chain import (
     flattened,
 )
 from fedcore.training.per_example.cpu_conv import Backward, Link, convolution
+from fedcore.training.per_example.cpu_norm import group_norm, scale
 from fedcore.training.per_example.graph import is_relu
+from fedcore.training.per_example.modules import GroupNormalised
 
 
 def kernel_run(chain: Chain, *, per_example: bool) -> Run | None:
@@ -43,6 +47,8 @@ def kernel_run(chain: Chain, *, per_example: bool) -> Run | None:
     windows = [layer.window for layer in chain.layers if isinstance(layer, Conv)]
     few = all(window.pool[0] * window.pool[1] <= MAX_WINDOW for window in windows)
     if not windows or not few or not _is_straight(chain):
+        return None
+    if any(isinstance(step.apply, Recurrent) for step in chain.steps):
         return None
     steps = [step for step in chain.steps if type(step.apply) is not nn.Identity]
     first = next(place for place, step in enumerate(steps) if isinstance(step.apply, Dense))
@@ -81,24 +87,33 @@ def _is_straight(chain: Chain) -> bool:
 
 def _links(steps: Sequence[Step], *, per_example: bool) -> Iterator[Link]:
     """Yields the steps as links, each layer with the ReLU that follows; a layer must come first."""
-    behind = [*(is_relu(step.apply) for step in steps[1:]), False]
-    taken = False
-    for place, (step, relu) in enumerate(zip(steps, behind, strict=True)):
-        layer = step.apply
-        if taken:
-            taken = False
-        elif isinstance(layer, Conv):
+    place = 0
+    while place < len(steps):
+        layer, behind = steps[place].apply, steps[place + 1 :]
+        scales = behind[0].apply if behind and isinstance(layer, GroupNormalised) else None
+        if isinstance(scales, Scale) and scales.bias is not None:
+            behind = behind[1:]
+        else:
+            scales = None
+        relu = bool(behind) and is_relu(behind[0].apply)
+        taken = 1 + relu
+        if isinstance(layer, Conv):
             yield convolution(layer, relu=relu, first=place == 0, per_example=per_example)
-            taken = relu
+        elif isinstance(layer, GroupNormalised) and scales is not None:
+            yield group_norm(layer, scales, relu=relu, per_example=per_example)
+            taken += 1
+        elif isinstance(layer, Scale):
+            yield scale(layer, relu=relu, per_example=per_example)
         elif isinstance(layer, Dense):
             yield _dense(layer, relu=relu, first=place == 0)
-            taken = relu
         else:
-            yield _flat if layer is flattened else _any(step)
+            yield _flat if layer is flattened else _any(steps[place])
+            taken = 1
+        place += taken
 
 
 def _applied(step: Step, x: Tensor) -> Tensor:
-    assert not isinstance(step.apply, Dense)
+    assert not isinstance(step.apply, Dense | Recurrent)
     args = [x if isinstance(one, StepResult) else one for one in step.args]
     return step.apply(*args, **step.kwargs)
 

@@ -2,33 +2,29 @@
 
 from __future__ import annotations
 
-import copy
 import operator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional
 
-from fedcore.kernels.window import ConvolutionWindow, Pair
+from fedcore.kernels.window import Pair
+from fedcore.training.dropout import WithoutDropout
 from fedcore.training.per_example.chain import (
     Chain,
     Conv,
-    Dense,
-    Elementwise,
+    Recurrent,
     Step,
     StepResult,
     flattened,
     run_chain,
     stacked,
 )
+from fedcore.training.per_example.modules import Dropped, EachImage, of_module, pair
+from fedcore.training.per_example.sequences import Selected, SequenceValue, part_of
 
-_MODULES = (
-    *(nn.Identity, nn.ReLU, nn.ReLU6, nn.LeakyReLU, nn.ELU, nn.SELU, nn.CELU, nn.GELU, nn.SiLU),
-    *(nn.Mish, nn.Tanh, nn.Sigmoid, nn.Softplus, nn.Hardtanh, nn.Hardswish, nn.Hardsigmoid),
-)
-"""Elementwise layers, which work unchanged on tensors with an additional dimension."""
 _FUNCTIONS = (
     *(torch.relu, torch.tanh, torch.sigmoid, torch.sin, torch.abs, torch.square),
     *(functional.relu, functional.tanh, functional.sigmoid, functional.gelu, functional.silu),
@@ -36,21 +32,28 @@ _FUNCTIONS = (
     *(operator.add, operator.sub, operator.mul, operator.neg, torch.add, torch.mul),
 )
 _METHODS = ("relu", "tanh", "sigmoid", "abs", "square")
-_POOLING = (nn.MaxPool2d, nn.AvgPool2d, nn.AdaptiveAvgPool2d, nn.AdaptiveMaxPool2d)
-"""Layers that process each image separately."""
 _RELU = (functional.relu, torch.relu, Tensor.relu)
 
 
 def find_chain(model: nn.Module, example: Tensor) -> Chain | None:
     """Returns the model as a chain, or None where the model is not one.
 
-    A chain consists of dense layers and convolutions, each used once, with only pooling and
-    elementwise functions between them. The chain must give the model's output on ``example``.
+    A chain consists of dense layers, convolutions, normalisations of single examples, and GRU and
+    LSTM layers, each used once, with only pooling, dropout, elementwise functions and selections
+    between them. The chain must give the model's output on ``example``, without dropout.
 
     Args:
         model: On any device.
         example: A preprocessed batch, ``(B, ...)``, on the model's device.
     """
+    was_training = model.training
+    try:
+        return _find(model.train(), example)
+    finally:
+        model.train(was_training)
+
+
+def _find(model: nn.Module, example: Tensor) -> Chain | None:
     chain = _traced(model)
     if chain is None:
         return None
@@ -62,8 +65,9 @@ def find_chain(model: nn.Module, example: Tensor) -> Chain | None:
     try:
         with torch.no_grad():
             weights = stacked(chain, {name: p.detach() for name, p in named.items()}, 1)
-            expected = model(example)
-            passed = run_chain(chain, weights, example.unsqueeze(0))
+            with WithoutDropout():
+                expected = model(example)
+                passed = run_chain(chain, weights, example.unsqueeze(0))
             found = passed.output.squeeze(0)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None  # training the model itself will report the cause
@@ -71,18 +75,8 @@ def find_chain(model: nn.Module, example: Tensor) -> Chain | None:
     if not same:
         return None
     numbers = max((t[0, 0].numel() for t in (*passed.inputs, *passed.products)), default=0)
-    return replace(chain, numbers=numbers)
-
-
-@dataclass(frozen=True)
-class _EachImage:
-    """Applies a layer for ``(N, C, H, W)`` to ``(K, B, C, H, W)``."""
-
-    layer: nn.Module
-
-    def __call__(self, x: Tensor) -> Tensor:
-        found: Tensor = self.layer(x.flatten(0, 1))
-        return found.view(*x.shape[:2], *found.shape[1:])
+    drops = any(isinstance(step.apply, Dropped) for step in chain.steps)
+    return replace(chain, numbers=numbers, drops=drops)
 
 
 def _traced(model: nn.Module) -> Chain | None:
@@ -94,8 +88,10 @@ def _traced(model: nn.Module) -> Chain | None:
         graph = fx.Tracer().trace(model)
     except Exception:  # the user's code, run on proxies: it may raise anything
         return None
+    graph.owning_module = fx.GraphModule(model, graph)
     modules = dict(model.named_modules())
     places: dict[fx.Node, int] = {}
+    sequences: dict[fx.Node, SequenceValue] = {}
     steps: list[Step] = []
     for node in graph.nodes:
         if node.op == "placeholder":
@@ -105,45 +101,94 @@ def _traced(model: nn.Module) -> Chain | None:
         elif node.op == "output":
             (result,) = node.args
             return Chain(tuple(steps), places[result]) if result in places else None
+        elif (part := part_of(node, sequences)) is not None:
+            if isinstance(part, SequenceValue):
+                sequences[node] = part
+                continue
+            if part < 0:  # the last state: a selection from all of them
+                source = sequences[node.args[0]].place
+                steps.append(Step(Selected((-1,)), (StepResult(source),), {}))
+            places[node] = len(steps) if part < 0 else part
         elif not _asks_for_shape(node):
-            step = _step(node, modules, places, prefix)
-            if step is None:
+            added = _steps(node, modules, places, prefix)
+            if not added:
                 return None
-            steps.append(step)
-            places[node] = len(steps)
+            steps += [
+                replace(step, args=(StepResult(len(steps) + count),)) if count else step
+                for count, step in enumerate(added)
+            ]
+            if isinstance(added[-1].apply, Recurrent):
+                sequences[node] = SequenceValue("results", len(steps), len(added))
+            else:
+                places[node] = len(steps)
     return None
 
 
-def _step(
+def _steps(
     node: fx.Node, modules: dict[str, nn.Module], places: dict[fx.Node, int], prefix: str | None
-) -> Step | None:
+) -> tuple[Step, ...]:
+    """Returns a node's steps, each on the result of the one before; none if unsupported."""
     if _flattens(node):
         (source, *_) = node.args
-        return Step(flattened, (StepResult(places[source]),), {}) if source in places else None  # type: ignore[index]
+        return (Step(flattened, (StepResult(places[source]),), {}),) if source in places else ()  # type: ignore[index]
     if any(isinstance(a, fx.Node) and a not in places for a in node.all_input_nodes):
-        return None
+        return ()
     args = tuple(StepResult(places[a]) if isinstance(a, fx.Node) else a for a in node.args)
     kwargs = dict(node.kwargs)
     if any(isinstance(value, fx.Node) for value in kwargs.values()):
-        return None
+        return ()
     if node.op == "call_module":
         layer = modules[str(node.target)]
         if getattr(layer, "inplace", False) and _is_read_elsewhere(node, modules):
-            return None
-        apply = _of_module(layer, str(node.target) if prefix is None else "")
-        return None if apply is None else Step(apply, args, kwargs)
+            return ()
+        if len(args) != 1 or kwargs:
+            return ()
+        found = of_module(layer, str(node.target) if prefix is None else "")
+        return tuple(Step(apply, args, {}) for apply in found)
+    apply = _of_function(node, args, kwargs)
+    return () if apply is None else (apply,)
+
+
+def _of_function(node: fx.Node, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | None:
     if node.op == "call_function" and not kwargs.get("inplace"):
         if node.target is functional.max_pool2d and not kwargs.get("return_indices"):
-            pooling = nn.MaxPool2d(*args[1:], **kwargs)  # type: ignore[arg-type]
-            return Step(_EachImage(pooling), args[:1], {})
+            pooling = nn.MaxPool2d(*args[1:], **kwargs)
+            return Step(EachImage(pooling), args[:1], {})
         if node.target is functional.avg_pool2d:
-            mean = nn.AvgPool2d(*args[1:], **kwargs)  # type: ignore[arg-type]
-            return Step(_EachImage(mean), args[:1], {})
+            mean = nn.AvgPool2d(*args[1:], **kwargs)
+            return Step(EachImage(mean), args[:1], {})
+        if node.target is functional.dropout:
+            return _dropout(args, kwargs)
+        if node.target is operator.getitem:
+            index = args[1] if isinstance(args[1], tuple) else (args[1],)
+            plain = all(isinstance(one, int | slice) for one in index[1:])
+            if index[0] == slice(None) and plain and isinstance(args[0], StepResult):
+                return Step(Selected(index[1:]), args[:1], {})
+            return None
         if any(node.target is one for one in _FUNCTIONS) or _divides(node):
             return Step(node.target, args, kwargs)  # type: ignore[arg-type]
+    if _calls(node, torch.mean, "mean"):
+        return _mean(args, kwargs)
     if node.op == "call_method" and node.target in _METHODS:
         return Step(getattr(Tensor, str(node.target)), args, kwargs)
     return None
+
+
+def _dropout(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | None:
+    given = dict(zip(("input", "p", "training"), args, strict=False)) | kwargs
+    p, training = given.get("p", 0.5), given.get("training", True)
+    if not isinstance(p, float | int) or not isinstance(training, bool):
+        return None
+    return Step(Dropped(float(p)) if training else nn.Identity(), (given["input"],), {})
+
+
+def _mean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | None:
+    """Returns a mean over one dimension of each example, not over the batch."""
+    given = dict(zip(("input", "dim"), args, strict=False)) | kwargs
+    dim = given.get("dim")
+    if set(given) != {"input", "dim"} or type(dim) is not int or dim < 1:
+        return None
+    return Step(torch.mean, (given["input"],), {"dim": dim + 1})
 
 
 def _divides(node: fx.Node) -> bool:
@@ -209,36 +254,6 @@ def _is_read_elsewhere(node: fx.Node, modules: dict[str, nn.Module]) -> bool:
     return False
 
 
-def _of_module(layer: nn.Module, name: str) -> Dense | Elementwise | None:
-    dot = f"{name}." if name else ""
-    weight, bias = (
-        f"{dot}weight",
-        f"{dot}bias" if getattr(layer, "bias", None) is not None else None,
-    )
-    if type(layer) is nn.Linear:
-        return Dense(weight, bias)
-    if type(layer) is nn.Conv2d:
-        window = _window(layer)
-        if window is None:
-            return None
-        return Conv(weight, bias, window, layer.in_channels, layer.out_channels)
-    if type(layer) is nn.Flatten and (layer.start_dim, layer.end_dim) == (1, -1):
-        return flattened
-    if type(layer) in _MODULES:
-        return _pure(layer)
-    if type(layer) in _POOLING and not getattr(layer, "return_indices", False):
-        return _EachImage(layer)
-    return None
-
-
-def _window(layer: nn.Conv2d) -> ConvolutionWindow | None:
-    """Returns a convolution's window; None for groups, dilation or other than zero padding."""
-    plain = layer.groups == 1 and layer.dilation == (1, 1) and layer.padding_mode == "zeros"
-    if not plain or isinstance(layer.padding, str):
-        return None
-    return ConvolutionWindow(_pair(layer.kernel_size), _pair(layer.stride), _pair(layer.padding))
-
-
 def _with_pooling(chain: Chain) -> Chain:
     """Fuses each max-pooling into the convolution before it; a ReLU between them runs after both.
 
@@ -274,27 +289,15 @@ def _with_pooling(chain: Chain) -> Chain:
     return replace(chain, steps=tuple(steps))
 
 
-def is_relu(apply: Dense | Elementwise) -> bool:
+def is_relu(apply: object) -> bool:
     """Returns whether a step is a ReLU, in any of its spellings."""
     return type(apply) is nn.ReLU or any(apply is one for one in _RELU)
 
 
-def _block(apply: Dense | Elementwise) -> Pair | None:
+def _block(apply: object) -> Pair | None:
     """Returns the block size of a non-overlapping max-pooling; None for anything else."""
-    layer = apply.layer if isinstance(apply, _EachImage) else None
-    if type(layer) is not nn.MaxPool2d or layer.ceil_mode or _pair(layer.dilation) != (1, 1):
+    layer = apply.layer if isinstance(apply, EachImage) else None
+    if type(layer) is not nn.MaxPool2d or layer.ceil_mode or pair(layer.dilation) != (1, 1):
         return None
-    block = _pair(layer.kernel_size)
-    return block if _pair(layer.stride) == block and _pair(layer.padding) == (0, 0) else None
-
-
-def _pair(value: Any) -> Pair:
-    return (value, value) if isinstance(value, int) else (int(value[0]), int(value[1]))
-
-
-def _pure(layer: nn.Module) -> Elementwise:
-    """Returns the layer in its out-of-place form, as the backward pass needs its input."""
-    layer = copy.copy(layer)
-    if getattr(layer, "inplace", False):
-        layer.__dict__["inplace"] = False
-    return layer
+    block = pair(layer.kernel_size)
+    return block if pair(layer.stride) == block and pair(layer.padding) == (0, 0) else None

@@ -8,6 +8,7 @@ of the weights is built, and no hooks are needed for private training.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 
 import torch
 from torch import Tensor
@@ -28,6 +29,7 @@ from fedcore.training.per_example.chain import (
     Weights,
     per_example_part,
     stacked,
+    summed,
 )
 from fedcore.training.per_example.clipping import (
     Gradient,
@@ -37,6 +39,7 @@ from fedcore.training.per_example.clipping import (
 )
 from fedcore.training.per_example.losses import example_losses
 from fedcore.training.private import noise_deviation
+from server.simulation.batched.dropout import DropForClients, DropoutStreams
 from server.simulation.batched.optimizer import Descend, descent
 from server.simulation.batched.rows import Rows, poisson_order, shuffled_order, stack_batches
 from server.simulation.batched.work import LocalWork, TrainedClients, in_order
@@ -104,20 +107,33 @@ def _train(
         _run_private_steps(rows, group, chain.layers, run, weights, loss, descend)
         losses: list[float | None] = [None] * len(work)
     else:
-        losses = list(_run_steps(rows, run, weights, loss, descend))
+        generators = [one.layers() for one in group] if chain.drops else []
+        losses = list(_run_steps(rows, run, weights, loss, descend, generators))
     flat = torch.cat([tensor.flatten(1) for tensor in weights.values()], dim=1)
     return in_order([(places, TrainedClients(flat, losses))])
 
 
-def _run_steps(rows: Rows, run: Run, weights: Weights, loss: Loss, descend: Descend) -> list[float]:
+def _run_steps(
+    rows: Rows,
+    run: Run,
+    weights: Weights,
+    loss: Loss,
+    descend: Descend,
+    generators: Sequence[torch.Generator],
+) -> list[float]:
     """Runs all steps without privacy; returns each client's mean loss over its last pass.
+
+    Dropout draws from the clients' ``generators``; there are none where nothing is dropped.
 
     The loss is NaN where some batch's was not finite, in any pass.
     """
     told: list[Tensor] = []
     shares = rows.mask / rows.counts.clamp(min=1).unsqueeze(2)
     for step, clients in enumerate(rows.active):
-        backward, losses, grads = _forward(rows, step, run, weights, loss)
+        counts = rows.counts[:clients, step].tolist() if generators else []
+        streams = DropoutStreams(generators[:clients], counts, rows.widest[step])
+        with DropForClients(streams) if generators else nullcontext():
+            backward, losses, grads = _forward(rows, step, run, weights, loss)
         told.append(losses)
         if rows.full:
             grads.mul_(1 / rows.width)
@@ -142,7 +158,8 @@ def _sum_over_batch(
     part: Share | BatchGradients | PerExampleGradients,
 ) -> Gradient | BatchGradients:
     """Returns a layer's gradient summed over whole batches."""
-    assert not isinstance(part, PerExampleGradients)
+    if isinstance(part, PerExampleGradients):
+        return summed(part)
     return part if isinstance(part, BatchGradients) else batch_gradient(*part)
 
 

@@ -176,13 +176,13 @@ def find_trainer(
     if mean is None:
         raise DataError("data: the loss of these examples is not finite. Others were tried.")
     chain = None if _has_hooks(model.model) or not mean else find_chain(model.model, behind)
+    if run.private and (chain is None or chain.drops):
+        return (
+            "under example-level privacy, dropout and models that are no chain of the supported "
+            "layers are trained one client at a time"
+        )
     if chain is not None:
         return _of_chain(chain, model, loss, settings, private=run.private)
-    if run.private:
-        return (
-            "per-example gradients of layers other than dense layers and convolutions are "
-            "computed one client at a time"
-        )
     mixed = mixes_examples(model.model, behind)
     if mixed:
         return mixed

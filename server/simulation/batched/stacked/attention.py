@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
-from server.simulation.batched.stacked.dropout import Streams
+from server.simulation.batched.dropout import DropoutStreams
 from server.simulation.batched.stacked.weights import NotStackable, StackedWeight
 
 
@@ -24,7 +24,7 @@ def linear(clients: int, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tens
 
 
 def attend(
-    streams: Streams,
+    streams: DropoutStreams,
     query: Tensor,
     key: Tensor,
     value: Tensor,
@@ -59,7 +59,7 @@ def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
 
 
 def multi_head(
-    streams: Streams,
+    streams: DropoutStreams,
     query: Tensor,
     key: Tensor,
     value: Tensor,

@@ -14,8 +14,8 @@ from torch import Tensor
 from torch.nn import functional
 from torch.overrides import TorchFunctionMode
 
+from server.simulation.batched.dropout import DropoutStreams
 from server.simulation.batched.stacked import attention
-from server.simulation.batched.stacked.dropout import Streams
 from server.simulation.batched.stacked.recurrent import GATES, recurrent
 from server.simulation.batched.stacked.weights import NotStackable, StackedWeight, tensors_in
 
@@ -26,7 +26,7 @@ class RunForClients(TorchFunctionMode):
     Its inputs are the batches of all clients, one after the other, each of the same number of rows.
     """
 
-    def __init__(self, streams: Streams) -> None:
+    def __init__(self, streams: DropoutStreams) -> None:
         super().__init__()
         self.streams = streams
         self.clients = len(streams.counts)

@@ -7,11 +7,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
 from fedcore.task.model import FullModel
+from fedcore.training.dropout import WithoutDropout
 
 _MIXING = (_BatchNorm,)  # with or without running statistics
 _RANDOM = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -59,7 +59,7 @@ def mixes_examples(model: nn.Module, inputs: Tensor) -> str:
     was_training = model.training
     model.train()
     try:
-        with torch.no_grad(), _WithoutDropout():
+        with torch.no_grad(), WithoutDropout():
             together = model(inputs)
             try:
                 alone = torch.cat([model(one.unsqueeze(0)) for one in inputs])
@@ -74,38 +74,6 @@ def mixes_examples(model: nn.Module, inputs: Tensor) -> str:
     if not torch.allclose(together, alone, rtol=1e-3, atol=1e-4 * scale):
         return "the model mixes the examples of a batch, or draws random numbers"
     return ""
-
-
-class _WithoutDropout(TorchFunctionMode):
-    """Torch function mode in which nothing is dropped."""
-
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
-        if func in _WHOLE:
-            return args[0] if args else kwargs["input"]
-        if func in _PLACES:
-            place = _PLACES[func]
-            args = tuple(0.0 if at == place else value for at, value in enumerate(args))
-            kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
-        return func(*args, **kwargs)
-
-
-_WHOLE = (functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
-_PLACES = {
-    functional.scaled_dot_product_attention: 4,
-    functional.multi_head_attention_forward: 11,
-    torch.gru: 5,
-    torch.lstm: 5,
-    torch.rnn_tanh: 5,
-    torch.rnn_relu: 5,
-}
-"""Functions with a probability of dropping values, and its place among their arguments."""
 
 
 def largest_result(model: nn.Module, inputs: Tensor) -> int:

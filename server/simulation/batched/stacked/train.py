@@ -15,9 +15,9 @@ from fedcore.task.definition import Loss
 from fedcore.task.model import FullModel
 from fedcore.training.local import optimizer_of
 from fedcore.training.order import ViewsOfAnyMemory, for_images
+from server.simulation.batched.dropout import DropoutStreams
 from server.simulation.batched.optimizer import clip_each
 from server.simulation.batched.rows import BatchOrder, check_alike, client_rows, shuffled_order
-from server.simulation.batched.stacked.dropout import Streams
 from server.simulation.batched.stacked.functions import RunForClients
 from server.simulation.batched.stacked.weights import NotStackable, StackedWeight
 from server.simulation.batched.work import LocalWork, TrainedClients, in_order
@@ -113,7 +113,7 @@ def _train(
     model.model.train()
     for step in range(len(rows[0])):
         batch = _batch(data, [one[step] for one in rows], sizes)
-        streams = Streams(generators, batch.counts, batch.targets.shape[1])
+        streams = DropoutStreams(generators, batch.counts, batch.targets.shape[1])
         mine = {name: StackedWeight(one) for name, one in weights.items()}
         values = _losses(model.model, mine, batch, loss, streams, images=images)
         optimizer.zero_grad(set_to_none=True)
@@ -176,7 +176,7 @@ def _losses(
     weights: Mapping[str, Tensor],
     batch: _Batch,
     loss: Loss,
-    streams: Streams,
+    streams: DropoutStreams,
     *,
     images: bool,
 ) -> Tensor:

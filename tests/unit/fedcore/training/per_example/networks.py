@@ -66,6 +66,41 @@ class Recurrent(nn.Module):
         return self.head(self.layer(self.words(x))[0][:, -1])
 
 
+class Sequences(nn.Module):
+    """A recurrent layer over measurements, whose last output counts."""
+
+    def __init__(self, layer: nn.RNNBase, size: int) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(size, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        found, _ = self.layer(x)
+        return self.head(torch.relu(found[:, -1, :]))
+
+
+class LastState(nn.Module):
+    def __init__(self, layer: nn.RNNBase) -> None:
+        super().__init__()
+        self.layer = layer
+        self.head = nn.Linear(layer.hidden_size, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        _, state = self.layer(x)
+        return self.head(state.squeeze(0))
+
+
+class PerStep(nn.Module):
+    """The same dense layers for each step of a sequence, and a norm."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(4, 6), nn.LayerNorm(6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.tanh(self.norm(self.first(x))).mean(1))
+
+
 @dataclass(frozen=True)
 class Network:
     """A model and what it is trained on."""
@@ -90,6 +125,10 @@ def rows(count: int) -> tuple[Tensor, Tensor]:
 
 def images(count: int) -> tuple[Tensor, Tensor]:
     return torch.randn(count, 2, 9, 8, generator=torch_rng(0)), torch.arange(count) % 3
+
+
+def windows(count: int) -> tuple[Tensor, Tensor]:
+    return torch.randn(count, 5, 4, generator=torch_rng(0)), torch.arange(count) % 3
 
 
 def words(count: int) -> tuple[Tensor, Tensor]:
@@ -117,8 +156,30 @@ NETWORKS: dict[str, Network] = {
             *(nn.Conv2d(2, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.AdaptiveAvgPool2d(2)),
             *(nn.Flatten(), nn.LayerNorm(32), nn.Linear(32, 3)),
         ),
-        *(images, "vmap"),
+        *(images, "chain"),
     ),
+    "instance norm, and a mean": Network(
+        lambda: nn.Sequential(
+            *(nn.Conv2d(2, 8, 3), nn.InstanceNorm2d(8, affine=True), nn.Flatten()),
+            *(nn.LayerNorm(336, bias=False), nn.Linear(336, 3)),
+        ),
+        *(images, "chain"),
+        opacus=False,
+    ),
+    "gru over measurements": Network(
+        lambda: Sequences(nn.GRU(4, 7, batch_first=True), 7), *(windows, "chain")
+    ),
+    "lstm, deep": Network(
+        lambda: Sequences(nn.LSTM(4, 5, num_layers=2, batch_first=True), 5),
+        *(windows, "chain"),
+        opacus=False,
+    ),
+    "gru's last state": Network(
+        lambda: LastState(nn.GRU(4, 7, batch_first=True, bias=False)),
+        *(windows, "chain"),
+        opacus=False,
+    ),
+    "dense over the steps": Network(PerStep, *(windows, "chain")),
     "attention": Network(Text, words, "vmap", opacus=False),
     "tied": Network(Tied, words, "vmap", opacus=False),
     "unused": Network(Unused, rows, "vmap", opacus=False),

@@ -85,7 +85,7 @@ def test_what_two_read_is_not_pooled() -> None:
         nn.Conv2d(2, 4, 3, padding=1, padding_mode="reflect"),
         nn.Conv2d(2, 4, 3, padding="same"),
         nn.ConvTranspose2d(2, 4, 3),
-        nn.Sequential(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4)),
+        nn.Sequential(nn.Conv2d(2, 4, 3), nn.BatchNorm2d(4)),
         nn.Sequential(nn.Conv2d(2, 4, 3), nn.Flatten(0)),
     ],
     ids=["groups", "dilation", "reflect", "same", "transposed", "norm", "flat batch"],

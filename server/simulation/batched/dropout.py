@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
 
 
 @dataclass(frozen=True)
-class Streams:
+class DropoutStreams:
     """One random stream a client, and the number of examples in its batch."""
 
     generators: Sequence[torch.Generator]
@@ -43,3 +46,23 @@ class Streams:
             drawn = like.new_empty((steps, count, *shape)).bernoulli_(1 - p, generator=rng)
             torch.div(drawn, 1 - p, out=mine[:, :count])
         return kept
+
+
+class DropForClients(TorchFunctionMode):
+    """Torch function mode in which dropout on ``(K, B, ...)`` draws from each client's stream."""
+
+    def __init__(self, streams: DropoutStreams) -> None:
+        super().__init__()
+        self.streams = streams
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        if func is not functional.dropout:
+            return func(*args, **(kwargs or {}))
+        x, p = args[:2]
+        return x * self.streams.keep(x.flatten(0, 1), p).view(x.shape)

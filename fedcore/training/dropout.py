@@ -1,0 +1,42 @@
+"""Runs models without dropout, to compare what they compute otherwise."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.nn import functional
+from torch.overrides import TorchFunctionMode
+
+
+class WithoutDropout(TorchFunctionMode):
+    """Torch function mode in which nothing is dropped."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., Any],
+        types: Sequence[type],
+        args: Sequence[Any] = (),
+        kwargs: Mapping[str, Any] | None = None,
+    ) -> Any:
+        kwargs = dict(kwargs or {})
+        if func in _WHOLE:
+            return args[0] if args else kwargs["input"]
+        if func in _PLACES:
+            place = _PLACES[func]
+            args = tuple(0.0 if at == place else value for at, value in enumerate(args))
+            kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
+        return func(*args, **kwargs)
+
+
+_WHOLE = (functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
+_PLACES = {
+    functional.scaled_dot_product_attention: 4,
+    functional.multi_head_attention_forward: 11,
+    torch.gru: 5,
+    torch.lstm: 5,
+    torch.rnn_tanh: 5,
+    torch.rnn_relu: 5,
+}
+"""Functions with a probability of dropping values, and its place among their arguments."""
