@@ -108,7 +108,7 @@ def check_rounds(
     Raises:
         FedcoreError: rounds can't start. Nothing was run or replaced.
     """
-    _refuse_patience(run, task)
+    refuse_patience(run, task)
     model = build_model(task, run)
     task.check_model()
     if run.federation.initial is not None:
@@ -121,7 +121,7 @@ def check_rounds(
     check_strategy(run, model, clients=clients, strategy=strategy)
 
 
-def _refuse_patience(run: RunConfig, task: Task) -> None:
+def refuse_patience(run: RunConfig, task: Task) -> None:
     """Rejects ``federation.patience`` where no data judge a round.
 
     Raises:

@@ -63,7 +63,7 @@ def as_batch(batch: AnyArray, manifest: Manifest, *, expected: str) -> AnyArray:
     """Checks a batch of inputs, and converts it to the model's input type.
 
     Args:
-        batch: Shape ``(B, *input_shape)``, integers or floats.
+        batch: Shape ``(B, *input_shape)``, numbers; or booleans, for a model that takes them.
         manifest: The model's manifest.
         expected: Start of an error: the source of the inputs and what was expected.
 
@@ -78,7 +78,8 @@ def as_batch(batch: AnyArray, manifest: Manifest, *, expected: str) -> AnyArray:
         raise DataError(f"{expected}, got shape {list(batch.shape)}. Nothing was answered.")
     dtype = np.dtype(manifest.input_dtype)
     with np.errstate(over="ignore", invalid="ignore"):
-        converted = batch.astype(dtype) if batch.dtype.kind in "iuf" else None
+        known = batch.dtype.kind in "iuf" or batch.dtype == dtype  # bools are not for other models
+        converted = batch.astype(dtype) if known else None
     if converted is None or (dtype.kind != "f" and not np.array_equal(converted, batch)):
         raise DataError(
             f"{expected}, finite and of type {dtype}, got {batch.dtype} with values that this "

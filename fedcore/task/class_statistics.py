@@ -23,7 +23,7 @@ class Decisions:
 
     axis: int | None = -1
     """Dimension of the outputs ``(B, ...)`` that holds the classes; None for logits of yes or no,
-    ``(B, ...)`` or ``(B, ..., 1)``."""
+    ``(B, ...)`` or ``(B, ..., 1)``. Outputs ``(B,)`` and ``(B, 1)`` are such logits in any case."""
     ignored: int | None = None
     """Target that counts for nothing, besides negative ones; None for no other."""
 
@@ -35,7 +35,7 @@ class Decisions:
         Raises:
             ValueError: the shapes do not belong together, or a target is no class of the outputs.
         """
-        if self.axis is None:
+        if self.axis is None or self._are_logits(outputs.shape[1:]):
             flat = outputs.reshape(-1)
             rows = torch.stack([-flat, flat], dim=1) / 2
             fits = outputs.numel() == targets.numel()
@@ -57,13 +57,17 @@ class Decisions:
 
     def classes(self, shape: Shape) -> int:
         """Returns the number of classes for outputs of ``shape``, without the batch dimension."""
-        if self.axis is None:
+        if self.axis is None or self._are_logits(shape):
             return 2
         return shape[self.axis if self.axis < 0 else self.axis - 1]
 
     def places(self, shape: Shape) -> int:
         """Returns the number of decisions in outputs of ``shape``, without the batch dimension."""
-        return math.prod(shape) // (1 if self.axis is None else self.classes(shape))
+        return math.prod(shape) // (1 if self._are_logits(shape) else self.classes(shape))
+
+    def _are_logits(self, shape: Shape) -> bool:
+        """Returns whether outputs of this shape, without the batch, are logits of yes or no."""
+        return self.axis is None or tuple(shape) in ((), (1,))
 
 
 ROWS = Decisions()

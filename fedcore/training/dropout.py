@@ -33,7 +33,7 @@ class WithoutDropout(TorchFunctionMode):
 _WHOLE = (functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
 _PLACES = {
     functional.scaled_dot_product_attention: 4,
-    functional.multi_head_attention_forward: 11,
+    functional.multi_head_attention_forward: 10,
     torch.gru: 5,
     torch.lstm: 5,
     torch.rnn_tanh: 5,

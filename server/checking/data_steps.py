@@ -47,7 +47,7 @@ def make_model(state: CheckState) -> StepOutcome:
     """Builds the model, and tries it on the example input."""
     state.built = build_model(state.task, state.run)
     example = state.task.example_input
-    outputs = state.outputs(torch.stack([example] * 2))
+    outputs = _answers(state, torch.stack([example] * 2))
     if not isinstance(outputs, torch.Tensor) or outputs.shape[:1] != (2,):
         got = tuple(outputs.shape) if isinstance(outputs, torch.Tensor) else type(outputs).__name__
         raise TaskError(
@@ -67,6 +67,21 @@ def make_model(state: CheckState) -> StepOutcome:
         text += f"; takes NaN {where}"
     badly = DataFault("outputs", None, doubt, required=False)
     return StepOutcome(text, [Fault(None, badly)] if doubt else [])
+
+
+def _answers(state: CheckState, inputs: torch.Tensor) -> torch.Tensor:
+    """Returns the model's outputs for inputs like ``example_input``."""
+    try:
+        return state.outputs(inputs)
+    except FedcoreError:
+        raise
+    except Exception as error:  # the task's code may raise anything
+        raise TaskError(
+            f"the model fails on 2 inputs like example_input, which is {inputs.dtype} "
+            f"{tuple(inputs.shape[1:])}: {type(error).__name__}: {error}. Give example_input the "
+            "shape and dtype that the model takes (float32 for most layers; data of other floats "
+            "are converted), or convert it in preprocess."
+        ) from error
 
 
 def look_at_client_data(state: CheckState) -> StepOutcome:

@@ -27,17 +27,21 @@ from fedcore.task.model import (
     load_preprocess,
     preprocess_bytes,
     standardise_of,
+    warm_start,
 )
 from fedcore.training.batches import gather_all
 from fedcore.training.client import Client, learn
 from fedcore.training.evaluate import measure
 from fedcore.training.per_example.trial import choose_method
 from fedcore.training.private import train_private
-from fedcore.updates.messages import TRAIN_LOSS, Instruction, Update
+from fedcore.training.state import check_integers
+from fedcore.updates.frozen import frozen_state
+from fedcore.updates.messages import FROZEN, TRAIN_LOSS, Instruction, Update
 from fedcore.updates.pack import layout_of, pack, unpack
 from server.checking.looking import DataFault
 from server.checking.state import CheckState, Fault, StepOutcome
-from server.preflight import check_strategy
+from server.preflight import check_strategy, refuse_patience
+from server.rounds.client_privacy.mechanism import protect
 from server.simulation.batched.trainer import Trainer, find_trainer, train_in_groups
 from server.simulation.batched.work import LocalWork
 
@@ -112,13 +116,15 @@ def rehearsed(state: CheckState) -> tuple[Task, RunConfig]:
 
 
 def _instruction(state: CheckState) -> Instruction:
-    model = state.model
+    model, frozen = state.model, frozen_state(state.model.model)
     return Instruction(
         round=1,
         weights=pack(model.model),
         layout=layout_of(model.model).digest,
         preprocess=preprocess_bytes(model),
         proximal_mu=0.0,
+        frozen_sha256=frozen.sha256,
+        frozen=frozen.record[FROZEN] if frozen.raw else None,
     )
 
 
@@ -254,9 +260,22 @@ def compute_metrics(state: CheckState) -> StepOutcome:
 
 
 def try_strategy(state: CheckState) -> StepOutcome:
-    """Tries the run's strategy on synthetic updates."""
-    count = min(state.run.federation.cohort or _TRIED, len(state.names), _TRIED)
+    """Makes all checks that a run makes before its rounds; tries the strategy on made-up updates.
+
+    What example-level privacy needs of a model is a step of its own.
+    """
+    run = state.run
+    count = min(run.federation.cohort or _TRIED, len(state.names), _TRIED)
     clients = [state.names[place] for place in range(count)]  # it may not support slices
+    refuse_patience(run, state.task)
+    model = build_model(state.task, run)
+    if run.federation.initial is not None:
+        warm_start(run, model)
+    if run.client_private:
+        check_integers(state.task, model)
+        if state.place == "simulation":
+            clients_of_run = len(state.names)
+            protect(run, clients=clients_of_run, cohort=run.federation.cohort or clients_of_run)
     return StepOutcome(check_strategy(state.run, state.model, clients=clients))
 
 

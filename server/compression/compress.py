@@ -278,8 +278,9 @@ def _parity_gate(name: str, expected: FloatArray, outputs: FloatArray) -> None:
         raise ParityError(
             f"candidate {name}: the exported file's outputs for the golden inputs differ from "
             f"torch's by up to {error:.3g}, but at most {allowed:.3g} is allowed. Nothing was "
-            "released; check the model for operations that ONNX rounds or orders differently, or "
-            "that behave differently during export."
+            "released; check the model for operations that ONNX rounds or orders differently, "
+            "that behave differently during export, or whose answer to one input depends on the "
+            "others of its batch (use GroupNorm, or BatchNorm with running statistics)."
         )
 
 
@@ -288,8 +289,9 @@ def _without_fp32(error: FedcoreError) -> FedcoreError:
         return error
     return CompressionError(
         f"candidate fp32: {error}, and the others are compared with it. Nothing was released; "
-        "look for inputs that are not finite, or for operations that onnxruntime does not "
-        "support."
+        "look for inputs that are not finite, for operations that onnxruntime does not support, "
+        "or for too few held-out data: the metric needs targets that count (not all of them "
+        "ignore_index), of every class that it compares."
     )
 
 

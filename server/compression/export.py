@@ -166,8 +166,23 @@ def quiet() -> Iterator[None]:
         logging.disable(level)
 
 
+@contextlib.contextmanager
+def _plain_attention() -> Iterator[None]:
+    """Has transformer layers of torch's compute attention from operations that ONNX has.
+
+    In evaluation mode without gradients they otherwise call one fused operation. The switch is
+    process-wide, and affects the speed of other threads alone.
+    """
+    fused = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fused)
+
+
 def _to_proto(module: nn.Module, inputs: tuple[Any, ...]) -> onnx.ModelProto:
-    with quiet(), torch.no_grad():
+    with quiet(), torch.no_grad(), _plain_attention():
         program = torch.onnx.export(
             module,
             inputs,

@@ -8,7 +8,9 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field, replace
+from math import prod
 
+import numpy as np
 from flwr.app import ArrayRecord, Message
 
 from fedcore.errors import FedcoreError, RoundFailed
@@ -46,6 +48,9 @@ from server.rounds.instructions import (
     streams,
 )
 from server.rounds.quorum import check_quorum
+
+_VARIANCE = "running_var"
+"""How torch's batch and instance normalisation name the variance that they keep."""
 
 
 @dataclass(frozen=True)
@@ -196,14 +201,33 @@ def _new_weights(this: TrainingRound, aggregate: Aggregate, sent: Sent) -> Relea
     if aggregate.mean is not None:
         found = _mean(this, aggregate.mean)
         if federation.chosen.means:
-            return replace(found, weights=check_weights(found.weights, layout, where="aggregate"))
+            weights = check_weights(found.weights, layout, where="aggregate")
+            return replace(
+                found, weights=without_negative_variances(weights, progress.weights, layout)
+            )
         weight, protection = max(aggregate.mean.weight, 1), found.protection
         updates = [mean_as_reply(found.weights, weight, sent.instruction)]
     arrays = _aggregated(federation, this.number, updates, this.tally)
     weights = progress.weights if arrays is None else aggregated(arrays, layout, this.number)
     if aggregate.mean is not None:  # a step of an optimiser is not for counters and flags
         weights = _with_integers(weights, found.weights, layout)
-    return Released(weights, protection)
+    return Released(without_negative_variances(weights, progress.weights, layout), protection)
+
+
+def without_negative_variances(weights: Vector, before: Vector, layout: Layout) -> Vector:
+    """Returns weights in which running variances below zero have their values from ``before``.
+
+    Noise and the steps of an optimiser can make them so, and a model's answers would be NaN. The
+    choice reads published weights alone, so it costs no privacy.
+    """
+    first, kept = 0, weights
+    for name, shape in zip(layout.names, layout.shapes, strict=True):
+        part = slice(first, first + prod(shape))
+        first = part.stop
+        if name.endswith(_VARIANCE) and bool((weights[part] < 0).any()):
+            kept = weights.copy() if kept is weights else kept
+            kept[part] = np.where(weights[part] < 0, before[part], weights[part])
+    return weights if kept is weights else joined((kept,), layout.size)
 
 
 def _with_integers(weights: Vector, source: Vector, layout: Layout) -> Vector:

@@ -57,6 +57,16 @@ def test_anything_else_is_refused(manifest: Manifest, raw: bytes) -> None:
         parse_inputs(raw, manifest, where="x.json")
 
 
+def test_a_model_of_booleans_takes_them_and_zeros_and_ones(manifest: Manifest) -> None:
+    model = manifest.model_copy(update={"input_dtype": "bool"})
+    for raw in (b"[true, false, true]", b"[1, 0, 1]"):
+        batch = parse_inputs(raw, model, where="x")
+        assert batch.dtype == np.bool_
+        assert batch.tolist() == [[True, False, True]]
+    with pytest.raises(DataError, match="cannot represent"):
+        parse_inputs(b"[1, 0, 2]", model, where="x")
+
+
 def test_whole_numbers_stay_whole(manifest: Manifest) -> None:
     pixels = manifest.model_copy(update={"input_dtype": "uint8"})
     assert parse_inputs(b"[[0, 7, 255]]", pixels, where="x").tolist() == [[0, 7, 255]]

@@ -170,6 +170,14 @@ def test_wrong_settings_of_a_metric_are_refused(make: Any, said: str) -> None:
         make()
 
 
+@pytest.mark.parametrize("shape", [(), (1,)])
+def test_single_outputs_are_logits_of_two_classes(shape: tuple[int, ...]) -> None:
+    outputs, targets = torch.tensor([-2.0, 1.0, 3.0, 0.5]), torch.tensor([0, 0, 1, 1])
+    for metric, expected in ((fm.AUC, 0.75), (fm.ACCURACY, 0.75), (fm.F1, (2 / 3 + 4 / 5) / 2)):
+        given_ = outputs.reshape(-1, *shape), targets.reshape(-1, *shape)
+        assert metric.compute(*given_) == pytest.approx(expected, abs=1e-6)
+
+
 @pytest.mark.parametrize("shape", [(4, 1), (1, 4), (5,)])
 def test_targets_of_another_shape_are_not_broadcast(
     shape: tuple[int, ...],

@@ -145,6 +145,16 @@ def test_token_models_take_whole_numbers() -> None:
             np.testing.assert_allclose(answer, module(tokens).numpy(), atol=1e-5)
 
 
+def test_a_transformer_layer_is_exported_without_its_fused_operation() -> None:
+    layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True).eval()
+    inputs = torch.randn(3, 5, 8)
+    found = session(export_onnx(layer, inputs[:2], labels=(), kind="regression"))
+    with torch.no_grad():
+        expected = layer(inputs).numpy()
+    np.testing.assert_allclose(found.run(None, {"input": inputs.numpy()})[0], expected, atol=1e-5)
+    assert torch.backends.mha.get_fastpath_enabled()
+
+
 def test_the_module_stays_as_it_was() -> None:
     module = small_model().train()
     before = {name: tensor.clone() for name, tensor in module.state_dict().items()}

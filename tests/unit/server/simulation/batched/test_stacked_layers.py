@@ -14,6 +14,7 @@ from fedcore.config.run import ClientConfig
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples
 from fedcore.task.model import FullModel
+from server.simulation.batched.stacked.supported import mixes_examples
 from server.simulation.batched.stacked.train import train_stacked
 from server.simulation.batched.stacked.weights import NotStackable
 from server.simulation.batched.work import LocalWork
@@ -256,3 +257,11 @@ def test_what_cannot_run_together_is_refused(model: Callable[[], nn.Module]) -> 
             SETTINGS,
             proximal_mu=0.0,
         )
+
+
+def test_a_transformer_layer_is_tried_without_its_dropout() -> None:
+    inputs = torch.randn(3, T, D)
+    layer = nn.TransformerEncoderLayer(D, 2, 16, dropout=0.5, batch_first=True)
+    assert mixes_examples(layer, inputs) == ""
+    attention = Net(lambda one, _, x: one(x, x, x)[0], nn.MultiheadAttention(D, 2), nn.Identity())
+    assert "mixes the examples of a batch" in mixes_examples(attention, inputs)
