@@ -64,5 +64,12 @@ class DropForClients(TorchFunctionMode):
     ) -> Any:
         if func is not functional.dropout:
             return func(*args, **(kwargs or {}))
-        x, p = args[:2]
+        x, p = _values_and_rate(*args, **(kwargs or {}))
         return x * self.streams.keep(x.flatten(0, 1), p).view(x.shape)
+
+
+def _values_and_rate(
+    input: Tensor, p: float = 0.5, training: bool = True, inplace: bool = False
+) -> tuple[Tensor, float]:
+    """Takes the arguments of `torch.nn.functional.dropout`, which torch passes on by name."""
+    return input, p
