@@ -25,18 +25,18 @@ class WithoutDropout(TorchFunctionMode):
             return args[0] if args else kwargs["input"]
         if func in _PLACES:
             place = _PLACES[func]
+            if func in _RECURRENT and not isinstance(args[3], bool):
+                place += 1  # of packed sequences, whose lengths come second
             args = tuple(0.0 if at == place else value for at, value in enumerate(args))
             kwargs |= {"dropout_p": 0.0} if "dropout_p" in kwargs else {}
         return func(*args, **kwargs)
 
 
 _WHOLE = (functional.dropout, functional.dropout1d, functional.dropout2d, functional.dropout3d)
+_RECURRENT = (torch.gru, torch.lstm, torch.rnn_tanh, torch.rnn_relu)
 _PLACES = {
     functional.scaled_dot_product_attention: 4,
     functional.multi_head_attention_forward: 10,
-    torch.gru: 5,
-    torch.lstm: 5,
-    torch.rnn_tanh: 5,
-    torch.rnn_relu: 5,
+    **dict.fromkeys(_RECURRENT, 5),
 }
 """Functions with a probability of dropping values, and its place among their arguments."""

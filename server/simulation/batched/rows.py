@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from fedcore.config.run import ClientConfig
 from fedcore.errors import DataError
 from fedcore.task.model import FullModel
-from fedcore.training.batches import gather_all
+from fedcore.training.batches import batches_of, gather_all
 from server.simulation.batched.work import LocalWork
 
 
@@ -62,12 +62,17 @@ class BatchOrder:
     """Number of batches in the last pass over the data."""
 
 
-def shuffled_order(work: LocalWork, settings: ClientConfig) -> BatchOrder:
-    """Returns the same batches as `fedcore.training.local.train`."""
+def shuffled_order(work: LocalWork, settings: ClientConfig, *, least: int = 1) -> BatchOrder:
+    """Returns the same batches as `fedcore.training.local.train`.
+
+    Args:
+        work: A client's examples and random streams.
+        settings: Settings of its training.
+        least: Rows that a batch needs, see `fedcore.training.batches.batches_of`.
+    """
     rng, count = work.order(), work.size
-    whole, rest = divmod(count, settings.batch_size)
-    each = [settings.batch_size] * whole + [rest] * (rest > 0)
-    steps = settings.steps_of(count)
+    each = [len(one) for one in batches_of(torch.arange(count), settings.batch_size, least=least)]
+    steps = settings.epochs * len(each) if settings.steps is None else settings.steps
     passes = -(-steps // len(each))
     lengths = (each * passes)[:steps]
     drawn = [torch.randperm(count, generator=rng) for _ in range(passes)]

@@ -27,11 +27,12 @@ from fedcore.training.resident import Resident
 from server.rounds.aggregation.exact_mean import AddScaled
 from server.simulation.batched.chained import train_chained
 from server.simulation.batched.stacked.supported import (
-    largest_result,
     mixes_examples,
+    sizes_of,
     unsupported_parts,
 )
 from server.simulation.batched.stacked.train import train_stacked
+from server.simulation.batched.stacked.trial import confuses_clients
 from server.simulation.batched.work import LocalWork, TrainedClients
 
 _LOOKED_AT = 32  # examples for testing the loss and the model
@@ -183,22 +184,23 @@ def find_trainer(
         )
     if chain is not None:
         return _of_chain(chain, model, loss, settings, private=run.private)
-    mixed = mixes_examples(model.model, behind)
-    if mixed:
-        return mixed
-
-    def train_any(
-        model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
-    ) -> TrainedClients:
-        return train_stacked(model, work, loss, settings, proximal_mu=mu)
-
     try:
-        numbers = largest_result(model.model, behind)
+        mixed = mixes_examples(model.model, behind)
+        if mixed:
+            return mixed
+        sizes = sizes_of(model.model, behind)
+
+        def train_any(
+            model: FullModel, work: Sequence[LocalWork], settings: Settings, mu: float
+        ) -> TrainedClients:
+            return train_stacked(model, work, loss, settings, proximal_mu=mu, sizes=sizes.own)
+
         train_any(model, [sample, sample], settings, 0.0)
+        wrong = confuses_clients(train_any, model, sample, settings)
     except Exception as error:  # the task's code, run in an unusual way
         said = f"{type(error).__name__}: {str(error).partition(chr(10))[0]}"
         return f"the model cannot run for many clients at once ({said})"
-    return Trainer(train_any, numbers)
+    return wrong or Trainer(train_any, sizes.largest)
 
 
 def _of_chain(

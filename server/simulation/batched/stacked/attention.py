@@ -45,17 +45,22 @@ def attend(
     if is_causal:
         mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool, device=query.device)
         mask = mask.tril()
-    weights = _weights(query * scale, key, mask)
+    scores = _scores(query * scale, key, mask)
+    if mask is None:
+        weights = scores.softmax(dim=-1)
+    else:  # as torch: 0 where everything is masked, not NaN
+        none = scores.isneginf().all(dim=-1, keepdim=True)
+        weights = scores.masked_fill(none, 0).softmax(dim=-1).masked_fill(none, 0)
     return weights * streams.keep(weights, dropout_p) @ value
 
 
-def _weights(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
+def _scores(query: Tensor, key: Tensor, mask: Tensor | None) -> Tensor:
     scores = query @ key.transpose(-2, -1)
     if mask is not None:
         scores = (
             scores.masked_fill(~mask, -torch.inf) if mask.dtype == torch.bool else scores + mask
         )
-    return scores.softmax(dim=-1)
+    return scores
 
 
 def multi_head(
@@ -101,7 +106,7 @@ def multi_head(
     p = dropout_p if training else 0.0
     weights = None
     if need_weights:
-        weights = _weights(q * math.sqrt(1.0 / q.shape[-1]), k, mask)
+        weights = _scores(q * math.sqrt(1.0 / q.shape[-1]), k, mask).softmax(dim=-1)
         if p:
             weights = weights * streams.keep(weights, p)
         found = weights @ v

@@ -16,6 +16,12 @@ from torch.overrides import TorchFunctionMode
 
 from server.simulation.batched.dropout import DropoutStreams
 from server.simulation.batched.stacked import attention
+from server.simulation.batched.stacked.examples import (
+    READINGS,
+    come_of_examples,
+    mark,
+    refuse_choices,
+)
 from server.simulation.batched.stacked.recurrent import GATES, recurrent
 from server.simulation.batched.stacked.weights import NotStackable, StackedWeight, tensors_in
 
@@ -41,18 +47,30 @@ class RunForClients(TorchFunctionMode):
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        given = list(tensors_in((*args, *kwargs.values())))
+        if not come_of_examples(given):
+            return self._run(func, given, args, kwargs)
+        refuse_choices(func, args, kwargs)
+        found = self._run(func, given, args, kwargs)
+        mark(tensors_in((found, args[0]) if args and _overwrites(func) else (found,)))
+        return found
+
+    def _run(
+        self,
+        func: Callable[..., Any],
+        given: Sequence[Tensor],
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+    ) -> Any:
         random = _RANDOM.get(func)
         if random is not None:
             found = random(self, *args, **kwargs)
             if found is not NotImplemented:
                 return found
-        given = list(tensors_in((*args, *kwargs.values())))
         held = [one for one in given if isinstance(one, StackedWeight)]
-        if not held:
+        if not held or func in _DESCRIPTIONS:
             return func(*args, **kwargs)
-        if func in _DESCRIPTIONS:
-            return func(*args, **kwargs)
-        if func in _READINGS:
+        if func in READINGS:
             raise NotStackable("its code depends on the values of its weights")
         rule = _RULES.get(func)
         if rule is not None:
@@ -86,6 +104,11 @@ Rule = Callable[..., Any]
 """A function of `RunForClients` and the arguments of torch's; may return NotImplemented."""
 
 
+def _overwrites(func: Callable[..., Any]) -> bool:
+    name = getattr(func, "__name__", "")
+    return (name.endswith("_") and not name.endswith("__")) or name == "__setitem__"
+
+
 def _for_each(
     run: RunForClients,
     func: Callable[..., Any],
@@ -95,9 +118,8 @@ def _for_each(
     mixed: bool,
 ) -> Any:
     """Calls a function for one client after the other."""
-    name = getattr(func, "__name__", "")
-    if (name.endswith("_") and not name.endswith("__")) or name == "__setitem__":
-        raise NotStackable(f"it overwrites weights or values with {name}")
+    if _overwrites(func):
+        raise NotStackable(f"it overwrites weights or values with {func.__name__}")
 
     def of(value: Any, client: int) -> Any:
         if isinstance(value, StackedWeight):
@@ -361,16 +383,3 @@ _DESCRIPTIONS = {
     ),
 }
 """Functions that read no number of a tensor."""
-
-_READINGS = {
-    Tensor.item,
-    Tensor.tolist,
-    Tensor.numpy,
-    Tensor.__bool__,
-    Tensor.__float__,
-    Tensor.__int__,
-    Tensor.__index__,
-    torch.equal,
-    torch.allclose,
-}
-"""Functions that make numbers for Python's own code out of a tensor's, which differ by client."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -10,8 +11,10 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.overrides import TorchFunctionMode
 
+from fedcore.seeds import kept_streams
 from fedcore.task.model import FullModel
 from fedcore.training.dropout import WithoutDropout
+from server.simulation.batched.stacked.weights import tensors_in
 
 _MIXING = (_BatchNorm,)  # with or without running statistics
 _RANDOM = (nn.RReLU, nn.FractionalMaxPool2d, nn.FractionalMaxPool3d)
@@ -76,25 +79,41 @@ def mixes_examples(model: nn.Module, inputs: Tensor) -> str:
     return ""
 
 
-def largest_result(model: nn.Module, inputs: Tensor) -> int:
-    """Returns the largest number of values that a function computes for one example.
+@dataclass(frozen=True)
+class Sizes:
+    """Sizes of what a model computes."""
+
+    largest: int
+    """Largest number of values that a function computes for one example."""
+    own: frozenset[int]
+    """Sizes of dimensions that are the same for batches of any number of examples."""
+
+
+def sizes_of(model: nn.Module, inputs: Tensor) -> Sizes:
+    """Returns the sizes of what a model computes, from batches of two and of three examples.
 
     Args:
-        model: Is run once.
+        model: Is run twice, without dropout.
         inputs: A preprocessed batch.
     """
-    sizes = _Sizes()
-    with torch.no_grad(), sizes:
-        model(inputs)
-    return sizes.largest // len(inputs)
+    few = [torch.arange(count, device=inputs.device) % len(inputs) for count in (2, 3)]
+    seen = [_Seen() for _ in few]
+    with torch.no_grad(), kept_streams(), WithoutDropout():
+        for rows, one in zip(few, seen, strict=True):
+            with one:
+                model(inputs[rows])
+    fixed = {size for one in (*model.parameters(), *model.buffers()) for size in one.shape}
+    fixed |= set(inputs.shape[1:]) | (seen[0].dimensions & seen[1].dimensions)
+    return Sizes(seen[1].largest // 3, frozenset(fixed))
 
 
-class _Sizes(TorchFunctionMode):
-    """Torch function mode that records the largest result."""
+class _Seen(TorchFunctionMode):
+    """Torch function mode that records the sizes of functions' arguments and results."""
 
     def __init__(self) -> None:
         super().__init__()
         self.largest = 0
+        self.dimensions: set[int] = set()
 
     def __torch_function__(
         self,
@@ -103,9 +122,11 @@ class _Sizes(TorchFunctionMode):
         args: Sequence[Any] = (),
         kwargs: Mapping[str, Any] | None = None,
     ) -> Any:
-        found = func(*args, **(kwargs or {}))
-        results = found if isinstance(found, tuple) else (found,)
-        for one in results:
-            if isinstance(one, Tensor):
-                self.largest = max(self.largest, one.numel())
+        kwargs = kwargs or {}
+        found = func(*args, **kwargs)
+        results = list(tensors_in([found]))
+        self.largest = max([self.largest, *(one.numel() for one in results)])
+        with torch._C.DisableTorchFunction():
+            for one in (*tensors_in((*args, *kwargs.values())), *results):
+                self.dimensions.update(one.shape)
         return found

@@ -14,11 +14,15 @@ from fedcore.config.run import ClientConfig
 from fedcore.task.definition import Loss
 from fedcore.task.model import FullModel
 from fedcore.training.local import optimizer_of
+from fedcore.training.lone_rows import least_rows
 from fedcore.training.order import ViewsOfAnyMemory, for_images
+from fedcore.training.per_example.losses import is_cross_entropy
 from server.simulation.batched.dropout import DropoutStreams
 from server.simulation.batched.optimizer import clip_each
 from server.simulation.batched.rows import BatchOrder, check_alike, client_rows, shuffled_order
+from server.simulation.batched.stacked.examples import mark
 from server.simulation.batched.stacked.functions import RunForClients
+from server.simulation.batched.stacked.supported import sizes_of
 from server.simulation.batched.stacked.weights import NotStackable, StackedWeight
 from server.simulation.batched.work import LocalWork, TrainedClients, in_order
 
@@ -30,6 +34,7 @@ def train_stacked(
     settings: ClientConfig,
     *,
     proximal_mu: float,
+    sizes: frozenset[int] | None = None,
 ) -> TrainedClients:
     """Trains one copy of ``model`` per client; returns results in the order of ``work``.
 
@@ -43,11 +48,14 @@ def train_stacked(
         loss: Loss over a batch, called for each client's batch by itself.
         settings: Settings of local training.
         proximal_mu: Weight of FedProx's penalty; 0 without.
+        sizes: `Sizes.own` of the model; found by running it when None.
 
     Raises:
         NotStackable: the model cannot run for many clients at once.
     """
-    orders = [shuffled_order(one, settings) for one in work]
+    orders = [
+        shuffled_order(one, settings, least=_least_rows(model, one, loss, settings)) for one in work
+    ]
     with for_images(model.model) as images:
         return in_order(
             (
@@ -59,11 +67,19 @@ def train_stacked(
                     loss,
                     settings,
                     proximal_mu=proximal_mu,
+                    sizes=sizes,
                     images=images,
                 ),
             )
             for places in _groups(orders)
         )
+
+
+def _least_rows(model: FullModel, one: LocalWork, loss: Loss, settings: ClientConfig) -> int:
+    """Returns how many examples a batch of the client needs; the model itself needs one."""
+    if is_cross_entropy(loss):
+        return 1
+    return least_rows(model, loss, one.examples, count=one.size, batch_size=settings.batch_size)
 
 
 def _groups(orders: Sequence[BatchOrder]) -> Iterable[list[int]]:
@@ -94,6 +110,7 @@ def _train(
     settings: ClientConfig,
     *,
     proximal_mu: float,
+    sizes: frozenset[int] | None,
     images: bool,
 ) -> TrainedClients:
     """Trains clients that all have the same number of steps."""
@@ -101,13 +118,15 @@ def _train(
     data = [client_rows(model, one, device) for one in work]
     for one in data[1:]:
         check_alike(one, data[0])
+    if sizes is None:
+        sizes = sizes_of(model.model, data[0][0]).own
     start = {name: p.detach() for name, p in model.model.named_parameters()}
     weights = {
         name: p.new_empty((len(work), *p.shape)).copy_(p).requires_grad_()
         for name, p in start.items()
     }
     optimizer = optimizer_of(list(weights.values()), settings)
-    sizes, generators = _sizes(model.model, data[0][0]), [one.layers() for one in work]
+    generators = [one.layers() for one in work]
     rows = [torch.split(order.rows, list(order.lengths)) for order in orders]
     told: list[Tensor] = []
     model.model.train()
@@ -147,12 +166,6 @@ def _means(losses: Tensor, orders: Sequence[BatchOrder]) -> list[float]:
     return torch.where(finite, means, torch.nan).tolist()
 
 
-def _sizes(model: nn.Module, inputs: Tensor) -> frozenset[int]:
-    """Returns sizes that belong to the model or to one example, not to a batch."""
-    found = {size for tensor in (*model.parameters(), *model.buffers()) for size in tensor.shape}
-    return frozenset(found | set(inputs.shape[1:]))
-
-
 def _batch(
     data: Sequence[tuple[Tensor, Tensor]], rows: Sequence[Tensor], sizes: frozenset[int]
 ) -> _Batch:
@@ -184,6 +197,7 @@ def _losses(
     inputs = batch.inputs
     if images and inputs.dim() == 4:
         inputs = inputs.contiguous(memory_format=torch.channels_last)
+    mark([inputs])
     with ViewsOfAnyMemory() if images else nullcontext(), RunForClients(streams):
         outputs = functional_call(model, dict(weights), (inputs,))
     if not isinstance(outputs, Tensor) or len(outputs) != len(inputs):

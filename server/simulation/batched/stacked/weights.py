@@ -51,9 +51,11 @@ class StackedWeight(Tensor):
 
 
 def tensors_in(values: Iterable[Any]) -> Iterator[Tensor]:
-    """Yields the tensors among values, and in lists and tuples among them."""
+    """Yields the tensors among values, and in lists, tuples and slices among them."""
     for value in values:
         if isinstance(value, Tensor):
             yield value
         elif isinstance(value, list | tuple):
             yield from tensors_in(value)
+        elif isinstance(value, slice):
+            yield from tensors_in((value.start, value.stop, value.step))

@@ -86,6 +86,13 @@ def attending_to_some(one: nn.Module, other: nn.Module, x: Tensor) -> Tensor:
     return other(found[0][:, -1])  # type: ignore[no-any-return]
 
 
+def attending_where_all_is_masked(one: nn.Module, other: nn.Module, x: Tensor) -> Tensor:
+    mask = (x[:, None, None, :, 0] < 0.3).expand(-1, 1, T, T)  # for some examples nothing is left
+    query, key, value = one(x).unsqueeze(1).chunk(3, dim=-1)
+    found = functional.scaled_dot_product_attention(query, key, value, ~mask, 0.4)
+    return other(found.squeeze(1).mean(1))  # type: ignore[no-any-return]
+
+
 def averaged(one: nn.Module, other: nn.Module, x: Tensor) -> Tensor:
     return other(one(x).mean(1))  # type: ignore[no-any-return]
 
@@ -147,6 +154,10 @@ CASES: dict[str, tuple[nn.Module, Make]] = {
         Net(attending_to_some, nn.MultiheadAttention(D, 2, batch_first=True), head()),
         sequences,
     ),
+    "attention with dropout where all is masked": (
+        Net(attending_where_all_is_masked, nn.Linear(D, 3 * D), head()),
+        sequences,
+    ),
     "transformer": (Net(averaged, encoder(dropout=0.1), head()), sequences),
     "transformer, norm first": (
         Net(averaged, encoder(dropout=0.0, norm_first=True), head()),
@@ -195,8 +206,9 @@ def test_a_token_that_no_row_has_is_an_error_and_not_another_clients_row() -> No
         nn.Identity(), nn.Sequential(nn.Embedding(7, 4), nn.Flatten(), nn.Linear(20, 3))
     )
     work = [LocalWork(tokens(4, torch_rng(0)), lambda: torch_rng(0))] * 2
+    loss = functional.cross_entropy
     with pytest.raises(IndexError, match="no row"):
-        train_stacked(model, work, functional.cross_entropy, SETTINGS, proximal_mu=0.0)
+        train_stacked(model, work, loss, SETTINGS, proximal_mu=0.0, sizes=frozenset({4, 7, 20}))
 
 
 class Reading(nn.Module):
