@@ -158,7 +158,7 @@ class Task:
                 model = self.model()
                 before = self.preprocess() if self.preprocess else nn.Identity()
                 return probe(before, model, torch.stack([self.example_input] * 2))
-        except Exception as error:  # the task's code may raise anything
+        except (Exception, SystemExit) as error:  # the task's code may raise anything
             return error.with_traceback(None)  # it would keep the model
 
     @property
@@ -338,7 +338,7 @@ def check_inputs(task: Task, examples: Examples, *, what: str) -> None:
     """
     try:
         inputs, _ = examples[0]
-    except Exception as error:
+    except (Exception, SystemExit) as error:
         raise DataError(
             f"{what}: reading its first example failed: {type(error).__name__}: {error}. Nothing "
             "was trained; each example must be a pair (input, target)."

@@ -35,7 +35,7 @@ def missing_allowed(model: nn.Module, example_input: Tensor) -> Tensor:
             tried = _finite_for(model, example_input, each).reshape(example_input.shape)
         together = _finite_for(model, example_input, tried.reshape(1, -1))
         return tried if bool(together.all()) and bool(tried.any()) else nowhere
-    except Exception:  # the task's code; what it cannot do, it does not allow
+    except (Exception, SystemExit):  # the task's code; what it cannot do, it does not allow
         return nowhere
     finally:
         model.train(was_training)

@@ -71,7 +71,7 @@ def build_model(task: Task, run: RunConfig) -> FullModel:
             preprocess = task.preprocess() if task.preprocess else nn.Identity()
     except InsufficientMemory:
         raise
-    except Exception as error:  # user code: any failure counts as one of the task
+    except (Exception, SystemExit) as error:  # user code: any failure counts as one of the task
         raise TaskError(
             f"task {task.name!r}: building the model failed: {type(error).__name__}: {error}. "
             "Nothing was run."

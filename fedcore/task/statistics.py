@@ -109,7 +109,7 @@ class Statistics:
                 raise ValueError(f"limits of shape {pairs.shape}")
             if not (pairs[:, 0] <= pairs[:, 1]).all() or not total > 0:
                 raise ValueError("a low limit above the high one, or a total that is not positive")
-        except Exception as error:  # the task's code may raise anything
+        except (Exception, SystemExit) as error:  # the task's code may raise anything
             raise TaskError(
                 f"metric {name!r}: its limits for outputs of shape {shape} are not usable "
                 f"({type(error).__name__}: {error}), expected 1 to {MAX_SUMS} pairs (low, high). "

@@ -89,7 +89,10 @@ def _run(step: CheckStep) -> Findings:
     except FedcoreError as error:
         result = StepOutcome(str(error))
         ok = False
-    except Exception as error:  # the task's code may raise anything; that is a finding
+    except (
+        Exception,
+        SystemExit,
+    ) as error:  # the task's code may raise anything; that is a finding
         result = StepOutcome(f"{type(error).__name__}: {error}")
         ok = False
     else:

@@ -75,7 +75,7 @@ def _answers(state: CheckState, inputs: torch.Tensor) -> torch.Tensor:
         return state.outputs(inputs)
     except FedcoreError:
         raise
-    except Exception as error:  # the task's code may raise anything
+    except (Exception, SystemExit) as error:  # the task's code may raise anything
         raise TaskError(
             f"the model fails on 2 inputs like example_input, which is {inputs.dtype} "
             f"{tuple(inputs.shape[1:])}: {type(error).__name__}: {error}. Give example_input the "

@@ -66,7 +66,7 @@ def compute_loss(state: CheckState) -> StepOutcome:
         inputs, targets = gather_all(examples)
         try:
             value = state.task.loss_of(state.outputs(inputs), targets)
-        except Exception as error:  # the task's code may raise anything
+        except (Exception, SystemExit) as error:  # the task's code may raise anything
             faults.append(_fault(name, "loss", f"{type(error).__name__}: {error}"))
             continue
         if not isinstance(value, Tensor) or value.ndim or not torch.isfinite(value):

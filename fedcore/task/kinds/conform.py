@@ -126,7 +126,7 @@ def _value(loss: Loss, outputs: Tensor, targets: Tensor) -> Tensor | None:
         with torch.no_grad(), global_streams(1), warnings.catch_warnings():
             warnings.simplefilter("ignore")  # shapes that broadcast are among what is tried
             found = copy.deepcopy(loss)(outputs, targets)
-    except Exception:  # the task's code may raise anything
+    except (Exception, SystemExit):  # the task's code may raise anything
         return None
     return found.double() if isinstance(found, Tensor) and found.dim() == 0 else None
 
@@ -166,7 +166,7 @@ def _guarded(
         fitted = outputs.reshape(targets.shape)
         try:
             raw = torch.as_tensor(compute(outputs[:_COMPARED], targets[:_COMPARED]))
-        except Exception:  # the task's code may raise anything
+        except (Exception, SystemExit):  # the task's code may raise anything
             return compute(fitted, targets)
         try:
             other = torch.as_tensor(compute(fitted[:_COMPARED], targets[:_COMPARED]))

@@ -102,6 +102,22 @@ def test_findings_tell_what_was_seen(tmp_path: Path) -> None:
             "model",
             "building the model failed: ZeroDivisionError",
         ),
+        ("import sys\nvalues['model'] = lambda: sys.exit(2)", "model", "failed: SystemExit: 2"),
+        (
+            "import sys\n"
+            "class Exits(nn.Linear):\n"
+            "    def forward(self, x):\n"
+            "        sys.exit('no GPU')\n"
+            "values['model'] = lambda: Exits(4, 3)",
+            "model",
+            "the model fails on 2 inputs like example_input, which is torch.float32 (4,): "
+            "SystemExit: no GPU",
+        ),
+        (
+            "import sys\nvalues['loss'] = lambda o, t: sys.exit('no loss')",
+            "loss",
+            "client 'ben': SystemExit: no loss",
+        ),
         ("values['preprocess'] = lambda: nn.Linear(4, 4)", "model", "preprocess has parameters"),
         ("values['example_input'] = torch.zeros(5)", "model", "mat1 and mat2"),
         ("values['model'] = lambda: nn.Linear(7, 3)", "model", "mat1 and mat2"),

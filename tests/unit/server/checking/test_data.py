@@ -13,6 +13,7 @@ from torch.utils.data import Dataset, TensorDataset
 from fedcore.config.run import RunConfig
 from fedcore.task.definition import Task
 from server.checking.check import CheckStep, _run
+from server.checking.clients import look_at_clients
 from server.checking.data_steps import (
     look_at_client_data,
     look_at_cloud_data,
@@ -21,6 +22,8 @@ from server.checking.data_steps import (
     name_clients,
 )
 from server.checking.findings import CheckFinding, Place
+from server.checking.looking import Expected
+from server.checking.progress import StepProgress
 from server.checking.selection import Asked
 from server.checking.state import CheckState
 
@@ -267,6 +270,42 @@ def test_test_data_of_clients_are_looked_at() -> None:
 
     (fault,) = faults(looked(client_test=own, clients="all"))
     assert (fault.client, fault.row) == ("site-3", 5)
+
+
+def test_progress_is_told_within_a_client_of_many_rows() -> None:
+    """A client's rows may take an hour to read."""
+    time_s, told = 0.0, list[str]()
+
+    def slow(row: int) -> tuple[Tensor, int]:
+        nonlocal time_s
+        time_s += 60.0
+        return torch.zeros(4), row % 3
+
+    def clock() -> float:
+        return time_s
+
+    task = Task(
+        name="slow",
+        kind="classification",
+        model=lambda: nn.Linear(4, 3),
+        clients=lambda folder: ["one"],
+        client_data=lambda name, folder: Rows(600, slow),
+        test_data=lambda folder: data("test"),
+        example_input=torch.zeros(4),
+    )
+    look_at_clients(
+        task,
+        None,
+        ["one"],
+        [0],
+        Expected(task, torch.zeros(4, dtype=torch.bool)),
+        accepts=lambda inputs: None,
+        only=True,
+        progress=StepProgress("client data", told.append, clock),
+        clock=clock,
+    )
+    assert len(told) > 1
+    assert told[0].startswith("client data: 0 of 1 looked at")
 
 
 def test_clients_that_are_asked_for_are_the_only_ones_read() -> None:
