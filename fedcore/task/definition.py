@@ -150,7 +150,7 @@ class Task:
         return TargetOptions(weights, self.ignore_index, self.label_smoothing)
 
     @cached_property
-    def _probe(self) -> Probed | Exception | None:
+    def _probe(self) -> Probed | BaseException | None:
         """What a fresh model makes of ``example_input``, or the error that it raises."""
         try:
             with warnings.catch_warnings(), global_streams(0, "outputs"):
@@ -186,7 +186,7 @@ class Task:
             TaskError: the model fails on ``example_input``, or the outputs are not of the kind,
                 carry no gradient, or differ in number from labels or class weights.
         """
-        if isinstance(self._probe, Exception):
+        if isinstance(self._probe, BaseException):
             error, example = self._probe, self.example_input
             raise TaskError(
                 f"task {self.name!r}: its model fails on example_input, {example.dtype} "

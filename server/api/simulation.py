@@ -156,7 +156,7 @@ def simulated(
             before = allow_drop if fresh else require_no_progress
             opening = open_folder(run, base, before=before, has_progress=has_finished_round)
         with opening as folder:
-            resumed = open_checkpoint(folder, run, owner) if resume else None
+            resumed = open_checkpoint(folder, run, owner, found) if resume else None
             with shown(progress) as sink:
                 done, summary = run_in(
                     folder,

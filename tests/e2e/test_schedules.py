@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -45,12 +46,24 @@ TASK = fedcore.Task(
 )
 
 
-def run(**settings: Any) -> Result:
+def run(*, task: fedcore.Task = TASK, **settings: Any) -> Result:
     """Simulates the tiny run with these settings."""
     values = {
         key: value | settings.pop(key, {}) for key, value in _RUN.items() if type(value) is dict
     }
-    return fedcore.simulate(TASK, fedcore.RunConfig.model_validate(_RUN | values), **settings)
+    return fedcore.simulate(task, fedcore.RunConfig.model_validate(_RUN | values), **settings)
+
+
+class Counting(nn.Module):
+    """The same model with a counter, as a checkpoint of another version would not have it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = TASK.model()
+        self.register_buffer("count", torch.zeros((), dtype=torch.long))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.layers(x)  # type: ignore[no-any-return]
 
 
 class Doubled(fedcore.Algorithm):
@@ -141,3 +154,12 @@ def test_where_the_bits_would_differ_a_run_is_not_extended(
     assert said in str(caught.value)
     assert (tmp_path / "tiny" / "checkpoint.safetensors").read_bytes() == checkpoint
     assert (tmp_path / "tiny" / "summary.json").exists()
+
+
+def test_a_checkpoint_of_other_weights_is_refused_and_removes_no_results(tmp_path: Path) -> None:
+    _kept(tmp_path, 2)
+    results = {path.name for path in (tmp_path / "tiny").iterdir()}
+    with pytest.raises(ConfigError, match=r"has 75 weights and other numbers .* expected 76"):
+        _kept(tmp_path, 4, resume=True, task=replace(TASK, model=Counting))
+    assert {path.name for path in (tmp_path / "tiny").iterdir()} == results
+    assert "summary.json" in results
