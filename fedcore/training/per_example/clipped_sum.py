@@ -205,9 +205,7 @@ def read_batch(
     if not len(rows):
         return
     if (found := _gathered(examples, rows)) is not None:
-        inputs, targets = found
-        counted = torch.ones(len(rows), dtype=torch.bool, device=device)
-        yield Batch(inputs.to(device), targets.to(device), counted, seed)
+        yield from _cut(*(part.to(device) for part in found), seed=seed, usual=usual)
         return
     for start in range(0, len(rows), _MAX_ROWS):
         some = rows[start : start + _MAX_ROWS].tolist()
@@ -230,6 +228,26 @@ def _gathered(examples: Examples, rows: Tensor) -> _Pair | None:
 
 
 _Pair = tuple[Tensor, Tensor]
+
+
+def _cut(inputs: Tensor, targets: Tensor, *, seed: int, usual: Kind | None) -> Iterator[Batch]:
+    """Yields batches of the same positions and seeds as rows that are read one by one.
+
+    Otherwise a row that cannot be used would change where batches begin, and so the dropout of all
+    other rows.
+    """
+    counted = torch.ones(len(inputs), dtype=torch.bool, device=inputs.device)
+    whole = Batch(inputs, targets, counted, seed)
+    step = 1 if _is_apart(inputs[0], targets[0], usual) else _MAX_ROWS
+    for start in range(0, len(inputs), step):
+        yield whole.rows(start, start + step)
+
+
+def _is_apart(inputs: Tensor, target: Tensor, usual: Kind | None) -> bool:
+    """Returns whether an example forms a batch of its own."""
+    if usual is None:
+        return False
+    return (inputs.shape, inputs.dtype) != usual or target.numel() > _large(inputs)
 
 
 def _read(examples: Examples, row: int, seed: int) -> _Pair | None:
@@ -264,7 +282,7 @@ def _by_kind(
     for place, pair in enumerate(read):
         if pair is not None:
             kind = tuple((part.shape, part.dtype) for part in pair)
-            if usual is not None and (kind[0] != usual or pair[1].numel() > _large(pair[0])):
+            if _is_apart(*pair, usual):
                 inputs, targets = (part.unsqueeze(0).to(device) for part in pair)
                 counted = torch.ones(1, dtype=torch.bool, device=device)
                 yield Batch(inputs, targets, counted, seed + place)

@@ -140,20 +140,30 @@ def _flat(weights: Weights, x: Tensor) -> tuple[Tensor, Backward]:
 
 
 def _dense(layer: Dense, *, relu: bool, first: bool) -> Link:
+    """Returns a link for one row per example, ``(K, B, in)``, or several, ``(K, B, ..., in)``."""
+
     def link(weights: Weights, x: Tensor) -> tuple[Tensor, Backward]:
-        weight = weights[layer.weight]
+        weight, rows = weights[layer.weight], x.flatten(1, -2)
         if layer.bias is None:
-            result = torch.bmm(x, weight.transpose(1, 2))
+            found = torch.bmm(rows, weight.transpose(1, 2))
         else:
-            result = torch.baddbmm(weights[layer.bias].unsqueeze(1), x, weight.transpose(1, 2))
+            found = torch.baddbmm(weights[layer.bias].unsqueeze(1), rows, weight.transpose(1, 2))
+        result = found.view(*x.shape[:-1], -1)
         if relu:
             result.relu_()
 
         def backward(grads: Tensor) -> tuple[Tensor, Share]:
             if relu:
                 grads = torch.ops.aten.threshold_backward(grads, result, 0)
-            return grads if first else torch.bmm(grads, weight), (x, grads, grads)
+            share = _by_example(x), _by_example(grads), _by_example(grads)
+            if first:
+                return grads, share
+            return torch.bmm(grads.flatten(1, -2), weight).view(x.shape), share
 
         return result, backward
 
     return link
+
+
+def _by_example(rows: Tensor) -> Tensor:
+    return rows.flatten(2, -2) if rows.dim() > 3 else rows

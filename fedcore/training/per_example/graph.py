@@ -186,7 +186,7 @@ def _mean(args: tuple[Any, ...], kwargs: dict[str, Any]) -> Step | None:
     """Returns a mean over one dimension of each example, not over the batch."""
     given = dict(zip(("input", "dim"), args, strict=False)) | kwargs
     dim = given.get("dim")
-    if set(given) != {"input", "dim"} or type(dim) is not int or dim < 1:
+    if len(args) > 2 or set(given) != {"input", "dim"} or type(dim) is not int or dim < 1:
         return None
     return Step(torch.mean, (given["input"],), {"dim": dim + 1})
 

@@ -84,7 +84,7 @@ def of_module(layer: nn.Module, name: str) -> tuple[Apply, ...]:
     """Returns a module as steps, each on the result of the one before; none if unsupported.
 
     Args:
-        layer: The module.
+        layer: The module, in the mode in which the model trains: a model may keep a dropout off.
         name: Its name in the model; empty for the model itself.
     """
     dot = f"{name}." if name else ""
@@ -104,7 +104,7 @@ def of_module(layer: nn.Module, name: str) -> tuple[Apply, ...]:
     if type(layer) in _POOLING and not getattr(layer, "return_indices", False):
         return (EachImage(layer),)
     if type(layer) is nn.Dropout:
-        return (Dropped(layer.p),)
+        return (Dropped(layer.p) if layer.training else nn.Identity(),)
     if isinstance(layer, nn.RNNBase):
         return _recurrent(layer, dot)
     return _normalised(layer, weight, bias)

@@ -101,6 +101,18 @@ class PerStep(nn.Module):
         return self.head(torch.tanh(self.norm(self.first(x))).mean(1))
 
 
+class PerRow(nn.Module):
+    """A convolution, and dense layers over the rows of its images."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.conv, self.first = nn.Conv2d(2, 8, 3, padding=1), nn.Linear(9, 5)
+        self.head = nn.Linear(40, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.first(self.conv(x).mean(3))).flatten(1))
+
+
 @dataclass(frozen=True)
 class Network:
     """A model and what it is trained on."""
@@ -180,6 +192,7 @@ NETWORKS: dict[str, Network] = {
         opacus=False,
     ),
     "dense over the steps": Network(PerStep, *(windows, "chain")),
+    "dense over the rows of images": Network(PerRow, *(images, "chain")),
     "attention": Network(Text, words, "vmap", opacus=False),
     "tied": Network(Tied, words, "vmap", opacus=False),
     "unused": Network(Unused, rows, "vmap", opacus=False),

@@ -256,3 +256,43 @@ def test_what_is_overwritten_may_be_asked_for_its_shape() -> None:
             return self.relu(h).view(examples, -1)
 
     assert find_chain(Asked(), IMAGE) is not None
+
+
+class KeptOff(nn.Module):
+    """A model whose dropout is off in training, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.drop, self.head = nn.Linear(6, 5), nn.Dropout(0.5), nn.Linear(5, 3)
+
+    def train(self, mode: bool = True) -> KeptOff:
+        super().train(mode)
+        self.drop.eval()
+        return self
+
+    def forward(self, x: Tensor) -> Tensor:
+        outputs: Tensor = self.head(self.drop(torch.relu(self.first(x))))
+        return outputs
+
+
+def test_a_dropout_that_a_model_keeps_off_drops_nothing_in_its_chain() -> None:
+    inputs = torch.randn(4, 6)
+    kept = find_chain(KeptOff().eval(), inputs)
+    dropping = find_chain(nn.Sequential(nn.Linear(6, 5), nn.Dropout(0.5)).eval(), inputs)
+    assert kept is not None
+    assert dropping is not None
+    assert (kept.drops, dropping.drops) == (False, True)
+
+
+@pytest.mark.parametrize("width", [1, 4])
+def test_a_mean_that_keeps_its_dimension_is_no_chain(width: int) -> None:
+    class Centred(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(6, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.layer(x)
+            return (h - h.mean(1, True)).flatten(1)
+
+    assert find_chain(Centred(), torch.randn(width, width, 6)) is None
