@@ -61,10 +61,12 @@ class Statistics:
     value: Callable[[Tensor], float | Tensor]
     """Returns the metric from sums, shape ``(K,)``, float64. NaN or a ``ValueError`` means that it
     is undefined; the error's text is the reason."""
-    limits: Limits | Callable[[Shape], Limits]
+    limits: Limits | Callable[[Shape], Limits] = field(hash=False)
     """The smallest and largest amount that one example adds to each sum, ``(low, high)`` each; or a
     function that returns them for the shape of one example's outputs. Their number is ``K``. A
-    client whose sums are not within them, times its number of examples, is rejected."""
+    client whose sums are not within them, times its number of examples, is rejected. Where a limit
+    is infinite, clients whose sums per example are far from all others' are left out: give finite
+    limits where you can."""
     total: float | Callable[[Shape], float] = math.inf
     """The most that one example adds to all sums together, by magnitude, or a function that returns
     it for the shape of one example's outputs. For counts of disjoint cases it is 1."""

@@ -103,21 +103,17 @@ def _evaluate_on_clients(
         on_note=federation.on_note,
     )
     found = {
-        metric: pool(metric, [*answers.values()], bounded=_bounded(spec, metric))
+        metric.name: pool(metric, [*answers.values()], limits=spec.sums.get(metric.name))
         for metric in federation.metrics
     }
-    for metric, pooled in found.items():
-        _note_outliers(federation, metric, pooled, number)
+    for name, pooled in found.items():
+        _note_outliers(federation, name, pooled, number)
     return RoundEvaluation(
-        {each.name: None if pooled.reason else pooled.value for each, pooled in found.items()},
+        {name: None if pooled.reason else pooled.value for name, pooled in found.items()},
         "clients",
-        {each.name: pooled.source for each, pooled in found.items()},
-        {each.name: pooled.reason for each, pooled in found.items() if pooled.reason},
+        {name: pooled.source for name, pooled in found.items()},
+        {name: pooled.reason for name, pooled in found.items() if pooled.reason},
     )
-
-
-def _bounded(spec: ReplySpec, metric: Metric) -> bool:
-    return metric.name not in spec.sums or spec.sums[metric.name].bounded
 
 
 def ask_to_evaluate(
@@ -171,12 +167,12 @@ def ask_to_evaluate(
     return found
 
 
-def _note_outliers(federation: Federation, metric: Metric, pooled: Pooled, number: int) -> None:
+def _note_outliers(federation: Federation, metric: str, pooled: Pooled, number: int) -> None:
     if not pooled.outliers:
         return
-    named = sorted(f"{name} ({value:.4g})" for name, value in pooled.outliers)
+    named = sorted(f"{name} ({what})" for name, what in pooled.outliers)
     federation.on_note(
-        f"round {number}: {metric.name} excludes "
+        f"round {number}: {metric} excludes "
         f"{', '.join(named[:_NAMED])}{', ...' if len(named) > _NAMED else ''}: far "
         f"from the values of the other {counted(pooled.source.clients, 'client')}."
     )

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 
 from fedcore.task.measured import Measured, value_of_sums
 from fedcore.task.metrics import Metric
-from fedcore.task.statistics import FloatVector, exact_sum
+from fedcore.task.statistics import FloatVector, SumLimits, exact_sum
 from fedcore.updates.replies import Reply, ReplySpec
 from server.records import MetricSource
 from server.rounds.outliers import outlying
@@ -40,8 +40,9 @@ class Pooled:
     reason: str
     """Why it is undefined; empty otherwise."""
     source: MetricSource
-    outliers: Sequence[tuple[str, float]] = ()
-    """Names and values of clients that were left out, far from all others."""
+    outliers: Sequence[tuple[str, str]] = ()
+    """Names of clients that were left out, far from all others, with what is far: a value, or the
+    sums."""
 
 
 def answer_of(reply: Reply, spec: ReplySpec, *, name: str, weight: int | None) -> EvaluationAnswer:
@@ -58,29 +59,40 @@ def answer_of(reply: Reply, spec: ReplySpec, *, name: str, weight: int | None) -
     return EvaluationAnswer(name, reply.num_examples if weight is None else weight, measured)
 
 
-def pool(metric: Metric, answers: Sequence[EvaluationAnswer], *, bounded: bool) -> Pooled:
+def pool(
+    metric: Metric, answers: Sequence[EvaluationAnswer], *, limits: SumLimits | None
+) -> Pooled:
     """Computes a metric over the clients on whose data it is defined.
 
-    A metric whose values and sums are bounded needs no outlier check: a client can move it by no
-    more than its share of the examples. Otherwise clients whose own value is far from those of all
-    others are left out.
+    A metric whose values and sums are bounded needs no outlier check: a client can move its sums by
+    no more than its share of the examples. Otherwise clients whose own value is far from those of
+    all others are left out, and so are those whose unbounded sums are: a ratio of huge sums would
+    decide the metric alone, whatever its own value is.
 
     Args:
         metric: The metric.
         answers: One per client; not empty.
-        bounded: Whether one example can move the metric's sums by a known amount at most; True for
-            a metric without sums.
+        limits: What one example can add to the metric's sums; None for a metric without sums.
     """
     values, reasons = [math.nan] * len(answers), [""] * len(answers)
-    checked = not (metric.has_range and bounded)
+    checked = not (metric.has_range and (limits is None or limits.bounded))
     for place, each in enumerate(answers):
         if metric.statistics is None or checked:
             values[place], reasons[place] = each.measured.judged(metric)
         else:
             reasons[place] = each.measured.undefined.get(metric.name, "")
     defined = [place for place, why in enumerate(reasons) if not why]
-    kept, far = _without_outliers([values[place] for place in defined], checked)
-    counted = [answers[place] for place, keep in zip(defined, kept, strict=True) if keep]
+    far: dict[int, str] = {}
+    if checked and defined:
+        own = np.array([values[place] for place in defined], np.float64)[:, None]
+        free = _unbounded_sums(metric, [answers[place] for place in defined], limits)
+        of_values, of_sums = outlying(own), outlying(free)
+        far = {
+            place: f"{values[place]:.4g}" if by_value else "its sums"
+            for place, by_value, by_sums in zip(defined, of_values, of_sums, strict=True)
+            if by_value or by_sums
+        }
+    counted = [answers[place] for place in defined if place not in far]
     whys = [(answers[place].name, why) for place, why in enumerate(reasons) if why]
     first = min(whys)[1] if whys else ""  # by name: not by order of arrival
     source = MetricSource(
@@ -91,16 +103,24 @@ def pool(metric: Metric, answers: Sequence[EvaluationAnswer], *, bounded: bool) 
         reason=first,
     )
     value, reason = _over(metric, counted) if counted else (math.nan, first)
-    outliers = [(answers[defined[place]].name, values[defined[place]]) for place in far]
-    return Pooled(value, reason, source, outliers)
+    return Pooled(value, reason, source, [(answers[place].name, far[place]) for place in far])
 
 
-def _without_outliers(values: Sequence[float], checked: bool) -> tuple[list[bool], list[int]]:
-    """Returns which values are kept, and the places of outliers."""
-    if not checked or not values:
-        return [True] * len(values), []
-    out: NDArray[np.bool_] = outlying(np.array(values, np.float64)[:, None])
-    return [not each for each in out], [place for place, each in enumerate(out) if each]
+def _unbounded_sums(
+    metric: Metric, answers: Sequence[EvaluationAnswer], limits: SumLimits | None
+) -> NDArray[np.float64]:
+    """Returns the magnitudes per example of the sums that nothing bounds, and their total.
+
+    Shape ``(N, D)``; the total is there for sums that are zero on most clients.
+    """
+    if limits is None or limits.bounded:
+        return np.zeros((len(answers), 1))
+    free = ~np.isfinite(limits.low) | ~np.isfinite(limits.high)
+    rows = [
+        np.abs(each.measured.sums[metric.name][free]) / each.measured.examples for each in answers
+    ]
+    table = np.stack(rows)
+    return np.concatenate([table, table.sum(axis=1, keepdims=True)], axis=1)
 
 
 def _over(metric: Metric, answers: Sequence[EvaluationAnswer]) -> tuple[float, str]:

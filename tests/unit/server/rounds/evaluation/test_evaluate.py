@@ -5,10 +5,12 @@ from __future__ import annotations
 import math
 
 import pytest
+import torch
 from flwr.app import MetricRecord, RecordDict
 
 from fedcore.errors import RoundFailed
 from fedcore.task.metrics import ACCURACY, RMSE, Metric
+from fedcore.task.statistics import Statistics
 from fedcore.updates.messages import METRICS, NUM_EXAMPLES
 from fedcore.updates.pack import Vector
 from server.records import MetricSource
@@ -189,3 +191,30 @@ def test_a_client_that_lies_in_a_bounded_sum_moves_it_by_its_share() -> None:
     lie = measured(10, accuracy=[10.0, 0.0])
     story = Story(adds(), evaluate=mixed(right(0.5), n11=lie), **HELD_BACK)
     assert story.run().rounds[0].metrics == {"accuracy": 0.6}
+
+
+RELATIVE = Metric(
+    "relative_error",
+    Statistics(lambda *_: torch.zeros(2), lambda s: s[0] / s[1], limits=[(0.0, math.inf)] * 2),
+    higher_is_better=False,
+    low=0.0,
+    high=1.0,
+)
+
+
+@pytest.mark.parametrize("size", [1e3, 1e100])
+def test_a_client_with_huge_sums_and_a_usual_value_does_not_decide_a_metric(size: float) -> None:
+    """Nothing limits the sums, so the ratio of the client's own would be that of all clients."""
+    honest = {
+        f"n{node}": measured(relative_error=[1.0 + place / 10, 8.0 + place])
+        for place, node in enumerate(NODES)
+    }
+    alone = Story(adds(), primary=RELATIVE, evaluate=mixed(right(0.5), **honest), **HELD_BACK)
+    honest["n11"] = measured(relative_error=[0.05 * size, size])
+    story = Story(adds(), primary=RELATIVE, evaluate=mixed(right(0.5), **honest), **HELD_BACK)
+    (value,), (usual,) = (one.run().rounds[0].metrics.values() for one in (story, alone))
+    assert value is not None
+    assert usual is not None
+    assert abs(value - usual) < 0.01
+    assert story.notes[0].startswith("round 1: relative_error excludes node 11 (its sums): far")
+    assert alone.notes == []
