@@ -44,6 +44,8 @@ _MAX_REPLY_BYTES = 8 * 2**30
 _ANSWERED, _KEYS, _DIGESTS = "fedcore.answered", "keys", "sha256"
 _SPOOLED = 4
 """Number of replies kept; a server asks again only for the last reply of a run."""
+_FROZEN_RUNS = 4
+"""Number of runs whose frozen parameters are kept."""
 IDENTITY = "identity.json"
 _MAX_IDENTITY_BYTES = 1 << 10
 _UNREADABLE = "unreadable"
@@ -192,6 +194,24 @@ class DeviceFolder:
     def kept(self, run: str) -> KeptObjects:
         """Returns the store of a run's frozen parameters."""
         return KeptObjects(self.path / "frozen" / run)
+
+    def keep_frozen(self, run: str, content: RecordDict) -> None:
+        """Keeps the frozen parameters in a run's message, and those of the latest few other runs.
+
+        A server that opens run after run must not fill the disk. What is dropped is pulled again.
+
+        Raises:
+            DiskFull: there is no room.
+            ResourceError: a file may not be removed.
+        """
+        if not self.kept(run).keep(content):
+            return
+        folder = self.path / "frozen"
+        with disk_errors(folder):
+            others = [path for path in folder.iterdir() if path.name != run]
+            others.sort(key=lambda path: path.lstat().st_mtime_ns)
+            for path in others[: 1 - _FROZEN_RUNS]:
+                remove(path)
 
     def runs(self) -> list[str]:
         """Returns the names of the runs that have a state, sorted."""

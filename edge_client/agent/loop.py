@@ -199,9 +199,9 @@ def _answer(
         run = runs.get(run_id) or open_run(device, link, signals, run_id)
         if run.ledger is not None and run.ledger.scan_data():  # new files: more charges may count
             run = open_run(device, link, signals, run_id)
-        kept = device.folder.kept(run.name)
-        message = link.fetch(found, limit_bytes=run.max_bytes, kept=kept.get)
-        kept.keep(message.content)
+        kept = device.folder.kept(run.name).get
+        message = link.fetch(found, limit_bytes=run.max_bytes, kept=kept)
+        device.folder.keep_frozen(run.name, message.content)
     except FedcoreError as error:
         if isinstance(error, InvalidUpdate):
             raise

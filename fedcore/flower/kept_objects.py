@@ -45,15 +45,18 @@ class KeptObjects:
             remove(path)  # `keep` writes it again
         return None
 
-    def keep(self, content: RecordDict) -> None:
+    def keep(self, content: RecordDict) -> bool:
         """Keeps the objects of a message's frozen parameters, and no others.
+
+        Returns:
+            Whether the message has any.
 
         Raises:
             DiskFull: there is no room.
         """
         record = content.get(FROZEN)
         if record is None:
-            return
+            return False
         objects = get_all_nested_objects(record)
         for object_id, one in objects.items():
             if not name_exists(self.folder / object_id):
@@ -64,6 +67,7 @@ class KeptObjects:
             for path in self.folder.iterdir():
                 if path.name not in objects:
                     remove(path)
+        return True
 
     def drop(self) -> None:
         """Removes all objects of the run.

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable
 from pathlib import Path
 
+import numpy as np
 import pytest
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
 
@@ -18,8 +19,6 @@ from fedcore.files import write_atomic
 
 
 def content(value: int = 1) -> RecordDict:
-    import numpy as np
-
     return RecordDict(
         {
             "arrays": ArrayRecord({"model": Array(np.full(4, value, np.float32))}),
@@ -272,3 +271,21 @@ def test_what_lies_among_the_replies_stops_no_round(tmp_path: Path, what: str) -
             folder.store_reply("run", state, str(number), content(number))
         assert not os.path.lexists(odd)
         assert folder.reply("7", state) == content(7)
+
+
+def test_frozen_parameters_of_few_runs_are_kept_whatever_a_server_opens(tmp_path: Path) -> None:
+    """Runs without a reply have no state by which anything else would remove them."""
+    frozen = ArrayRecord({"frozen": Array(np.arange(9, dtype=np.uint8))})
+    with lock_device_folder(tmp_path) as folder:
+        for number in range(9):
+            folder.keep_frozen(f"run-{number}", RecordDict({"frozen": frozen}))
+            os.utime(tmp_path / "frozen" / f"run-{number}", ns=(number, number))
+        folder.keep_frozen("run-0", RecordDict())  # nothing frozen: nothing changes
+        kept = {path.name: len(list(path.iterdir())) for path in (tmp_path / "frozen").iterdir()}
+        assert kept.keys() == {f"run-{number}" for number in range(5, 9)}
+        assert set(kept.values()) == {3}  # the record, its array, and the one piece of it
+        folder.keep_frozen("run-5", RecordDict({"frozen": frozen}))
+        folder.drop_state("run-6")
+        assert sorted(path.name for path in (tmp_path / "frozen").iterdir()) == [
+            *("run-5", "run-7", "run-8")
+        ]
