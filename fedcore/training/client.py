@@ -187,6 +187,7 @@ def _train(
         )
         metrics: dict[str, float] = {}
         if run.private:
+            check_instruction(instruction, model, initial=not local)
             metrics[EPSILON] = _train_private(
                 client, name, model, examples, ledger, on_spend, instruction, settings, bounds
             )
@@ -234,7 +235,6 @@ def _train_private(
 ) -> float:
     """Trains by DP-SGD after charging the ledger; returns the total epsilon, with this round."""
     run, number = client.run, instruction.round
-    check_instruction(instruction, model)
     method = client.method
     device = next(model.model.parameters()).device
     planned, ledger = spend(client, name, examples, ledger, settings, round=number)

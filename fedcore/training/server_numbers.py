@@ -9,6 +9,7 @@ from torch import Tensor
 from fedcore.errors import InvalidUpdate
 from fedcore.task.model import FullModel
 from fedcore.updates.frozen import frozen_parameters
+from fedcore.updates.local import local_tensors
 from fedcore.updates.messages import Instruction
 from fedcore.updates.pack import layout_of
 
@@ -17,8 +18,13 @@ _LARGEST_STATISTIC = 1e12
 """Largest values accepted from a server under example-level privacy; training never gets there."""
 
 
-def check_instruction(instruction: Instruction, model: FullModel) -> None:
+def check_instruction(instruction: Instruction, model: FullModel, *, initial: bool) -> None:
     """Rejects numbers from a server that no honest training produces, whatever the examples are.
+
+    Args:
+        instruction: The server's request.
+        model: The model with the numbers that came.
+        initial: Whether the model's local layers are the server's initial ones.
 
     Raises:
         InvalidUpdate: A weight, a preprocessing statistic or FedProx's ``mu`` is not finite or too
@@ -32,12 +38,18 @@ def check_instruction(instruction: Instruction, model: FullModel) -> None:
         )
     weights = instruction.weights[: len(instruction.weights) - layout_of(model.model).whole]
     frozen = [t.detach() for t in frozen_parameters(model.model).values() if t.numel()]
+    local = list(local_tensors(model.model).values()) if initial else []
     statistics = [t.detach().to("cpu") for t in model.preprocess.buffers() if t.numel()]
     found = [
         ("weight", float(np.abs(weights).max(initial=0)), _LARGEST_WEIGHT),
         ("proximal_mu", abs(instruction.proximal_mu), _LARGEST_WEIGHT),
         *(("statistic of inputs", _largest(t), _LARGEST_STATISTIC) for t in statistics),
         *(("frozen weight", _largest(t), _LARGEST_WEIGHT) for t in frozen),
+        *(
+            ("weight of a local layer", _largest(t.detach()), _LARGEST_WEIGHT)
+            for t in local
+            if t.numel()
+        ),
     ]
     for what, largest, limit in found:
         if not largest <= limit:  # also true for NaN

@@ -116,5 +116,5 @@ def read(raw: bytes) -> None:
     content = read_content(announced, pull, limit_bytes=LIMIT_BYTES)
     instruction = read_instruction(content)
     model = model_of(_client(), instruction)
-    check_instruction(instruction, model)
+    check_instruction(instruction, model, initial=True)
     settings_of(_client(), instruction)
