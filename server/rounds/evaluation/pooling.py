@@ -67,7 +67,8 @@ def pool(
     A metric whose values and sums are bounded needs no outlier check: a client can move its sums by
     no more than its share of the examples. Otherwise clients whose own value is far from those of
     all others are left out, and so are those whose unbounded sums are: a ratio of huge sums would
-    decide the metric alone, whatever its own value is.
+    decide the metric alone, whatever its own value is. Where all sums together have no value, those
+    that have none of their own are left out.
 
     Args:
         metric: The metric.
@@ -84,26 +85,42 @@ def pool(
     defined = [place for place, why in enumerate(reasons) if not why]
     far: dict[int, str] = {}
     if checked and defined:
-        own = np.array([values[place] for place in defined], np.float64)[:, None]
-        free = _unbounded_sums(metric, [answers[place] for place in defined], limits)
-        of_values, of_sums = outlying(own), outlying(free)
-        far = {
-            place: f"{values[place]:.4g}" if by_value else "its sums"
-            for place, by_value, by_sums in zip(defined, of_values, of_sums, strict=True)
-            if by_value or by_sums
-        }
-    counted = [answers[place] for place in defined if place not in far]
+        own = [(answers[place], values[place]) for place in defined]
+        told = _outliers(metric, own, limits)
+        far = {place: what for place, what in zip(defined, told, strict=True) if what}
+    kept = [place for place in defined if place not in far]
+    found = _over(metric, [answers[place] for place in kept]) if kept else (math.nan, "")
+    if kept and found[1]:  # sums that no examples have, such as more hits than cases, may cause it
+        own_reasons = {place: answers[place].measured.judged(metric)[1] for place in kept}
+        sound = [place for place in kept if not own_reasons[place]]
+        if sound and len(sound) < len(kept):
+            found = _over(metric, [answers[place] for place in sound])
+            reasons = [own_reasons.get(place, why) for place, why in enumerate(reasons)]
+            kept = sound
     whys = [(answers[place].name, why) for place, why in enumerate(reasons) if why]
     first = min(whys)[1] if whys else ""  # by name: not by order of arrival
     source = MetricSource(
-        clients=len(counted),
+        clients=len(kept),
         asked=len(answers),
         undefined=len(whys),
         averaged=metric.statistics is None,
         reason=first,
     )
-    value, reason = _over(metric, counted) if counted else (math.nan, first)
+    value, reason = found if kept else (math.nan, first)
     return Pooled(value, reason, source, [(answers[place].name, far[place]) for place in far])
+
+
+def _outliers(
+    metric: Metric, own: Sequence[tuple[EvaluationAnswer, float]], limits: SumLimits | None
+) -> list[str]:
+    """Returns what of each answer, with its own value, is far from all others'; else empty."""
+    values = np.array([value for _, value in own], np.float64)[:, None]
+    of_values = outlying(values)
+    of_sums = outlying(_unbounded_sums(metric, [answer for answer, _ in own], limits))
+    return [
+        f"{value:.4g}" if by_value else "its sums" if by_sums else ""
+        for (_, value), by_value, by_sums in zip(own, of_values, of_sums, strict=True)
+    ]
 
 
 def _unbounded_sums(

@@ -218,3 +218,30 @@ def test_a_client_with_huge_sums_and_a_usual_value_does_not_decide_a_metric(size
     assert abs(value - usual) < 0.01
     assert story.notes[0].startswith("round 1: relative_error excludes node 11 (its sums): far")
     assert alone.notes == []
+
+
+SHARE = Metric(
+    "share",
+    Statistics(lambda *_: torch.zeros(2), lambda s: s[0] / s[1], limits=[(0, 1)] * 2),
+    higher_is_better=True,
+    low=0.0,
+    high=1.0,
+)
+
+
+def test_sums_that_no_examples_have_do_not_make_a_metric_undefined_for_all() -> None:
+    """More hits than cases: a client could void every round but the one that it prefers."""
+    usual, lie = measured(share=[9.0, 10.0]), measured(share=[10.0, 0.0])
+    story = Story(adds(), primary=SHARE, evaluate=mixed(usual, n11=lie), **HELD_BACK)
+    done = story.run()
+    assert done.rounds[0].metrics == {"share": pytest.approx(0.9)}
+    assert done.rounds[0].sources["share"] == MetricSource(4, 5, 1, False, "it is inf")
+
+
+def test_sums_without_a_value_of_their_own_count_where_all_together_have_one() -> None:
+    usual, without = measured(share=[9.0, 10.0]), measured(share=[0.0, 0.0])
+    story = Story(adds(), primary=SHARE, evaluate=mixed(usual, n11=without), **HELD_BACK)
+    assert story.run().rounds[0].sources["share"] == MetricSource(5, 5, 0, False, "")
+    nothing = Story(adds(), primary=SHARE, evaluate=without, **HELD_BACK).run().rounds[0]
+    assert nothing.metrics == {"share": None}
+    assert nothing.sources["share"] == MetricSource(5, 5, 0, False, "")
