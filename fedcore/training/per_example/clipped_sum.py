@@ -41,8 +41,9 @@ class Batch:
     counted: Tensor
     """Whether the example at each position counts, bool, ``(B,)``."""
     seed: int
-    """Seed of dropout and other randomness at the first position. Position ``i`` uses ``seed + i``,
-    so its stream does not depend on the other examples."""
+    """Seed of dropout and other randomness at the first position. Position ``i`` alone uses
+    ``seed + i``; positions that are processed together share the stream of the first one, in which
+    each has a fixed place. So the batch's positions, not its examples, decide what is drawn."""
 
     def rows(self, start: int, stop: int) -> Batch:
         """Returns the positions from ``start`` up to, but not including, ``stop``."""
