@@ -89,4 +89,4 @@ def test_without_a_judge_the_check_says_what_is_missing() -> None:
     assert checked.ok, checked
     assert "no final test can show" in str(checked)
     task = make_task(test_data=None, client_test=lambda client, folder: data(client))
-    assert "40 examples of client 'anna'" in str(fedcore.check(task, progress=False))
+    assert "80 examples of 2 clients" in str(fedcore.check(task, progress=False))
