@@ -178,7 +178,8 @@ def _batch(
     width = max(counts)
     while any(size and size % (width * len(rows)) == 0 for size in sizes):
         width += 1
-    index = [torch.cat([one, one.new_zeros(width - len(one))]) for one in rows]
+    # Padded with a row of the same batch: one that is not in it might overflow, and 0 * NaN is NaN.
+    index = [torch.cat([one, one[:1].expand(width - len(one))]) for one in rows]
     inputs = torch.cat([x[own] for (x, _), own in zip(data, index, strict=True)])
     targets = torch.stack([y[own] for (_, y), own in zip(data, index, strict=True)])
     return _Batch(inputs, targets, counts)

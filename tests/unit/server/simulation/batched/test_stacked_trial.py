@@ -17,7 +17,9 @@ from fedcore.config.run import ClientConfig
 from fedcore.errors import ConfigError
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, Folder
+from fedcore.task.model import FullModel
 from fedcore.training.dropout import WithoutDropout
+from server.simulation.batched.stacked.train import train_stacked
 from server.simulation.batched.trainer import Trainer, find_trainer
 from server.simulation.batched.work import LocalWork
 from tests.unit.server.simulation.batched.test_same_as_alone import NAMES, TASK, Bench, Normed
@@ -184,3 +186,15 @@ def test_a_loss_that_needs_two_rows_has_them_side_by_side_too() -> None:
     bench = Bench(task)
     assert all(one is not None for one in bench.weights("loop").values())
     assert bench.gap() < 1e-5
+
+
+def test_what_pads_a_batch_is_of_that_batch() -> None:
+    """A row that no batch of few steps has may overflow."""
+    model = FullModel(nn.Identity(), Normed())
+    inputs = torch.randn(4, 4, generator=torch_rng(0))
+    assert 0 not in torch.randperm(4, generator=torch_rng(1))[:3]
+    inputs[0] = 1e30
+    work = [LocalWork(TensorDataset(inputs, inputs.argmax(1)), lambda: torch_rng(1))] * 2  # type: ignore[arg-type]
+    settings = ClientConfig(batch_size=3, steps=1)
+    trained = train_stacked(model, work, functional.cross_entropy, settings, proximal_mu=0.0)
+    assert torch.isfinite(trained.weights).all()
