@@ -13,6 +13,7 @@ from torch import Tensor
 from fedcore.config.in_round import client_in_round, planned_epochs
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import Privacy, RunConfig
+from fedcore.config.schedule import NO_SCHEDULE
 from fedcore.errors import ConfigError, FedcoreError, TaskError
 from fedcore.observability.words import counted
 from fedcore.privacy.accounting import Charge
@@ -105,9 +106,12 @@ def _fault(client: str | None, kind: str, text: str, *, required: bool = True) -
 def rehearsed(state: CheckState) -> tuple[Task, RunConfig]:
     """Returns task and run for one epoch without privacy on the few examples of each client."""
     parts = state.trained_on
+    first = client_in_round(state.run, 1)
     run = state.run.model_copy(
         update={
-            "client": state.run.client.model_copy(update={"epochs": 1}),
+            "client": first.model_copy(
+                update={"epochs": 1, "steps": None, "schedule": NO_SCHEDULE}
+            ),
             "privacy": Privacy(),
             "federation": state.run.federation.model_copy(update={"holdout": 0.0}),
         }

@@ -6,10 +6,15 @@ from pathlib import Path
 
 import pytest
 
+from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, TaskError
+from fedcore.task.definition import load_task
 from fedcore.task.templates import KINDS, new_task
 from server.api.checking import check as check_call
+from server.checking.data_steps import look_at_client_data, make_model, name_clients
 from server.checking.findings import CheckFinding, TaskCheck
+from server.checking.rehearsal import compute_loss, train_clients
+from server.checking.state import CheckState
 from server.commands import check as command
 
 STEPS = [
@@ -184,6 +189,23 @@ def test_what_would_fail_later_is_found_at_its_step(
     data = STEPS[:5]
     last = checked.findings[-1].step
     assert last == ("test data" if step in data[2:] else step)
+
+
+def test_clients_take_an_epoch_with_the_first_rounds_settings(tmp_path: Path) -> None:
+    """Whatever their number of steps, which would take hours here."""
+    schedule = {"learning_rate": [1e6, 0.1]}
+    for client, said in (
+        ({"steps": 10**6}, ""),
+        ({"epochs": 10**4, "schedule": {"epochs": [10**4, 1]}}, ""),
+        ({"learning_rate": 0.1, "schedule": schedule}, "lower client.learning_rate (1e+06)"),
+    ):
+        run = RunConfig.model_validate({"name": "x", "task": "task.py", "client": client})
+        task = load_task(write(tmp_path))
+        state = CheckState(run, task, "simulation", None, None, print)
+        for step in (name_clients, make_model, look_at_client_data, compute_loss):
+            step(state)
+        found = " ".join(fault.found.text for fault in train_clients(state).faults)
+        assert said in found if said else not found
 
 
 def test_batch_norm_is_a_note_without_privacy_and_a_failure_with_it(tmp_path: Path) -> None:
