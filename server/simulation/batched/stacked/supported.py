@@ -97,7 +97,7 @@ def sizes_of(model: nn.Module, inputs: Tensor) -> Sizes:
         inputs: A preprocessed batch.
     """
     few = [torch.arange(count, device=inputs.device) % len(inputs) for count in (2, 3)]
-    seen = [_Seen() for _ in few]
+    seen = [_Recording() for _ in few]
     with torch.no_grad(), kept_streams(), WithoutDropout():
         for rows, one in zip(few, seen, strict=True):
             with one:
@@ -107,7 +107,7 @@ def sizes_of(model: nn.Module, inputs: Tensor) -> Sizes:
     return Sizes(seen[1].largest // 3, frozenset(fixed))
 
 
-class _Seen(TorchFunctionMode):
+class _Recording(TorchFunctionMode):
     """Torch function mode that records the sizes of functions' arguments and results."""
 
     def __init__(self) -> None:
