@@ -179,7 +179,9 @@ NETWORKS: dict[str, Network] = {
         opacus=False,
     ),
     "gru over measurements": Network(
-        lambda: Sequences(nn.GRU(4, 7, batch_first=True), 7), *(windows, "chain")
+        lambda: Sequences(nn.GRU(4, 7, batch_first=True), 7),
+        *(windows, "chain"),
+        opacus=False,  # it does not run a GRU without a given state
     ),
     "lstm, deep": Network(
         lambda: Sequences(nn.LSTM(4, 5, num_layers=2, batch_first=True), 5),
