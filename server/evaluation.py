@@ -231,7 +231,9 @@ class Evaluation:
         count = sum(metric.name not in each.metrics for each in self.clients)
         if not count:
             return ""
-        whys = [each.undefined[metric.name] for each in self.clients if each.undefined]
+        whys = [
+            each.undefined[metric.name] for each in self.clients if metric.name in each.undefined
+        ]
         because = f" ({whys[0]})" if whys else ""
         rest = "the other metrics alone"
         if metric.statistics is not None:

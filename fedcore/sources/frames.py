@@ -59,6 +59,12 @@ def from_frames(
         DataError: columns differ between clients, a column has a type that cannot be encoded, or a
             target is missing; the message names client, column and row.
     """
+    if not isinstance(frames, Mapping):
+        raise DataError(
+            f"from_frames: got one {type(frames).__name__}, expected a DataFrame for each client, "
+            "by name. Nothing was read; split it by the column that names the site: "
+            "dict(tuple(frame.groupby('site')))."
+        )
     names = _columns(frames, target)
     unknown = sorted(set(categories) - set(names))
     if unknown:

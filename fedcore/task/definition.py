@@ -141,7 +141,7 @@ class Task:
     def options(self) -> TargetOptions:
         """The settings for targets."""
         try:
-            weights = tuple(float(one) for one in self.class_weights)
+            weights = tuple(float(one) for one in self.class_weights or ())
         except (TypeError, ValueError) as error:
             raise TaskError(
                 f"task {self.name!r}: class_weights are {self.class_weights!r}, expected one "

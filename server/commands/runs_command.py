@@ -56,7 +56,9 @@ def _row(one: FoundRun) -> tuple[str, ...]:
         for name, value in one.figures.items()
         if value is not None and name.rpartition(".")[2] in last
     ]
-    score = f"{scores[-1][0]} {figure(scores[-1][1])}" if scores else NOTHING
+    # A summary has the metric that decides first.
+    first = [one for one in scores if one[0].rpartition(".")[0] == scores[0][0].rpartition(".")[0]]
+    score = f"{first[-1][0]} {figure(first[-1][1])}" if first else NOTHING
     return (
         foreign(one.name),
         one.state,

@@ -17,7 +17,16 @@ from fedcore.files import read_bytes
 from server.report.folder import CHECKPOINT, JOURNAL_FOLDER, MARK, SUMMARY
 
 _MAX_BYTES = 64 << 20
-_NO_FIGURES = ("clients", "test", "client_privacy", "training", "virtual", "release", "seconds")
+_NO_FIGURES = (
+    "clients",
+    "test",
+    "settings",
+    "client_privacy",
+    "training",
+    "virtual",
+    "release",
+    "seconds",
+)
 """Entries of ``summary.json`` that are not compared: of single clients, or of how it was run."""
 
 

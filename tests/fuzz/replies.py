@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection, Sequence
 from functools import cache
 from pathlib import Path
 from random import Random
@@ -19,6 +20,7 @@ from fedcore.task.metrics import ACCURACY, RMSE, Metric
 from fedcore.updates.evaluation import UNDEFINED
 from fedcore.updates.messages import REFUSED
 from fedcore.updates.pack import Layout
+from fedcore.updates.pieces import CutFile
 from fedcore.updates.replies import ReplySpec, check_structure, read_reply
 from fedcore.updates.seal import base_digest, content_digest, sign_reply, verify_reply
 from server.rounds.expected import evaluation_spec, sums_spec, update_spec
@@ -54,6 +56,12 @@ class _Store(FleetStore):
 
     def get(self, object_id: str) -> bytes | None:
         return self.held.get(object_id)
+
+    def small(self, object_id: str) -> bytes:
+        return self.held[object_id]
+
+    def joined(self, chunks: Sequence[str], own: Collection[CutFile]) -> CutFile | None:
+        return None
 
     def scratch(self) -> Any:
         raise AssertionError("no input has so large an array")

@@ -137,3 +137,9 @@ def test_a_client_may_be_the_clouds(tmp_path: Path) -> None:
     assert size_of(task.cloud_data(None)) == 16
     with pytest.raises(Exception, match="which is none of the 3 clients"):
         data.task("ages", cloud_data="carl")
+
+
+def test_one_frame_for_all_clients_is_refused_with_the_remedy() -> None:
+    frame = pd.DataFrame({"site": ["a", "b"], "x": [1.0, 2.0], "y": [0, 1]})
+    with pytest.raises(DataError, match="groupby"):
+        from_frames(frame, target="y")  # type: ignore[arg-type]

@@ -31,6 +31,7 @@ def figures(score: float, seconds: float = 9.0) -> dict[str, Any]:
     return {
         "rounds": 10,
         "accuracy": {"federated": score, "released": None},
+        "auc": {"federated": 0.7, "released": 0.8},
         "epsilon": {"max": None},
         "seconds": {"rounds": 2.0, "total": seconds},
         "clients": [{"client": "anna", "metric": 0.5}],
@@ -81,6 +82,8 @@ def test_two_runs_differ_in_settings_and_figures(
     assert found.figures == {
         "rounds": (10, 10),
         "accuracy.federated": (0.75, 0.875),
+        "auc.federated": (0.7, 0.7),
+        "auc.released": (0.8, 0.8),
         "seconds.total": (9.0, 9.0),
     }
     assert call("compare", "a", str(tmp_path / "b"), "--runs", str(tmp_path)) == 0
