@@ -92,11 +92,12 @@ def test_a_run_that_was_interrupted_is_dropped_only_when_told(tmp_path: Path) ->
     def interrupted(client: str, folder: Path | None) -> Examples:
         nonlocal reads
         reads += 1
-        if reads == 32:  # once rounds are under way
+        if reads == 4 + 2 * 4 + 2:  # in the third round; all four were read before the first
             raise KeyboardInterrupt
         return made(ord(client))
 
-    settings = {"federation": {"rounds": 3}, "simulation": {"workers": 1}, **QUICK}
+    simulation = {"workers": 1, "training": "loop"}
+    settings = {"federation": {"rounds": 3}, "simulation": simulation, **QUICK}
     task = dataclasses.replace(task_of(), client_data=interrupted)
     with pytest.raises(KeyboardInterrupt):
         fedcore.simulate(task, runs=tmp_path, progress=False, **settings)
