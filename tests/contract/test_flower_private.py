@@ -9,6 +9,7 @@ import ast
 import inspect
 import logging
 from collections.abc import Callable, Iterator
+from hashlib import sha256
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -32,6 +33,7 @@ from flwr.clientapp.mod import adaptiveclipping_mod, fixedclipping_mod
 from flwr.common.constant import ErrorCode
 from flwr.serverapp import Grid, ServerApp
 from flwr.serverapp.strategy import Strategy
+from flwr.supercore.inflatable.inflatable_object import get_all_nested_objects
 from flwr.supercore.task_identity import TaskIdentity
 
 from fedcore.flower.grid import CohortGrid, InProcessGrid
@@ -52,6 +54,7 @@ NODE = SERVER_NODE_ID + 1
 PRIVATE = {
     "flwr.common.constant.SUPERLINK_NODE_ID",
     "flwr.common.logger.FLOWER_LOGGER",
+    "flwr.supercore.inflatable.inflatable_object.get_all_nested_objects",
     "flwr.supercore.run.Run",
     "flwr.supercore.task_identity.TaskIdentity",
 }
@@ -379,3 +382,13 @@ def test_aggregation_gives_weights_under_the_name_that_they_came_with() -> None:
     mean, _ = strategy.aggregate_train(1, replies)
     assert mean is not None
     np.testing.assert_allclose(mean["model"].numpy(), [3.0, 3.0])
+
+
+def test_the_objects_of_a_record_are_found_by_the_digest_of_their_bytes() -> None:
+    """Devices keep frozen parameters as the objects that they came in."""
+    record = ArrayRecord({"frozen": Array(np.arange(5, dtype=np.uint8))})
+    found = get_all_nested_objects(record)
+    assert record.object_id in found
+    assert len(found) > 1
+    for object_id, one in found.items():
+        assert sha256(one.deflate()).hexdigest() == object_id
