@@ -5,13 +5,15 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
-from torch import Tensor
 
 from fedcore.errors import TaskError
+
+if TYPE_CHECKING:  # a server accepts connections before torch, which takes seconds, is imported
+    from torch import Tensor
 
 Shape = tuple[int, ...]
 Limits = Sequence[tuple[float, float]]
@@ -88,6 +90,8 @@ class Statistics:
         Raises:
             ValueError: they are not one-dimensional.
         """
+        import torch
+
         found = torch.as_tensor(self.sums(outputs, targets)).detach().to("cpu", torch.float64)
         if found.dim() != 1:
             raise ValueError(f"its sums have shape {tuple(found.shape)}, expected (K,)")
@@ -95,6 +99,8 @@ class Statistics:
 
     def value_of(self, sums: FloatVector) -> float:
         """Returns the metric from sums; NaN where it is undefined, if not an error."""
+        import torch
+
         return number_of(self.value(torch.tensor(sums, dtype=torch.float64)))
 
     def limits_for(self, shape: Shape, *, name: str) -> SumLimits:
@@ -128,7 +134,9 @@ def number_of(value: object) -> float:
     """
     if isinstance(value, str | bytes) or value is None or isinstance(value, complex):
         raise TypeError(f"it returned {str(value)[:40]!r} ({type(value).__name__}), not a number")
-    if isinstance(value, Tensor | np.ndarray):
+    import torch
+
+    if isinstance(value, torch.Tensor | np.ndarray):
         if math.prod(value.shape) != 1:
             raise TypeError(f"it returned an array of shape {tuple(value.shape)}, not a number")
         value = value.item()

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Collection
+from typing import TYPE_CHECKING
 
 import numpy as np
 from flwr.app import Array, ArrayRecord, ConfigRecord, MetricRecord, RecordDict
@@ -15,9 +16,11 @@ from numpy.typing import NDArray
 
 from fedcore.errors import InvalidUpdate
 from fedcore.observability.foreign import foreign
-from fedcore.task.measured import Measured
 from fedcore.task.statistics import FloatVector, SumLimits
 from fedcore.updates.messages import ARRAYS, METRICS, NUM_EXAMPLES
+
+if TYPE_CHECKING:  # a server accepts connections before torch, which takes seconds, is imported
+    from fedcore.task.measured import Measured
 
 UNDEFINED = "undefined"
 """Name of the record with the reason for each metric that is undefined, as UTF-8 bytes."""

@@ -178,7 +178,9 @@ def test_a_loss_that_turns_nan_arrives_as_what_it_is_and_in_silence(
 ) -> None:
     handlers = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
     threads = threading.active_count()
-    case = Case(tmp_path, processes=2, loss="print('working'); value = value * float('nan')")
+    case = Case(
+        tmp_path, processes=2, loss="RANK and print('working'); value = value * float('nan')"
+    )
     with pytest.raises(TrainingDiverged, match="the loss was nan"):
         case.fine_tune()
     shown = capfd.readouterr()
