@@ -18,7 +18,7 @@ def make_task(**changed: Any) -> Task:
     values: dict[str, Any] = {
         "name": "tiny",
         "kind": "classification",
-        "model": lambda: torch.nn.Linear(1, 50),
+        "model": lambda: torch.nn.Linear(1, 200),
         "clients": lambda folder: ["anna"],
         "client_data": lambda client, folder: ROWS,
         "test_data": lambda folder: ROWS,
