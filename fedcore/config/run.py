@@ -117,7 +117,7 @@ class ClientConfig(Section):
     """Longer gradients of a batch, all parameters together, are scaled down to this L2 norm.
     Example-level privacy has a bound of its own, ``privacy.clip_norm``."""
     optimizer: Optimizer = "sgd"
-    """The local optimiser. Its state begins anew in every round."""
+    """The local optimiser. Its state (momentum, moments) is not kept from one round to the next."""
     local: Annotated[tuple[Pattern, ...], Field(max_length=64)] = ()
     """Layers that stay on each client and never travel: patterns of names (``head.*``) or of
     layers' classes (``BatchNorm*``)."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -17,12 +18,12 @@ _NO_BATCH = (
 )
 
 
-class BatchReader(Dataset[tuple[Tensor, Tensor]]):
+class BatchReader(Dataset[tuple[Tensor, Tensor]], ABC):
     """A data set that reads many rows in one call."""
 
+    @abstractmethod
     def rows(self, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:
         """Returns the examples of the given rows as one batch."""
-        raise NotImplementedError
 
 
 def gather(examples: Examples, rows: Sequence[int] | Tensor) -> tuple[Tensor, Tensor]:

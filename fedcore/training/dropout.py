@@ -7,20 +7,15 @@ from typing import Any
 
 import torch
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from fedcore.training.function_mode import FunctionMode
 
 
-class WithoutDropout(TorchFunctionMode):
+class WithoutDropout(FunctionMode):
     """Torch function mode in which nothing is dropped."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = dict(kwargs or {})
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        kwargs = dict(kwargs)
         if func in _WHOLE:
             return args[0] if args else kwargs["input"]
         if func in _PLACES:

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from fedcore.training.function_mode import FunctionMode
 
 
 @contextmanager
@@ -108,21 +109,14 @@ def _is_plain(layer: _Layer) -> bool:
 _HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 
 
-class ViewsOfAnyMemory(TorchFunctionMode):
+class ViewsOfAnyMemory(FunctionMode):
     """Torch function mode in which ``Tensor.view`` works on any memory layout, by a copy if needed.
 
     A model that flattens with ``x.view(x.size(0), -1)`` is valid, but would fail after a
     convolution with channels-last weights.
     """
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         try:
             return func(*args, **kwargs)
         except RuntimeError:

@@ -19,9 +19,9 @@ from flwr.app import Array, ArrayRecord
 
 from fedcore.errors import InvalidUpdate, TaskError
 from fedcore.files import sha256_hex
-from fedcore.observability.foreign import foreign
 from fedcore.updates.local import local_tensors
 from fedcore.updates.messages import FROZEN, Instruction, array_of
+from fedcore.updates.named_tensors import load_into
 
 if TYPE_CHECKING:  # see `fedcore.updates.pack`
     from torch import Tensor, nn
@@ -95,24 +95,9 @@ def load_frozen(state: FrozenState, model: nn.Module) -> None:
     Raises:
         InvalidUpdate: They do not fit this model.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    mine = {**frozen_parameters(model), **local_tensors(model)}
-    try:
-        theirs = load(state.raw) if state.raw else {}
-    except SafetensorError as error:
-        raise _misfit(f"not readable: {foreign(error, 200)}") from None
-    forms = [
-        {name: (tuple(one.shape), one.dtype) for name, one in part.items()}
-        for part in (mine, theirs)
-    ]
-    if forms[0] != forms[1]:
-        raise _misfit(f"{len(theirs)} tensors, expected {len(mine)} of other names or shapes")
-    with torch.no_grad():
-        for name, parameter in mine.items():
-            parameter.copy_(theirs[name])
+    problem = load_into(state.raw, {**frozen_parameters(model), **local_tensors(model)})
+    if problem:
+        raise _misfit(problem)
 
 
 def _misfit(what: str) -> InvalidUpdate:

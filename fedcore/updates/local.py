@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 from flwr.app import ConfigRecord, Context
 
 from fedcore.errors import DataError, TaskError, TrainingDiverged
+from fedcore.updates.named_tensors import load_into
 
 if TYPE_CHECKING:  # see `fedcore.updates.pack`
     from torch import Tensor, nn
@@ -116,22 +117,9 @@ def load_local(raw: bytes, model: nn.Module) -> None:
     Raises:
         DataError: It belongs to another model.
     """
-    import torch
-    from safetensors import SafetensorError
-    from safetensors.torch import load
-
-    mine = local_tensors(model)
-    try:
-        kept = load(raw)
-    except SafetensorError as error:
-        raise _misfit(str(error)) from None
-    if {name: (t.shape, t.dtype) for name, t in kept.items()} != {
-        name: (t.shape, t.dtype) for name, t in mine.items()
-    }:
-        raise _misfit(f"it has {', '.join(sorted(kept)[:20])}")
-    with torch.no_grad():
-        for name, tensor in mine.items():
-            tensor.copy_(kept[name])
+    problem = load_into(raw, local_tensors(model))
+    if problem:
+        raise _misfit(problem)
 
 
 def _misfit(what: str) -> DataError:

@@ -15,6 +15,7 @@ from typing import Any
 from fedcore.errors import ConfigError, DataError
 from fedcore.files import read_bytes
 from server.report.folder import CHECKPOINT, JOURNAL_FOLDER, MARK, SUMMARY
+from server.report.settings import by_dotted_name
 
 _MAX_BYTES = 64 << 20
 _NO_FIGURES = (
@@ -101,7 +102,7 @@ def read_run(folder: Path) -> FoundRun:
 
 def compare_runs(one: FoundRun, other: FoundRun) -> ComparedRuns:
     """Returns the settings that differ between two runs, and the final figures of both."""
-    flat = dict(_flat(one.settings)), dict(_flat(other.settings))
+    flat = dict(by_dotted_name(one.settings)), dict(by_dotted_name(other.settings))
     keys = [key for key in dict.fromkeys([*flat[0], *flat[1]]) if key != "name"]
     names = dict.fromkeys([*one.figures, *other.figures])
     return ComparedRuns(
@@ -114,20 +115,12 @@ def compare_runs(one: FoundRun, other: FoundRun) -> ComparedRuns:
 def _figures(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:
     """Yields the final figures in ``summary.json``; leaves out those that the run does not have."""
     kept = {key: value for key, value in summary.items() if key not in _NO_FIGURES}
-    for key, value in _flat(kept):
+    for key, value in by_dotted_name(kept):
         if isinstance(value, int | float) and not isinstance(value, bool):
             yield key, value
     seconds = summary.get("seconds")
     if isinstance(seconds, Mapping) and isinstance(seconds.get("total"), int | float):
         yield "seconds.total", seconds["total"]
-
-
-def _flat(values: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in values.items():
-        if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{before}{key}.")
-        else:
-            yield f"{before}{key}", value
 
 
 def _read(path: Path) -> dict[str, Any]:

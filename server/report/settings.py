@@ -27,16 +27,17 @@ _ELSEWHERE = ("name", "task", "release.")
 
 def shown_settings(run: RunConfig) -> dict[str, Any]:
     """Returns settings by their names in the run's file: the main ones first, in a fixed order."""
-    values = dict(_flat(run.model_dump(mode="json")))
-    changed = dict(_flat(run.model_dump(mode="json", exclude_defaults=True)))
+    values = dict(by_dotted_name(run.model_dump(mode="json")))
+    changed = dict(by_dotted_name(run.model_dump(mode="json", exclude_defaults=True)))
     names = [name for name in _MAIN if name in values]
     names += [name for name in changed if name not in names and not name.startswith(_ELSEWHERE)]
     return {name: values[name] for name in names if name in values}
 
 
-def _flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def by_dotted_name(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yields the values of nested tables by names such as ``client.epochs``."""
     for name, value in values.items():
         if isinstance(value, Mapping) and value:
-            yield from _flat(value, f"{prefix}{name}.")
+            yield from by_dotted_name(value, f"{prefix}{name}.")
         else:
             yield f"{prefix}{name}", value

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
+
+from fedcore.training.function_mode import FunctionMode
 
 
 @dataclass(frozen=True)
@@ -48,23 +49,17 @@ class DropoutStreams:
         return kept
 
 
-class DropForClients(TorchFunctionMode):
+class DropForClients(FunctionMode):
     """Torch function mode in which dropout on ``(K, B, ...)`` draws from each client's stream."""
 
     def __init__(self, streams: DropoutStreams) -> None:
         super().__init__()
         self.streams = streams
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         if func is not functional.dropout:
-            return func(*args, **(kwargs or {}))
-        x, p = _values_and_rate(*args, **(kwargs or {}))
+            return func(*args, **kwargs)
+        x, p = _values_and_rate(*args, **kwargs)
         return x * self.streams.keep(x.flatten(0, 1), p).view(x.shape)
 
 

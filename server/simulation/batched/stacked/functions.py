@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.overrides import TorchFunctionMode
 
+from fedcore.training.function_mode import FunctionMode
 from server.simulation.batched.dropout import DropoutStreams
 from server.simulation.batched.stacked import attention
 from server.simulation.batched.stacked.examples import (
@@ -26,7 +26,7 @@ from server.simulation.batched.stacked.recurrent import GATES, recurrent
 from server.simulation.batched.stacked.weights import NotStackable, StackedWeight, tensors_in
 
 
-class RunForClients(TorchFunctionMode):
+class RunForClients(FunctionMode):
     """Torch function mode in which a model with `StackedWeight` parameters runs for all clients.
 
     Its inputs are the batches of all clients, one after the other, each of the same number of rows.
@@ -39,14 +39,7 @@ class RunForClients(TorchFunctionMode):
         self.rows = streams.rows * self.clients
         """``K * B``; no size of a weight may be a multiple of it."""
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         given = list(tensors_in((*args, *kwargs.values())))
         if not come_of_examples(given):
             return self._run(func, given, args, kwargs)
@@ -316,14 +309,12 @@ def _dropped(behind: int | None) -> Rule:
     return rule
 
 
-def _refused(run: RunForClients, *args: Any, **kwargs: Any) -> Any:
-    raise NotStackable("it drops values in an unusual way")
-
-
 def _alpha(
     run: RunForClients, x: Tensor, p: float = 0.5, training: bool = False, inplace: bool = False
 ) -> Any:
-    return _refused(run) if training and p else NotImplemented
+    if training and p:
+        raise NotStackable("it drops values in an unusual way")
+    return NotImplemented
 
 
 def _attend(run: RunForClients, *args: Any, **kwargs: Any) -> Tensor:

@@ -9,11 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
-from torch.overrides import TorchFunctionMode
 
 from fedcore.seeds import kept_streams
 from fedcore.task.model import FullModel
 from fedcore.training.dropout import WithoutDropout
+from fedcore.training.function_mode import FunctionMode
 from server.simulation.batched.stacked.weights import tensors_in
 
 _MIXING = (_BatchNorm,)  # with or without running statistics
@@ -107,7 +107,7 @@ def sizes_of(model: nn.Module, inputs: Tensor) -> Sizes:
     return Sizes(seen[1].largest // 3, frozenset(fixed))
 
 
-class _Recording(TorchFunctionMode):
+class _Recording(FunctionMode):
     """Torch function mode that records the sizes of functions' arguments and results."""
 
     def __init__(self) -> None:
@@ -115,14 +115,7 @@ class _Recording(TorchFunctionMode):
         self.largest = 0
         self.dimensions: set[int] = set()
 
-    def __torch_function__(
-        self,
-        func: Callable[..., Any],
-        types: Sequence[type],
-        args: Sequence[Any] = (),
-        kwargs: Mapping[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
+    def call(self, func: Callable[..., Any], args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         found = func(*args, **kwargs)
         results = list(tensors_in([found]))
         self.largest = max([self.largest, *(one.numel() for one in results)])
