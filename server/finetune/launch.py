@@ -32,7 +32,7 @@ from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_ch
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.finetune.job import Job, remember_by_start, trained
-from server.finetune.loop import device_of, train_start, unknown_failure
+from server.finetune.loop import device_of, is_consequence, train_start, unknown_failure
 from server.finetune.worker import work
 from server.process.spawn import main_script_hidden
 from server.rounds.evaluation.judging import Judge, Judgement
@@ -271,9 +271,10 @@ def _signals() -> Iterator[None]:
 def _reason(job: Job, failure: ChildFailedError) -> FedcoreError:
     """Returns the error of the first process that failed, as if it had been raised here."""
     _, first = failure.get_first_failure()
-    told = job.error_file(first.local_rank)
-    if told.exists():
-        said = json.loads(told.read_text())
+    ranks = sorted(failure.failures, key=lambda rank: rank != first.local_rank)
+    told = [json.loads(path.read_text()) for path in map(job.error_file, ranks) if path.exists()]
+    if told:
+        said = min(told, key=lambda one: is_consequence(one["message"]))
         kind: type[FedcoreError] = getattr(errors, said["type"])
         return kind(said["message"])
     return TrainingError(

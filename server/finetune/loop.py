@@ -53,6 +53,15 @@ def unknown_failure(rank: int, error: BaseException) -> str:
     )
 
 
+def is_consequence(message: str) -> bool:
+    """Returns whether a process failed only because it lost the connection to another one.
+
+    A process that fails closes its connections before its own error is read, so the error of a
+    process that waited for it can arrive first.
+    """
+    return "gloo/transport" in message or "DistBackendError" in message
+
+
 def leaves_unused(
     module: nn.Module,
     loss: Callable[[Any, Tensor], Tensor],

@@ -25,7 +25,7 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError, TrainingError
 from fedcore.task.definition import Examples, Task
 from fedcore.task.model import FullModel
-from server.finetune.loop import train_start, unknown_failure
+from server.finetune.loop import is_consequence, train_start, unknown_failure
 from server.process.parent import die_with_parent
 from server.process.signals import signals_blocked, unblock_signals
 from server.process.spawn import main_script_hidden
@@ -91,6 +91,8 @@ def _wait(started: list[tuple[BaseProcess, Connection]]) -> FedcoreError | None:
             found = _received(connection)
             if found is not None and first is None:
                 first, end_s = found, time.monotonic() + _AFTER_FIRST_S
+            elif found is not None and first is not None and is_consequence(str(first)):
+                first = found
     return first
 
 
@@ -139,16 +141,15 @@ def _train(
         world_size=world,
         timeout=timedelta(seconds=_ALL_S),
     )
-    try:
-        train_start(
-            model.cpu(),
-            task,
-            examples,
-            run,
-            torch.device("cpu"),
-            remember=run.finetune.remember,
-            rank=rank,
-            world=world,
-        )
-    finally:
-        dist.destroy_process_group()
+    # Not destroyed after an error: that must be sent before the others see the connection close.
+    train_start(
+        model.cpu(),
+        task,
+        examples,
+        run,
+        torch.device("cpu"),
+        remember=run.finetune.remember,
+        rank=rank,
+        world=world,
+    )
+    dist.destroy_process_group()

@@ -40,6 +40,10 @@ def work(job: Job) -> None:
         }
         write_json(job.error_file(rank), reason)
         raise
+    finally:
+        # Once the error is written: other processes fail, too, when the connections close.
+        if dist.is_initialized():
+            dist.destroy_process_group()
 
 
 def _train_all(job: Job, rank: int) -> None:
@@ -53,24 +57,21 @@ def _train_all(job: Job, rank: int) -> None:
         "nccl" if device.type == "cuda" else "gloo",
         timeout=timedelta(seconds=run.finetune.timeout_s),
     )
-    try:
-        remembered = remember_by_start(run, len(job.starts))
-        for start, remember in zip(map(Path, job.starts), remembered, strict=True):
-            model = build_model(task, run)
-            raw = read_bytes(start, max_bytes=MAX_CHECKPOINT_BYTES, what="a checkpoint")
-            load_checkpoint(raw, model, where=str(start))
-            train_start(
-                model.to(device),
-                task,
-                cloud.train,
-                run,
-                device,
-                remember=remember,
-                rank=dist.get_rank(),
-                world=world,
-                unused=job.unused,
-            )
-            if dist.get_rank() == 0:
-                write_atomic(trained(start), checkpoint_bytes(model))
-    finally:
-        dist.destroy_process_group()
+    remembered = remember_by_start(run, len(job.starts))
+    for start, remember in zip(map(Path, job.starts), remembered, strict=True):
+        model = build_model(task, run)
+        raw = read_bytes(start, max_bytes=MAX_CHECKPOINT_BYTES, what="a checkpoint")
+        load_checkpoint(raw, model, where=str(start))
+        train_start(
+            model.to(device),
+            task,
+            cloud.train,
+            run,
+            device,
+            remember=remember,
+            rank=dist.get_rank(),
+            world=world,
+            unused=job.unused,
+        )
+        if dist.get_rank() == 0:
+            write_atomic(trained(start), checkpoint_bytes(model))
