@@ -18,8 +18,7 @@ from typing import Annotated, Literal, TypeVar
 from flwr.app import ConfigRecord, RecordDict
 from pydantic import Field, ValidationError
 
-from fedcore.config.run import Fraction
-from fedcore.config.section import Section
+from fedcore.config.section import Fraction, Section
 from fedcore.crypto.keys import fingerprint
 from fedcore.errors import DataError, PrivacyError
 from fedcore.files import read_if_exists

@@ -21,8 +21,7 @@ from pydantic import Field, ValidationError
 
 from edge_client.ledger.book import StoredCharge
 from edge_client.ledger.view import LedgerFiles, View
-from fedcore.config.run import Fraction
-from fedcore.config.section import Section
+from fedcore.config.section import Fraction, Section
 from fedcore.crypto.keys import MAX_KEY_BYTES, fingerprint, parse_public, public_bytes
 from fedcore.errors import CertificateRefused, PrivacyError, SignatureInvalid
 from fedcore.finite import all_finite

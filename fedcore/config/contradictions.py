@@ -8,7 +8,8 @@ from fedcore.config.in_round import schedule_problems
 from fedcore.privacy.unsound import unsound
 
 if TYPE_CHECKING:
-    from fedcore.config.run import ClientConfig, DeviceClass, Finetune, RunConfig
+    from fedcore.config.finetune import Finetune
+    from fedcore.config.run import ClientConfig, DeviceClass, RunConfig
 
 
 def contradictions(run: RunConfig) -> list[str]:

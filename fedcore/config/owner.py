@@ -13,8 +13,8 @@ from typing import Annotated
 from pydantic import Field, field_validator
 
 from fedcore.config.patterns import DATA_NAME, HOURS, PATH, SHA256
-from fedcore.config.run import MAX_SECONDS, DeviceChoice, RunConfig
-from fedcore.config.section import Section
+from fedcore.config.run import DeviceChoice, RunConfig
+from fedcore.config.section import MAX_SECONDS, Section
 from fedcore.config.settings import load
 from fedcore.errors import ConfigError, PrivacyError
 

@@ -12,32 +12,32 @@ from typing import Annotated, Literal, Self, get_args
 from pydantic import Field, model_validator
 
 from fedcore.config.contradictions import contradictions
+from fedcore.config.finetune import Finetune
 from fedcore.config.patterns import NAME
 from fedcore.config.schedule import ClientSchedule
 from fedcore.config.section import (
     BatchSize,
     ClipNorm,
     Epochs,
+    Fraction,
     LearningRate,
     Momentum,
+    Optimizer,
     Rounds,
+    Seconds,
     Section,
     Steps,
     WeightDecay,
 )
 
 MAX_CLIENTS = 10_000_000
-MAX_SECONDS = 31 * 86_400.0  # a month: no run needs to wait longer
 Clients = Annotated[int, Field(ge=1, le=MAX_CLIENTS)]
-Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
-Fraction = Annotated[float, Field(gt=0, lt=1)]
 Name = Annotated[str, Field(pattern=NAME)]
 RATE_MIN, RATE_MAX = 1e-6, 1e12  # so that no time computed from a rate is zero or infinite
 Rate = Annotated[float, Field(ge=RATE_MIN, le=RATE_MAX)]
 Pattern = Annotated[str, Field(min_length=1, max_length=256)]
 Spread = Annotated[float, Field(ge=0, le=3)]
 
-Optimizer = Literal["sgd", "adam", "adamw"]
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
 CandidateName = Literal["fp32", "int8_static", "int8_dynamic", "pruned", "pruned_int8"]
 CANDIDATES: tuple[CandidateName, ...] = get_args(CandidateName)
@@ -200,45 +200,6 @@ class Privacy(Section):
     def of_clients(self) -> bool:
         """Whether each client is protected, by noise at the server."""
         return self.unit in ("client", "both")
-
-
-class Finetune(Section):
-    """``[finetune]``: training on the cloud's data by DDP, after the rounds."""
-
-    epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
-    """Passes over the cloud's data; 0 to skip fine-tuning."""
-    processes: Annotated[int, Field(ge=1, le=1024)] = 1
-    """Processes on this machine, one a GPU where there are GPUs. A single one is the process that
-    does everything else; additional ones load the task from its file."""
-    batch_size: BatchSize = 32
-    """Examples a step, over all processes."""
-    learning_rate: LearningRate = 0.05
-    """Step size, for pruned models too."""
-    momentum: Momentum = 0.9
-    """Momentum of SGD."""
-    nesterov: bool = False
-    """Nesterov's form of momentum."""
-    weight_decay: WeightDecay = 0.0
-    """L2 penalty; with ``adamw``, decoupled decay of the weights instead."""
-    max_grad_norm: ClipNorm | None = None
-    """Longer gradients of a batch are scaled down to this L2 norm."""
-    optimizer: Optimizer = "sgd"
-    """The optimiser in the cloud."""
-    remember: Annotated[float, Field(ge=0, lt=1)] = 0.3
-    """The guard against forgetting: the weight that the answers of the model before fine-tuning, or
-    before pruning, have beside the labels of the cloud's data (distillation). Raise it where those
-    data do not look like the clients'; 0 learns from the labels alone."""
-    holdout: Fraction = 0.3
-    """The share of the cloud's data, drawn at random, for the gate and for choosing a candidate; a
-    task with ``cloud_heldout`` uses that instead."""
-    max_metric_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.0
-    """The gate: how much worse the held-out metric may be after fine-tuning."""
-    judge: Literal["clients", "cloud", "both"] | None = None
-    """Whose held-out data the gate uses. Unset: the clients', if they hold data back
-    (``federation.evaluate_cohort``), or else the cloud's. With clients, the worse end of a 95 %
-    interval counts, and in a simulation they also judge candidates, together with the cloud."""
-    timeout_s: Seconds = 3600.0
-    """Fine-tuning fails when it takes longer, or when a process waits this long for another."""
 
 
 class Compression(Section):

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
@@ -14,6 +14,10 @@ LearningRate = Annotated[float, Field(ge=1e-12, le=1e6)]
 WeightDecay = Annotated[float, Field(ge=0, le=1e3)]
 Momentum = Annotated[float, Field(ge=0, lt=1)]
 ClipNorm = Annotated[float, Field(ge=1e-6, le=1e6)]
+MAX_SECONDS = 31 * 86_400.0  # a month: no run needs to wait longer
+Seconds = Annotated[float, Field(gt=0, le=MAX_SECONDS)]
+Fraction = Annotated[float, Field(gt=0, lt=1)]
+Optimizer = Literal["sgd", "adam", "adamw"]
 
 
 class Section(BaseModel):

@@ -10,7 +10,7 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from fedcore.config.run import Finetune
+from fedcore.config.finetune import Finetune
 from fedcore.errors import CompressionError, TrainingDiverged
 from fedcore.seeds import global_streams, torch_rng
 from fedcore.task.definition import Examples, Loss

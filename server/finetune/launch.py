@@ -22,7 +22,8 @@ from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import fedcore.errors as errors
-from fedcore.config.run import Finetune, RunConfig
+from fedcore.config.finetune import Finetune
+from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError, RoundFailed, TrainingError
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.seeds import kept_streams

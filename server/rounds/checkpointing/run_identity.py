@@ -7,8 +7,9 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+from fedcore.config.finetune import Finetune
 from fedcore.config.owner import OwnerPolicy
-from fedcore.config.run import IN_MEMORY, Finetune, RunConfig
+from fedcore.config.run import IN_MEMORY, RunConfig
 from fedcore.errors import ConfigError
 from fedcore.files import read_bytes, sha256_hex
 from server.rounds.strategies.own import file_of

@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import ConcatDataset
 
 from fedcore import Task, load_task
-from fedcore.config.run import Compression, Finetune, RunConfig
+from fedcore.config.finetune import Finetune
+from fedcore.config.run import Compression, RunConfig
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples
 from fedcore.task.model import FullModel, build_model

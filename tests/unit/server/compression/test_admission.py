@@ -12,7 +12,8 @@ from torch.utils.data import Subset
 from edge_client.inference.confined import ModelLimits, predict
 from fedcore import Task
 from fedcore.artifacts.manifest import FileEntry, Manifest, PrivacyStatement
-from fedcore.config.run import CANDIDATES, FederationConfig, Finetune, RunConfig
+from fedcore.config.finetune import Finetune
+from fedcore.config.run import CANDIDATES, FederationConfig, RunConfig
 from fedcore.files import sha256_hex
 from fedcore.task.model import FullModel
 from server.cloud import CloudData

@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from fedcore import Task
-from fedcore.config.run import Finetune
+from fedcore.config.finetune import Finetune
 from fedcore.errors import CompressionError
 from fedcore.task.kinds.classification import Classification
 from fedcore.task.metrics import ACCURACY

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import torch
 
-from fedcore.config.run import Finetune, RunConfig
+from fedcore.config.finetune import Finetune
+from fedcore.config.run import RunConfig
 from fedcore.errors import RoundFailed, TrainingDiverged, TrainingError
 from fedcore.task.definition import Task, load_task
 from fedcore.task.metrics import ACCURACY
