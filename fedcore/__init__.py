@@ -30,6 +30,7 @@ if TYPE_CHECKING:
     from fedcore.sources.frames import from_frames
     from fedcore.sources.hub import from_datasets
     from fedcore.sources.images import from_folder
+    from fedcore.task.adapters import merge_adapters, with_adapters
     from fedcore.task.algorithm import Algorithm, ClientUpdate, Round
     from fedcore.task.definition import Task, load_task
     from fedcore.task.kinds.protocol import Kind
@@ -106,6 +107,7 @@ _LAZY = {
     "list_releases": "server.api.releases",
     "load_run": "fedcore.config.settings",
     "load_task": "fedcore.task.definition",
+    "merge_adapters": "fedcore.task.adapters",
     "new_task": "fedcore.task.templates",
     "open_model": "edge_client.model",
     "publish": "server.api.steps",
@@ -116,6 +118,7 @@ _LAZY = {
     "shards": "fedcore.task.partition",
     "simulate": "server.api.simulation",
     "update_model": "edge_client.model",
+    "with_adapters": "fedcore.task.adapters",
 }
 
 __all__ = [
@@ -165,6 +168,7 @@ __all__ = [
     "list_releases",
     "load_run",
     "load_task",
+    "merge_adapters",
     "new_task",
     "open_model",
     "publish",
@@ -175,6 +179,7 @@ __all__ = [
     "shards",
     "simulate",
     "update_model",
+    "with_adapters",
 ]
 
 

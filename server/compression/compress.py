@@ -24,6 +24,7 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import CompressionError, FedcoreError, ParityError, TaskError
 from fedcore.files import sha256_hex
 from fedcore.observability.words import counted
+from fedcore.task.adapters import merge_adapters
 from fedcore.task.definition import Task, size_of
 from fedcore.task.measured import measure_outputs
 from fedcore.task.model import checkpoint_bytes
@@ -109,7 +110,8 @@ def compress(
     Args:
         run: ``[compression]``, ``[finetune]``, ``[serving]`` and the seed are used.
         task: The model's task.
-        model: The trained full model, on the CPU. Not changed.
+        model: The trained full model, on the CPU. Not changed; candidates are built from a copy
+            whose low-rank adapters are merged into the weights.
         cloud: The training part calibrates quantisation and retrains pruned models; the held-out
             part evaluates candidates. If either is missing or empty, only fp32 is built.
         progress: Callback at each step, with a line of text for the user.
@@ -139,7 +141,7 @@ def compress(
     material = Material(
         run=run,
         task=task,
-        module=copy.deepcopy(model).eval(),
+        module=copy.deepcopy(merge_adapters(model)).eval(),
         examples=cloud.train if cloud else None,
         reduce_range=reduce_range,
         untrained=_untrained(run, tuning_kept),

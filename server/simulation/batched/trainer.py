@@ -161,7 +161,7 @@ def find_trainer(
     forbidden = unsupported_parts(model)
     if forbidden:
         return (
-            f"the model contains {forbidden}: with buffers, frozen or tied weights, hooks, "
+            f"the model contains {forbidden}: with buffers, tied weights, hooks, "
             "random layers other than dropout, or layers that mix examples vectorised training "
             "would not give the result of a device"
         )
@@ -176,7 +176,8 @@ def find_trainer(
     mean = is_mean(loss, outputs, targets)
     if mean is None:
         raise DataError("data: the loss of these examples is not finite. Others were tried.")
-    chain = None if _has_hooks(model.model) or not mean else find_chain(model.model, behind)
+    whole = all(p.requires_grad for p in model.model.parameters()) and not _has_hooks(model.model)
+    chain = find_chain(model.model, behind) if whole and mean else None
     if run.private and (chain is None or chain.drops):
         return (
             "under example-level privacy, dropout and models that are no chain of the supported "

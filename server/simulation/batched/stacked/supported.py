@@ -34,7 +34,6 @@ def unsupported_parts(model: FullModel) -> str:
         if isinstance(module, _RANDOM + _MIXING + _DROPPING)
     ]
     parameters = dict(model.model.named_parameters())
-    frozen = [name for name, p in parameters.items() if not p.requires_grad]
     hooked = [f"{name} (with hooks)" for name, p in parameters.items() if p._backward_hooks]
     hooked += [
         f"{name or 'model'} (with hooks)"
@@ -42,7 +41,7 @@ def unsupported_parts(model: FullModel) -> str:
         if module._backward_hooks or module._backward_pre_hooks
     ]
     tied = sorted(model.model.state_dict().keys() - parameters.keys()) if not named else []
-    return ", ".join(named + before + frozen + hooked + [f"{name} (tied)" for name in tied])
+    return ", ".join(named + before + hooked + [f"{name} (tied)" for name in tied])
 
 
 def _keeps_state(module: nn.Module) -> bool:

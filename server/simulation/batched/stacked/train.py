@@ -16,6 +16,7 @@ from fedcore.task.model import FullModel
 from fedcore.training.local import optimizer_of
 from fedcore.training.lone_rows import least_rows
 from fedcore.training.order import ViewsOfAnyMemory, for_images
+from fedcore.training.per_example.gradient_methods import trainable_parameters
 from fedcore.training.per_example.losses import is_cross_entropy
 from server.simulation.batched.dropout import DropoutStreams
 from server.simulation.batched.optimizer import clip_each
@@ -120,7 +121,8 @@ def _train(
         check_alike(one, data[0])
     if sizes is None:
         sizes = sizes_of(model.model, data[0][0]).own
-    start = {name: p.detach() for name, p in model.model.named_parameters()}
+    trained = trainable_parameters(model.model)  # all clients share the frozen ones
+    start = {name: p.detach() for name, p in trained.items()}
     weights = {
         name: p.new_empty((len(work), *p.shape)).copy_(p).requires_grad_()
         for name, p in start.items()

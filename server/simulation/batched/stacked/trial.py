@@ -10,6 +10,7 @@ from torch.utils.data import TensorDataset
 from fedcore.config.run import ClientConfig
 from fedcore.task.model import FullModel
 from fedcore.training.batches import gather
+from fedcore.training.per_example.gradient_methods import trainable_parameters
 from server.simulation.batched.work import LocalWork, TrainedClients
 
 _PART = 1e-2  # of a gradient; a smaller difference may be rounding
@@ -45,7 +46,7 @@ def confuses_clients(
     )
     together = train(model, works, one_step, 0.0).weights
     alone = torch.cat([train(model, [one], one_step, 0.0).weights for one in works])
-    start = torch.cat([p.detach().flatten() for p in model.model.parameters()])
+    start = torch.cat([p.detach().flatten() for p in trainable_parameters(model.model).values()])
     gaps, moved = (together - alone).norm(dim=1), (alone - start).norm(dim=1)
     if bool((gaps > _PART * moved + _ROUNDING * start.norm()).any()):
         share = float((gaps / moved).max())

@@ -164,7 +164,6 @@ def test_a_client_that_diverges_does_not_take_others_with_it() -> None:
     [
         (nn.BatchNorm1d(6), "BatchNorm1d"),
         (nn.RReLU(), "RReLU"),
-        (nn.Linear(6, 6).requires_grad_(False), "weight"),
     ],
 )
 def test_what_would_come_out_otherwise_is_named(layer: nn.Module, named: str) -> None:

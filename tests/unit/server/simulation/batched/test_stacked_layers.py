@@ -12,6 +12,7 @@ from torch.utils.data import TensorDataset
 
 from fedcore.config.run import ClientConfig
 from fedcore.seeds import torch_rng
+from fedcore.task.adapters import with_adapters
 from fedcore.task.definition import Examples
 from fedcore.task.model import FullModel
 from server.simulation.batched.stacked.supported import mixes_examples
@@ -162,6 +163,16 @@ CASES: dict[str, tuple[nn.Module, Make]] = {
     "transformer, norm first": (
         Net(averaged, encoder(dropout=0.0, norm_first=True), head()),
         sequences,
+    ),
+    "transformer with adapters": (
+        with_adapters(Net(averaged, encoder(dropout=0.0), head()), rank=2, trained=["other.*"]),
+        sequences,
+    ),
+    "frozen convolution": (
+        nn.Sequential(
+            *(nn.Conv2d(2, 4, 3).requires_grad_(False), nn.ReLU(), nn.Flatten(), nn.Linear(64, 3)),
+        ),
+        images,
     ),
     "tokens": (Tokens(), tokens),
     "group norm": (
