@@ -6,6 +6,7 @@
     |-- ConfigError                  2   a configuration file, an override or a command line
     |-- TaskError                    3   the user's task file
     |-- DataError                    4   data that is missing, corrupt or empty
+    |   `-- DataFolderMissing            a task reads files, and no data folder is set
     |-- PrivacyError                 5   a guarantee that cannot be given
     |   |-- UnsupportedLayer             a layer that example-level DP does not support
     |   |-- LedgerFull                   a device's ledger has no room for another entry
@@ -85,6 +86,10 @@ class DataError(FedcoreError):
     """Data is missing, corrupt or empty."""
 
     exit_code = 4
+
+
+class DataFolderMissing(DataError):
+    """A task reads files, and no data folder is set."""
 
 
 class PrivacyError(FedcoreError):

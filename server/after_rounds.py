@@ -20,9 +20,9 @@ from fedcore.artifacts.manifest import (
     Manifest,
     TestStatement,
 )
-from fedcore.config.run import RunConfig
+from fedcore.config.run import IN_MEMORY, RunConfig
 from fedcore.errors import FedcoreError
-from fedcore.files import write_atomic
+from fedcore.files import sha256_hex, write_atomic
 from fedcore.observability.events import Noted, Sink, StageAdvanced, StageFinished, StageStarted
 from fedcore.observability.words import counted, figure
 from fedcore.task.definition import Task
@@ -223,12 +223,19 @@ def after_rounds(
         test_warning=tested.warning,
         client_tests=tested.clients,
         details=tested.details,
+        task_sha256=_task_sha256(run),
         settings=shown_settings(run),
         stages=story.seconds,
         notes=tuple(story.notes),
     )
     torch_p50_us = compressed.torch_p50_us
     return Completed(record, torch_p50_us, outcome.model, model, compressed, origin)
+
+
+def _task_sha256(run: RunConfig) -> str | None:
+    """Returns the digest of the task's file; None if it is in memory, or gone meanwhile."""
+    path = run.path(run.task)
+    return sha256_hex(path.read_bytes()) if run.task != IN_MEMORY and path.is_file() else None
 
 
 def _released(
@@ -258,8 +265,9 @@ def _released(
         except FedcoreError as error:
             said.append("failed")
             unreleased = (
-                f"{error} Models, report and summary of this run are kept; --resume continues "
-                "with the release, and takes other settings of [compression] and [release]."
+                f"{error} Models, report and summary of this run are kept; --resume (in "
+                "Python resume=True) continues with the release, and takes other settings of "
+                "[compression] and [release]."
             )
         else:
             said.append(f"published {manifest.model} version {manifest.version}")

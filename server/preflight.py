@@ -17,7 +17,14 @@ from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.observability.words import counted
-from fedcore.task.definition import Folder, Task, check_inputs, data_folder, without_folder
+from fedcore.task.definition import (
+    Folder,
+    Task,
+    check_inputs,
+    data_folder,
+    require_folder,
+    without_folder,
+)
 from fedcore.task.model import FullModel, build_model, warm_start
 from fedcore.training.device import available
 from fedcore.training.per_example.trial import choose_method
@@ -209,6 +216,7 @@ def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
     except DataError:
         raise
     except (Exception, SystemExit) as error:  # the task's code: any failure is a data error
+        require_folder(f"task {task.name!r}: the names of its clients", data, error)
         raise DataError(
             f"task {task.name!r}: listing its clients failed: {type(error).__name__}: {error}. "
             f"{without_folder(data)}Nothing was trained."

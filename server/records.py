@@ -284,6 +284,8 @@ class RunRecord:
     """Results on clients' own test data; empty without them."""
     details: FinalTestDetails | None = None
     """The released model on the final test, in detail; None without a test split."""
+    task_sha256: str | None = None
+    """Digest of the task's file when the run ended; None for a task made in memory."""
     settings: dict[str, Any] = field(default_factory=dict)
     """The settings of the run that matter for its result, by name."""
     epsilon: float | None = None

@@ -36,7 +36,7 @@ def require_no_progress(folder: Path) -> None:
         raise ConfigError(
             f"{folder}: `fedcore server start` started this run over devices, and it is not "
             "complete; starting this one would discard it. Nothing was run; choose another "
-            "`name`, or start over with --fresh."
+            "`name`, or start over with --fresh (in Python fresh=True)."
         )
     require_no_simulated_progress(folder)
 

@@ -90,6 +90,13 @@ def of_optimizer(
             f"above 0, and they are {settings.optimizer!r} and {settings.momentum:g}. Set them, or "
             "leave nesterov out."
         )
+    unused = settings.momentum not in (0.0, type(settings).model_fields["momentum"].default)
+    if settings.optimizer != "sgd" and unused:
+        found.append(
+            f"{section}.momentum = {settings.momentum:g} contradicts {section}.optimizer = "
+            f"{settings.optimizer!r}, which has moments of its own and would ignore it. Leave "
+            "momentum out, or set optimizer to 'sgd'."
+        )
     if private and settings.max_grad_norm is not None:
         found.append(
             f"{section}.max_grad_norm = {settings.max_grad_norm:g} contradicts example-level "

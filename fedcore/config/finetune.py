@@ -32,7 +32,7 @@ class Finetune(Section):
     learning_rate: LearningRate = 0.05
     """Step size, for pruned models too."""
     momentum: Momentum = 0.9
-    """Momentum of SGD."""
+    """Momentum of SGD; other optimisers have moments of their own."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: WeightDecay = 0.0

@@ -108,7 +108,7 @@ class ClientConfig(Section):
     learning_rate: LearningRate = 0.1
     """Step size of the local optimiser."""
     momentum: Momentum = 0.0
-    """Momentum of SGD; begins at zero in every round."""
+    """Momentum of SGD; begins at zero in every round. Other optimisers have their own moments."""
     nesterov: bool = False
     """Nesterov's form of momentum."""
     weight_decay: WeightDecay = 0.0

@@ -37,7 +37,25 @@ def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
         ConfigError: the file does not exist or is no TOML; a key is unknown; a value has the wrong
             type, is out of range, or contradicts another. Nothing has run then.
     """
+    if path.suffix == ".py":
+        beside = path.with_name("run.toml")
+        there = f"`{beside}`" if beside.is_file() else "`run.toml` with `name` and `task`"
+        raise ConfigError(
+            f"{path}: this is a Python file, such as a task's, and the file of a run in TOML was "
+            f"expected: {there}. Nothing was run; `fedcore check` takes a task alone, and `fedcore "
+            "new NAME` writes both."
+        )
     return load(path, RunConfig, overrides, base=path.resolve().parent)
+
+
+def with_overrides(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
+    """Returns a copy of a run with ``section.key=value`` overrides, as of ``--set``.
+
+    Raises:
+        ConfigError: an override is no ``section.key=value``; a key is unknown; a value has the
+            wrong type, is out of range, or contradicts another.
+    """
+    return _overridden(run, tuple(_parse(override) for override in overrides))
 
 
 def load(path: Path, model: type[Model], overrides: Sequence[str] = (), **extra: Any) -> Model:
@@ -75,11 +93,17 @@ def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
         ConfigError: a key is unknown; a value has the wrong type, is out of range, or contradicts
             another.
     """
-    values = run.model_dump()
-    overrides = tuple(
-        _Override(f"{'.'.join(key)}={value!r}", key, value, option="")
-        for key, value in _leaves(settings)
+    return _overridden(
+        run,
+        tuple(
+            _Override(f"{'.'.join(key)}={value!r}", key, value, option="")
+            for key, value in _leaves(settings)
+        ),
     )
+
+
+def _overridden(run: RunConfig, overrides: tuple[_Override, ...]) -> RunConfig:
+    values = run.model_dump()
     for override in overrides:
         _apply(values, override, RunConfig)
     try:

@@ -18,6 +18,7 @@ from fedcore.observability.words import counted
 from fedcore.sources.client_data import ClientData, split_by_client
 
 _SUFFIXES = frozenset({".bmp", ".gif", ".jpeg", ".jpg", ".png", ".tif", ".tiff", ".webp"})
+_HEADERS = 10_000  # read in about a second
 
 
 def from_folder(
@@ -49,7 +50,8 @@ def from_folder(
 
     Raises:
         ConfigError: Pillow is not installed.
-        DataError: there are no images, a client has none, or an image cannot be read.
+        DataError: there are no images, a client has none, an image cannot be read, or images differ
+            in size and ``size`` is None.
     """
     _pillow()
     folder = Path(root)
@@ -68,6 +70,8 @@ def from_folder(
         )
         for client, found in files.items()
     }
+    if size is None:
+        check_one_size([path for found in files.values() for _, path in found])
     train, test = split_by_client(parts, test_share=test_share, seed=seed)
     first = next(iter(parts.values()))[0][0]
     count = sum(map(len, parts.values()))
@@ -82,6 +86,37 @@ def from_folder(
             f"{counted(count, 'image', ',')} of {counted(len(parts), 'client')}, "
             f"{'resized to' if size else 'of'} {first.shape[1]} x {first.shape[2]} pixels",
         ),
+    )
+
+
+def check_one_size(paths: Sequence[Path]) -> None:
+    """Checks from their headers that images have one size; of very many, some thousands.
+
+    Raises:
+        DataError: they differ, or one cannot be read.
+    """
+    first: tuple[int, int] | None = None
+    step = max(1, len(paths) // _HEADERS)
+    for path in paths[::step]:
+        try:
+            with _pillow().open(path) as image:
+                found = image.size
+        except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
+            raise _unreadable(path, error) from error
+        first = first or found
+        if found != first:
+            (width, height), (other_width, other_height) = first, found
+            raise DataError(
+                f"{path}: this image is {other_height} x {other_width} pixels (height x width), "
+                f"and {paths[0]} is {height} x {width}: a model takes one size. Nothing was read; "
+                f"pass size=({height}, {width}), or another one, to resize every image."
+            )
+
+
+def _unreadable(path: Path, error: Exception) -> DataError:
+    return DataError(
+        f"{path}: cannot read this image: {type(error).__name__}: {error}. It was not used; "
+        "replace or remove the file."
     )
 
 
@@ -120,10 +155,7 @@ class ImageFiles(Dataset[tuple[Tensor, Tensor]]):
                     made = made.resize((self._size[1], self._size[0]))
                 return image_tensor(made), self._targets[row]
         except (OSError, ValueError, SyntaxError) as error:  # what Pillow raises for broken files
-            raise DataError(
-                f"{path}: cannot read this image: {type(error).__name__}: {error}. It was not "
-                "used; replace or remove the file."
-            ) from error
+            raise _unreadable(path, error) from error
 
 
 def image_tensor(image: Any) -> Tensor:

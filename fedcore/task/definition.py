@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils.data import Dataset
 
-from fedcore.errors import DataError, FedcoreError, TaskError
+from fedcore.errors import DataError, DataFolderMissing, FedcoreError, TaskError
 from fedcore.files import sha256_hex
 from fedcore.rpc.hello import is_task_name
 from fedcore.seeds import global_streams
@@ -300,16 +300,25 @@ def read_examples(
 
     Raises:
         DataError: the loader failed, or returned fewer than ``least`` examples.
+        DataFolderMissing: it failed because ``folder`` is None.
     """
     try:
         examples = load()
-        count = len(cast(Sized, examples))
     except FedcoreError:
         raise
     except (Exception, SystemExit) as error:  # user code: any failure counts as one of the data
+        require_folder(what, folder, error)
         raise DataError(
-            f"{what}: reading it failed: {type(error).__name__}: {error}. {without_folder(folder)}"
+            f"{what}: reading it failed: {_told(error)}. {without_folder(folder)}"
             "Nothing was trained on it; fix the file or the task's loader."
+        ) from error
+    try:
+        count = len(cast(Sized, examples))
+    except (Exception, SystemExit) as error:
+        raise DataError(
+            f"{what}: the task's loader returned a {type(examples).__name__} whose length is not "
+            f"known: {_told(error)}. Nothing was trained on it; return a torch Dataset with a "
+            "length."
         ) from error
     if count < least:
         raise DataError(
@@ -317,6 +326,35 @@ def read_examples(
             "this client out, or give it data."
         )
     return examples
+
+
+def _told(error: BaseException) -> str:
+    """Returns kind and text of an error, without a full stop at its end."""
+    return f"{type(error).__name__}: {error}".rstrip(". ")
+
+
+def require_folder(what: str, folder: Folder, error: BaseException) -> None:
+    """Raises an error that asks for a data folder, if a loader failed for lack of one.
+
+    Args:
+        what: What the loader reads.
+        folder: What the loader received.
+        error: What it raised.
+
+    Raises:
+        DataFolderMissing: ``folder`` is None, and the loader used it as a path.
+    """
+    if folder is not None:
+        return
+    text = str(error)
+    as_path = isinstance(error, TypeError | AttributeError) and "NoneType" in text
+    as_text = isinstance(error, OSError) and "None" in Path(str(error.filename)).parts
+    if as_path or as_text or isinstance(error, AssertionError):
+        raise DataFolderMissing(
+            f"{what}: the task reads files from a folder, and none is set. Nothing was run; set "
+            "the environment variable FEDCORE_DATA to the folder that holds the data; on a device, "
+            "`data` in its owner.toml."
+        ) from error
 
 
 def without_folder(folder: Folder) -> str:
@@ -338,9 +376,11 @@ def check_inputs(task: Task, examples: Examples, *, what: str) -> None:
     """
     try:
         inputs, _ = examples[0]
+    except FedcoreError:
+        raise
     except (Exception, SystemExit) as error:
         raise DataError(
-            f"{what}: reading its first example failed: {type(error).__name__}: {error}. Nothing "
+            f"{what}: reading its first example failed: {_told(error)}. Nothing "
             "was trained; each example must be a pair (input, target)."
         ) from error
     example = task.example_input

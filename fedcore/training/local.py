@@ -9,12 +9,15 @@ from typing import Protocol
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import Subset
 
 from fedcore.errors import TrainingDiverged
 from fedcore.task.definition import Examples, Loss, size_of
 from fedcore.training.batches import batches_of, gather, passes
 from fedcore.training.lone_rows import least_rows, use_running_statistics
 from fedcore.training.order import ViewsOfAnyMemory, for_images
+
+_LOOKED_AT = 1024  # rows at once
 
 
 class OptimizerSettings(Protocol):
@@ -146,7 +149,10 @@ def train(
                 clip_gradients(module, settings)
                 optimizer.step()
             mean = (total / seen).item()  # one device synchronisation per epoch, not per batch
-            check_loss(mean, epoch=epoch, learning_rate=settings.learning_rate)
+            if not math.isfinite(mean):
+                raise diverged(
+                    mean, epoch=epoch, learning_rate=settings.learning_rate, examples=examples
+                )
     return mean
 
 
@@ -156,13 +162,47 @@ def check_loss(value: float, *, epoch: int, learning_rate: float) -> None:
         raise diverged(value, epoch=epoch, learning_rate=learning_rate)
 
 
-def diverged(value: float, *, epoch: int | None, learning_rate: float) -> TrainingDiverged:
-    """Returns the error for a loss that is not finite; ``epoch`` is None where it is unknown."""
+def diverged(
+    value: float, *, epoch: int | None, learning_rate: float, examples: Examples | None = None
+) -> TrainingDiverged:
+    """Returns the error for a loss that is not finite.
+
+    Args:
+        value: The loss.
+        epoch: The local epoch, from 0; None where it is unknown.
+        learning_rate: The step size.
+        examples: The data; an input in them that is not finite is named first, as the likely cause.
+    """
     when = "" if epoch is None else f" in local epoch {epoch + 1}"
+    found = None if examples is None else first_not_finite(examples)
+    remedy = "lower the learning rate, or look for inputs that are not finite"
+    if found is not None:
+        remedy = (
+            f"row {found[0]} of the data has an input of {found[1]}: fill or leave out such rows, "
+            "or lower the learning rate if the task takes them"
+        )
     return TrainingDiverged(
         f"training: the loss was {value}{when} at learning_rate {learning_rate}. No update was "
-        "produced; lower the learning rate, or look for inputs that are not finite."
+        f"produced; {remedy}."
     )
+
+
+def first_not_finite(examples: Examples) -> tuple[int, float] | None:
+    """Returns the first row with an input that is not finite, and that value; None if all are.
+
+    Of a part of a data set, the row is that of the whole.
+    """
+    for rows in torch.split(torch.arange(size_of(examples)), _LOOKED_AT):
+        inputs, _ = gather(examples, rows)
+        odd = ~torch.isfinite(inputs)
+        if bool(odd.any()):
+            place = torch.nonzero(odd)[0]
+            row = int(rows[place[0]])
+            whole: Examples = examples
+            while isinstance(whole, Subset):
+                row, whole = int(whole.indices[row]), whole.dataset
+            return row, float(inputs[tuple(place)])
+    return None
 
 
 def proximal(module: nn.Module, mu: float) -> Callable[[nn.Module], Tensor]:

@@ -5,6 +5,7 @@ In: a task, a run, the owner's policy and a results folder. Out: a `server.api.r
 
 from __future__ import annotations
 
+import sys
 import tempfile
 import time
 from contextlib import nullcontext
@@ -17,6 +18,7 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.flower.quiet import quiet
 from fedcore.observability.events import Sink, batched, tee
+from fedcore.observability.foreign import say
 from fedcore.observability.jsonl import json_lines
 from fedcore.observability.patience import FIRST_STEP, note_if_slow
 from fedcore.task.definition import Task
@@ -31,6 +33,7 @@ from server.api.arguments import (
     with_strategy,
 )
 from server.api.result import Result
+from server.checking.before import refuse_bad_rows
 from server.preflight import Prepared, prepare
 from server.report.folder import open_folder, reopen_folder, write_results
 from server.report.tensorboard import tensorboard_events
@@ -150,6 +153,8 @@ def simulated(
         quiet()
         with note_if_slow(FIRST_STEP) if run.private and say_slow else nullcontext():
             prepared = prepare(run, found, owner, base / run.name, strategy=strategy)
+        if not resume:
+            refuse_bad_rows(run, found, prepared, _note if say_slow else _silent)
         if resume:
             opening = reopen_folder(run, base)
         else:
@@ -177,6 +182,14 @@ def simulated(
     return Result(
         done.record, found, run, *models, done.compressed, done.origin, summary, folder, kept
     )
+
+
+def _note(text: str) -> None:
+    say(f"note: {text}", to=sys.stderr, flush=True)
+
+
+def _silent(text: str) -> None:
+    """Takes a line of progress, and shows nothing."""
 
 
 def run_in(

@@ -11,7 +11,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 
 from fedcore.config.run import RunConfig
-from fedcore.errors import FedcoreError
+from fedcore.errors import DataFolderMissing, FedcoreError
 from fedcore.task.definition import Task, data_folder
 from server.checking import cloud_rehearsal, data_steps, rehearsal
 from server.checking.findings import CheckFinding, Place, TaskCheck
@@ -19,6 +19,8 @@ from server.checking.progress import Tell
 from server.checking.selection import Asked
 from server.checking.state import CheckState, Fault, StepOutcome
 
+NO_FOLDER = "data folder"
+"""The fault that ends a check at once: no loader can read anything."""
 _FIRST_STEPS = ("training", "privacy")
 Findings = list[CheckFinding]
 
@@ -77,7 +79,7 @@ def check_task(
             findings.append(finding)
             tell(finding)
         failed = failed or any(one.required and not one.ok for one in found)
-        if failed and step.last_of_group:
+        if failed and (step.last_of_group or found[0].fault == NO_FOLDER):
             break
     return TaskCheck(tuple(findings))
 
@@ -86,6 +88,8 @@ def _run(step: CheckStep) -> Findings:
     started = time.monotonic()
     try:
         result = step.work()
+    except DataFolderMissing as error:
+        return [CheckFinding(step.name, False, True, str(error), 0.0, fault=NO_FOLDER)]
     except FedcoreError as error:
         result = StepOutcome(str(error))
         ok = False

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 from torch.utils.data import Subset, TensorDataset
 
-from fedcore.errors import FedcoreError
+from fedcore.errors import DataFolderMissing, FedcoreError
 from fedcore.observability.words import counted
 from fedcore.task.definition import Examples, Folder, Task, read_examples, size_of
 from fedcore.training.batches import gather
@@ -78,9 +78,11 @@ def look_at_clients(
     accepts: Callable[[torch.Tensor], object],
     only: bool,
     progress: StepProgress,
+    budget_s: float = BUDGET_S,
+    compared: bool = True,
     clock: Callable[[], float] = time.monotonic,
 ) -> ClientsLooked:
-    """Looks at all rows of the chosen clients, and at others as far as `BUDGET_S` allows.
+    """Looks at all rows of the chosen clients, and at others as far as ``budget_s`` allows.
 
     Args:
         task: The task.
@@ -91,10 +93,13 @@ def look_at_clients(
         accepts: Runs the model on inputs; raises what it raises.
         only: Whether no others are read.
         progress: Callback with clients done and in all.
+        budget_s: Time for all rows of clients that were not chosen, and again for first and last
+            rows.
+        compared: Whether values and clients are compared with each other.
         clock: Source of time in seconds.
     """
     looked, features = ClientsLooked(len(names)), task.example_input.numel()
-    compared = not task.example_input.is_complex() and 0 < features <= MOST_FEATURES
+    compared = compared and not task.example_input.is_complex() and 0 < features <= MOST_FEATURES
     compared = compared and task.example_input.dtype not in (torch.int32, torch.int64)
     ranges = FeatureRanges(features) if compared else None
     tokens, began_s = _Tokens(accepts), clock()
@@ -103,10 +108,10 @@ def look_at_clients(
     for done, place in enumerate(order):
         progress(done, len(order))
         asked, spent_s = place in picked, clock() - began_s
-        if not asked and spent_s > 2 * BUDGET_S:
+        if not asked and spent_s > 2 * budget_s:
             break
         one = ranges.client(names[place]) if ranges is not None else None
-        end_s = math.inf if asked else began_s + BUDGET_S
+        end_s = math.inf if asked else began_s + budget_s
 
         def more(end_s: float = end_s, done: int = done) -> bool:
             progress(done, len(order))
@@ -142,6 +147,8 @@ def _look_at_client(
         count = size_of(examples)
         rows = range(count) if in_order else _rows(examples, more)
         found = look_at(examples, expected, rows=rows, ranges=ranges, more=more)
+    except DataFolderMissing:
+        raise  # one cause for all clients
     except FedcoreError as error:
         fault(DataFault("unreadable", None, str(error)))
         return

@@ -8,13 +8,16 @@ from dataclasses import asdict
 from pathlib import Path
 
 from fedcore.cli import Command
+from fedcore.config.settings import load_run, with_overrides
 from fedcore.errors import TaskError
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import LOADING, note_if_slow
+from server.options import set_option
 
 
 def _check_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("task", type=Path, help="a task file, or the run's TOML file")
+    set_option(parser)
     parser.add_argument(
         "--clients",
         metavar="WHICH",
@@ -38,6 +41,7 @@ def _check_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _check(options: argparse.Namespace) -> int:
     with note_if_slow(LOADING):
+        from server.api.arguments import configured
         from server.api.checking import check as checked
         from server.checking.findings import CheckFinding, LineFilter
         from server.checking.selection import asked_of
@@ -49,9 +53,13 @@ def _check(options: argparse.Namespace) -> int:
             for line in shown.lines(finding):
                 say(line, flush=True)
 
-    asked = (None, options.task) if options.task.suffix == ".toml" else (options.task,)
+    if options.task.suffix == ".toml":
+        task, run = None, load_run(options.task, options.overrides)
+    else:
+        task = options.task
+        run = with_overrides(configured(task, None, {}), options.overrides)
     which = None if options.clients is None else asked_of(options.clients)
-    found = checked(*asked, clients=which, place=options.on, on_finding=tell)
+    found = checked(task, run, clients=which, place=options.on, on_finding=tell)
     if options.json:
         findings = [asdict(finding) for finding in found.findings]
         say(json.dumps({"ok": found.ok, "findings": findings}))

@@ -84,6 +84,8 @@ def _named(runs: Path, name: str) -> FoundRun:
 def _difference(found: ComparedRuns) -> dict[str, Any]:
     return {
         "runs": list(found.names),
+        "same_task": found.same_task,
+        "tasks": [one and dict(one) for one in found.tasks],
         "settings": {key: list(both) for key, both in found.settings.items()},
         "figures": {name: list(both) for name, both in found.figures.items()},
     }
@@ -98,8 +100,20 @@ def _compared(found: ComparedRuns) -> str:
         gap = NOTHING if a is None or b is None else f"{b - a:+.4g}"
         figures.append((name, _shown(a), _shown(b), gap))
     parts = [_table(settings) if len(settings) > 1 else "Both runs have the same settings."]
+    if found.same_task is False:
+        parts.insert(0, _tasks(found))
     parts.append(_table(figures) if len(figures) > 1 else "Neither run is complete.")
     return "\n\n".join(parts)
+
+
+def _tasks(found: ComparedRuns) -> str:
+    """Says that the runs' tasks differ, and how."""
+    rows = [("task", *map(foreign, found.names))]
+    for key in ("name", "kind", "sha256"):
+        values = [(each or {}).get(key) for each in found.tasks]
+        if values[0] != values[1]:
+            rows.append((key, *(_text(one[:12] if one else None) for one in values)))
+    return f"The tasks differ, so figures may mean different things.\n\n{_table(rows)}"
 
 
 def _text(value: object) -> str:

@@ -45,6 +45,8 @@ class FoundRun:
     """The run's configuration, in full."""
     figures: Mapping[str, float | None]
     """Final figures by dotted name; empty for a run that is not complete."""
+    task: Mapping[str, str | None] | None = None
+    """Name, kind and digest of the file of its task; None if the run is not complete."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,18 @@ class ComparedRuns:
     """Settings that differ, by their dotted keys."""
     figures: Mapping[str, tuple[float | None, float | None]]
     """Final figures, by dotted names; None for one that a run does not have."""
+    tasks: tuple[Mapping[str, str | None] | None, Mapping[str, str | None] | None] = (None, None)
+    """Each run's task, see `FoundRun.task`."""
+
+    @property
+    def same_task(self) -> bool | None:
+        """Whether both ran one task with one content; None if that is not known."""
+        one, other = self.tasks
+        if one is None or other is None:
+            return None
+        if one != other:
+            return False
+        return True if one.get("sha256") else None
 
 
 def find_runs(runs: Path) -> list[FoundRun]:
@@ -97,6 +111,7 @@ def read_run(folder: Path) -> FoundRun:
         changed=f"{datetime.fromtimestamp(files[0].stat().st_mtime, UTC):%Y-%m-%dT%H:%M:%SZ}",
         settings=_read(folder / MARK),
         figures=dict(_figures(summary)),
+        task=found if isinstance(found := summary.get("task"), Mapping) else None,
     )
 
 
@@ -109,6 +124,7 @@ def compare_runs(one: FoundRun, other: FoundRun) -> ComparedRuns:
         (one.name, other.name),
         {key: (a, b) for key in keys if (a := flat[0].get(key)) != (b := flat[1].get(key))},
         {name: (one.figures.get(name), other.figures.get(name)) for name in names},
+        (one.task, other.task),
     )
 
 

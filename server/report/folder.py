@@ -98,7 +98,8 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
             )
         raise ConfigError(
             f"{folder}: no run of this name was started here, so there is none to resume. "
-            "Nothing was run; leave --resume out, or pass its parent folder with --runs."
+            "Nothing was run; leave --resume out, or pass its parent folder with --runs "
+            "(in Python resume=True and runs)."
         )
     with locked(folder):
         yield folder
@@ -108,7 +109,7 @@ def complete(folder: Path) -> ConfigError:
     """Returns the error for a complete run that was to be resumed."""
     return ConfigError(
         f"{folder}: this run is complete: its results are in {SUMMARY}. Nothing was run; "
-        "give it more rounds to continue it, or start over with --fresh."
+        "give it more rounds to continue it, or start over with --fresh (in Python fresh=True)."
     )
 
 

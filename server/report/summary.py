@@ -43,6 +43,7 @@ def summary(
     chosen, manifest = record.chosen or "", record.manifest
     choice = next((each for each in record.candidates if each.name == chosen), None)
     fixed: dict[str, Any] = {
+        "task": {"name": record.task, "kind": record.kind, "sha256": record.task_sha256},
         "rounds": len(record.rounds),
         "epsilon": {"max": record.epsilon},
         "initial": record.initial_sha256

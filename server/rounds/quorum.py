@@ -33,11 +33,11 @@ def check_quorum(tally: Tally, quorum: float, cohort: int, number: int, *, other
     if tally.over or tally.updates >= needed:
         return
     silent = willing - tally.updates - tally.failed
-    reasons = "; ".join(tally.reasons[:3]) or "no reason was given"
+    reasons = "; ".join(one.rstrip(".") for one in tally.reasons[:3]) or "no reason was given"
     kind = tally.kinds.pop() if len(tally.kinds) == 1 and not silent else RoundFailed
     raise kind(
         f"round {number}: {tally.updates} of {counted(willing, 'client')} sent an update, and "
         f"federation.quorum = {quorum:g} needs {needed} ({tally.failed} failed, {silent} silent "
         "at the deadline). The round was dropped, and the rounds before it are kept; check the "
-        f"clients, and continue with --resume. First: {reasons}"
+        f"clients, and continue with --resume (in Python resume=True). First: {reasons}."
     )

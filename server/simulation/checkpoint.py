@@ -91,14 +91,14 @@ def read_checkpoint(path: Path) -> Checkpoint:
         if not np.array_equal(arrays.pop(_DIGEST), _digest(arrays)):
             raise DataError(
                 f"{path}: the checkpoint's bytes do not match their digest: it is damaged. "
-                "Nothing was run; start the run over with --fresh."
+                "Nothing was run; start the run over with --fresh (in Python fresh=True)."
             )
         return _checkpoint(arrays)
     except (SafetensorError, KeyError, TypeError, ValueError) as error:
         raise DataError(
             f"{path}: this version of fedcore cannot read this checkpoint "
             f"({type(error).__name__}: {error}). Nothing was run; start the run over with "
-            "--fresh."
+            "--fresh (in Python fresh=True)."
         ) from None
 
 

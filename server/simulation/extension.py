@@ -41,13 +41,15 @@ def extended(where: Path, run: RunConfig, progress: Progress, *, before: int) ->
     if rounds <= done:
         raise ConfigError(
             f"{where}: {ROUNDS} = {rounds}, but round {done} of this run is complete. Nothing "
-            "was run; ask for more rounds, or start over with --fresh."
+            "was run; ask for more rounds, or start over with --fresh (in "
+            "Python fresh=True)."
         )
     for reason in _depends_on_total(run, progress, before):
         raise ConfigError(
             f"{where}: this run of {before} rounds cannot continue to {ROUNDS} = {rounds} with "
             f"the results of a run of {rounds} from the start: {reason}. Nothing was run; resume "
-            f"it with {before}, or start a run of {rounds} over with --fresh."
+            f"it with {before}, or start a run of {rounds} over with --fresh (in "
+            "Python fresh=True)."
         )
     return replace(progress, over=False)
 

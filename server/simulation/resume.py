@@ -40,7 +40,7 @@ def open_checkpoint(folder: Path, run: RunConfig, owner: OwnerPolicy, task: Task
             raise complete(folder)
         raise ConfigError(
             f"{folder}: this run was stopped before its first checkpoint. Nothing was run; start "
-            "it again without --resume."
+            "it again without --resume (in Python resume=True)."
         )
     checkpoint = read_checkpoint(path)
     identity, before = identity_of(run, owner), rounds_of(checkpoint.identity)
@@ -68,5 +68,5 @@ def _check_weights(path: Path, checkpoint: Checkpoint, task: Task, run: RunConfi
             f"{path}: this checkpoint has {got:,} weights and other numbers of the model, expected "
             f"{expected:,}. An earlier version of fedcore sent other parts of the model, or what "
             "the task imports has changed. Nothing was run or removed; resume it with the version "
-            "and files that began it, or start over with --fresh."
+            "and files that began it, or start over with --fresh (in Python fresh=True)."
         )

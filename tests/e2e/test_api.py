@@ -92,7 +92,7 @@ def test_a_run_that_was_interrupted_is_dropped_only_when_told(tmp_path: Path) ->
     def interrupted(client: str, folder: Path | None) -> Examples:
         nonlocal reads
         reads += 1
-        if reads == 4 + 2 * 4 + 2:  # in the third round; all four were read before the first
+        if reads == 2 * 4 + 2 * 4 + 2:  # in the third round; all were read twice before the first
             raise KeyboardInterrupt
         return made(ord(client))
 

@@ -108,6 +108,7 @@ def test_a_configuration_that_is_wrong_stops_before_anything_runs(
             ["simulate", "gone.toml"],
             "gone.toml: this file does not exist. Nothing was run. `fedcor",
         ),
+        (["simulate", "work/task.py"], "work/task.py: this is a Python file, such as a task's"),
         (["simulate", "."], "it is a folder or another kind of file"),
         (["device"], "the following arguments are required: VERB"),
         (["new", "Not A Name"], "is not a valid run name"),

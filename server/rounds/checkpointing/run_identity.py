@@ -88,7 +88,7 @@ def check_same(
         raise ConfigError(
             f"{where}: this checkpoint was written by another run, which differs in "
             f"{', '.join(found)}. Nothing was run; undo these changes, or start over with "
-            "--fresh."
+            "--fresh (in Python fresh=True)."
         )
 
 

@@ -152,8 +152,8 @@ class AlgorithmStrategy(Strategy):
     def _failed(self, number: int, error: AlgorithmRefused) -> RoundFailed:
         return RoundFailed(
             f"round {number}: federation.strategy = {self._label!r}: {error}. The global model "
-            f"is that of round {number - 1}; correct the strategy and start over with --fresh: a "
-            "resumed run needs the strategy that it started with."
+            f"is that of round {number - 1}; correct the strategy and start over with --fresh (in "
+            "Python fresh=True): a resumed run needs the strategy that it started with."
         )
 
 

@@ -152,5 +152,5 @@ def _mismatch(where: str, got: str, expected: str) -> DataError:
     return DataError(
         f"checkpoint: {where}: got {got}, expected {expected}: it was written by another "
         "strategy or another version of Flower. Nothing was run; resume with the version that "
-        "started the run, or start over with --fresh."
+        "started the run, or start over with --fresh (in Python fresh=True)."
     )

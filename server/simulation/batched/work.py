@@ -69,17 +69,20 @@ def in_order(parts: Iterable[tuple[Sequence[int], TrainedClients]]) -> TrainedCl
     return TrainedClients(weights, losses)
 
 
-def divergence(loss: float | None, finite: bool, settings: ClientConfig) -> TrainingDiverged | None:
+def divergence(
+    loss: float | None, finite: bool, settings: ClientConfig, examples: Examples
+) -> TrainingDiverged | None:
     """Returns the error of a client that diverged in batched training; None otherwise.
 
     Args:
         loss: Mean loss over its last epoch; None under privacy.
         finite: Whether its weights are finite.
         settings: Settings that it was trained with.
+        examples: Its data, of which an input that is not finite is named.
     """
     if loss is not None and not isfinite(loss):
         epoch = settings.epochs - 1 if settings.steps is None else None
-        return diverged(loss, epoch=epoch, learning_rate=settings.learning_rate)
+        return diverged(loss, epoch=epoch, learning_rate=settings.learning_rate, examples=examples)
     if not finite:
         return TrainingDiverged(
             f"training: the trained weights are not finite at learning_rate "

@@ -144,7 +144,7 @@ class ProcessPool:
         return RoundFailed(
             f"simulation: worker {process.name} died ({how}) while it trained {_named(piece)}. The "
             f"round was dropped.{_KILLED if code == -signal.SIGKILL else ''} `fedcore simulate "
-            "--resume` continues from the last checkpoint."
+            "--resume` (in Python resume=True) continues from the last checkpoint."
         )
 
 

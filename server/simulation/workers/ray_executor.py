@@ -91,7 +91,7 @@ class RayExecutor:
         except ray.exceptions.RayError as error:
             raise RoundFailed(
                 f"simulation: a Ray actor died: {error}. The round was dropped. `fedcore simulate "
-                "--resume` continues from the last checkpoint."
+                "--resume` (in Python resume=True) continues from the last checkpoint."
             ) from None
         return gathered(answers, sums, clients)
 

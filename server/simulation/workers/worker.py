@@ -282,8 +282,8 @@ class Worker:
         rows = trained.weights.cpu().numpy()
         finite = np.isfinite(rows).all(axis=1)
         errors = [
-            divergence(loss, whole, settings)
-            for loss, whole in zip(trained.losses, finite, strict=True)
+            divergence(loss, whole, settings, one.work.examples)
+            for loss, whole, one in zip(trained.losses, finite, ready, strict=True)
         ]
         if self._client.run.client_private:
             yield from self._bounded(order, ready, rows, errors)

@@ -215,6 +215,14 @@ def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
             "finetune.nesterov = true needs finetune.optimizer = 'sgd'",
         ),
         (
+            "[client]\nmomentum = 0.5\noptimizer = 'adam'",
+            "client.momentum = 0.5 contradicts client.optimizer = 'adam', which has moments of",
+        ),
+        (
+            "[finetune]\nmomentum = 0.5\noptimizer = 'adamw'",
+            "finetune.momentum = 0.5 contradicts finetune.optimizer = 'adamw'",
+        ),
+        (
             "[client]\nmax_grad_norm = 1.0\n[privacy]\nunit = 'example'",
             "client.max_grad_norm = 1 contradicts example-level privacy: DP-SGD bounds each",
         ),

@@ -15,8 +15,6 @@ from fedcore import from_arrays, from_datasets, from_folder
 from fedcore.errors import DataError
 from fedcore.task.definition import size_of
 from fedcore.training.batches import gather_all
-from server.api.arguments import configured
-from server.checking.check import check_task
 
 
 def rows(count: int = 12, dtype: str = "float64") -> tuple[Any, Any]:
@@ -137,14 +135,11 @@ def test_folders_are_clients_and_classes(tmp_path: Path) -> None:
     assert grey.example_input.shape == (1, 5, 5)
 
 
-def test_images_of_two_sizes_are_found_by_a_check(tmp_path: Path) -> None:
-    data = from_folder(photos(tmp_path, {"anna": (8, 8), "ben": (9, 8)}))
-    task = data.task("photos")
-    checked = check_task(configured(task, None, {}), task)
-    (fault,) = [
-        one for one in checked.findings if one.client == "ben" and one.step == "client data"
-    ]
-    assert "inputs are (3, 8, 9), expected (3, 8, 8)" in fault.detail
+def test_images_of_two_sizes_are_refused_with_the_remedy(tmp_path: Path) -> None:
+    root = photos(tmp_path, {"anna": (8, 8), "ben": (9, 8)})
+    with pytest.raises(DataError, match=r"ben/cat/0\.png: this image is 8 x 9 .* size=\(8, 8\)"):
+        from_folder(root)
+    assert from_folder(root, size=(8, 8)).example_input.shape == (3, 8, 8)
 
 
 def test_a_folder_without_images_or_with_a_broken_one_is_refused(tmp_path: Path) -> None:

@@ -5,7 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import nn
-from torch.utils.data import TensorDataset
+from torch.utils.data import Subset, TensorDataset
 
 from fedcore.config.run import ClientConfig
 from fedcore.errors import TrainingDiverged
@@ -132,6 +132,14 @@ def test_a_loss_that_is_not_finite_stops_training_with_the_next_step(poison: flo
     with pytest.raises(TrainingDiverged) as caught:
         train(model(), data, LOSS, ClientConfig(), epochs=2, batch_size=8, rng=torch_rng(0))
     assert "in local epoch 1 at learning_rate 0.1. No update was produced" in str(caught.value)
+
+
+def test_an_input_that_is_not_finite_is_named_with_its_row() -> None:
+    data = line()
+    data.tensors[0][5, 1] = torch.nan
+    part = Subset(data, [9, 8, 5])
+    with pytest.raises(TrainingDiverged, match="row 5 of the data has an input of nan: fill"):
+        train(model(), part, LOSS, ClientConfig(), epochs=1, batch_size=8, rng=torch_rng(0))
 
 
 def test_a_learning_rate_that_is_too_large_is_found_out() -> None:

@@ -113,3 +113,28 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     (make_run(tmp_path, "broken") / "summary.json").write_text("[]")
     with pytest.raises(DataError, match=r"broken/summary.json: not the file that a run writes"):
         find_runs(tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("other", "same"),
+    [
+        ({"name": "digits", "kind": "classification", "sha256": "a" * 64}, True),
+        ({"name": "digits", "kind": "classification", "sha256": "b" * 64}, False),
+        ({"name": "sums", "kind": "regression", "sha256": "a" * 64}, False),
+        (None, None),
+    ],
+)
+def test_runs_of_two_tasks_are_said_to_be(
+    other: dict[str, Any] | None,
+    same: bool | None,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    task = {"name": "digits", "kind": "classification", "sha256": "a" * 64}
+    make_run(tmp_path, "one", figures(0.9) | {"task": task})
+    make_run(tmp_path, "other", figures(0.9) | {"task": other})
+    assert compare_runs(read_run(tmp_path / "one"), read_run(tmp_path / "other")).same_task is same
+    assert call("compare", "one", "other", "--runs", str(tmp_path)) == 0
+    assert ("The tasks differ" in capsys.readouterr().out) == (same is False)
+    assert call("compare", "one", "other", "--runs", str(tmp_path), "--json") == 0
+    assert json.loads(capsys.readouterr().out)["same_task"] is same

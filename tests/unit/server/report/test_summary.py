@@ -11,6 +11,7 @@ from server.report.summary import summary
 
 def test_a_whole_run(record: RunRecord) -> None:
     assert summary(record, target_delta=1e-3, torch_p50_us=70.0, seconds=5.0) == {
+        "task": {"name": "digits", "kind": "classification", "sha256": None},
         "rounds": 3,
         "accuracy": {
             "federated": 0.86,
@@ -57,6 +58,7 @@ def test_what_a_run_lacks_is_null_and_not_left_out(record: RunRecord) -> None:
         stages={},
     )
     assert summary(bare, target_delta=None, torch_p50_us=None, seconds=1.0) == {
+        "task": {"name": "digits", "kind": "classification", "sha256": None},
         "rounds": 0,
         "accuracy": dict.fromkeys(("federated", "cloud_alone", "finetuned", "released")),
         "epsilon": {"max": None},

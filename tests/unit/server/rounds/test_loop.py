@@ -156,7 +156,7 @@ def test_too_few_updates_fail_the_round_with_a_reason() -> None:
     said = str(caught.value)
     assert "round 1: 3 of 5 clients sent an update, and federation.quorum = 0.75 needs 4" in said
     assert "(2 failed, 0 silent at the deadline)" in said
-    assert said.endswith("First: client 'x': it broke; client 'x': it broke")
+    assert said.endswith("First: client 'x': it broke; client 'x': it broke.")
     assert story.records == []
 
 
