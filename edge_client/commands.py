@@ -11,16 +11,15 @@ from edge_client.delivery import store as installed
 from edge_client.delivery.store import Installed
 from edge_client.inference.answers import answer_lines, answers
 from edge_client.inference.bench import bench
-from edge_client.inference.confined import (
+from edge_client.inference.confined import MAX_RUNS, predict
+from edge_client.inference.inputs import parse_inputs, read_text
+from edge_client.inference.process import (
     MAX_MEMORY_BYTES,
-    MAX_RUNS,
     MAX_SECONDS,
     MIN_MEMORY_BYTES,
     MIN_SECONDS,
     ModelLimits,
-    predict,
 )
-from edge_client.inference.inputs import parse_inputs, read_text
 from edge_client.model import update_model
 from fedcore.artifacts.golden import parse_golden
 from fedcore.cli import Command, group, json_option, show

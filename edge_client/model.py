@@ -15,8 +15,9 @@ from edge_client.delivery.source import folder_source
 from edge_client.delivery.store import Installed, serving
 from edge_client.delivery.update import UpdateResult, update
 from edge_client.inference.answers import LABELLED, label_sets, labels
-from edge_client.inference.confined import ModelLimits, predict
+from edge_client.inference.engine import Engine
 from edge_client.inference.inputs import as_batch
+from edge_client.inference.process import ModelLimits
 from fedcore.artifacts.golden import AnyArray
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
@@ -33,9 +34,10 @@ Inputs = AnyArray | Sequence[Any]
 class EdgeModel:
     """An installed, verified version of a model, opened by `fedcore.open_model`.
 
-    An ONNX file is a program, so every call checks its digest and runs it in a new process with
-    limits on time and memory. The process takes some tenths of a second to start, whatever the
-    number of inputs: pass many at once.
+    An ONNX file is a program. The first call loads it in a process with limits on time and memory,
+    and tries it there. Then it runs in this process, in microseconds, if its work depends on
+    nothing but the shape of its input; otherwise it stays in the process with limits
+    (`why_confined`). Inputs run one at a time, whatever their number.
 
     Example::
 
@@ -49,7 +51,20 @@ class EdgeModel:
     threads: int = field(default=Serving().threads, repr=False)
     """Threads of one inference."""
     limits: ModelLimits = field(default_factory=ModelLimits, repr=False)
-    """Time and memory that one call may use."""
+    """Time and memory that one call may use in a process with limits."""
+    engine: Engine = field(init=False, repr=False, compare=False)
+    """Runs the model; `warm_up` loads it."""
+
+    def __post_init__(self) -> None:
+        installed = self.installed
+        engine = Engine(
+            installed.manifest,
+            installed.path,
+            installed.golden,
+            threads=self.threads,
+            limits=self.limits,
+        )
+        object.__setattr__(self, "engine", engine)
 
     @property
     def manifest(self) -> Manifest:
@@ -76,6 +91,22 @@ class EdgeModel:
         """Why an older version answers in place of the active one; None if the active one does."""
         return self.installed.damage
 
+    @property
+    def why_confined(self) -> str:
+        """Why the model runs in a process with limits; empty if it runs in this one."""
+        return self.engine.why_confined
+
+    def warm_up(self) -> None:
+        """Loads the model, so that the first call is as fast as the rest.
+
+        Raises:
+            LimitExceeded: the model exceeded its limits on time or memory.
+            DeviceError: onnxruntime cannot run the model; or an update has replaced the version
+                since it was opened.
+            ResourceError: no process could be started.
+        """
+        self.engine.warm_up()
+
     def predict(self, x: Inputs) -> FloatArray:
         """Returns the model's outputs for one input or a batch.
 
@@ -91,13 +122,14 @@ class EdgeModel:
                 model's type.
             LimitExceeded: the model exceeded its limits on time or memory.
             DeviceError: onnxruntime cannot run the model; or an update has replaced the version
-                since it was opened, and the model must be opened again.
+                before it was loaded, and the model must be opened again.
             ResourceError: no process could be started.
         """
+        # One input in the model's own form, as most calls have it, takes the shortest way.
+        if (row := self.engine.row) is not None and (found := row(x)) is not None:
+            return found
         batch, alone = self._batch(x)
-        outputs = predict(
-            self.manifest, self.installed.path, batch, threads=self.threads, limits=self.limits
-        )
+        outputs = self.engine.run_rows(batch)
         return outputs[0] if alone else outputs
 
     def predict_probabilities(self, x: Inputs) -> FloatArray:

@@ -75,6 +75,27 @@ def many_outputs(count: int) -> bytes:
     )
 
 
+def shaped_by_numbers() -> bytes:
+    """As many ones as the inputs of a row sum up to."""
+    return _model(
+        [
+            helper.make_node("ReduceSum", ["x", "axis"], ["sum"], keepdims=0),
+            helper.make_node("Cast", ["sum"], ["count"], to=TensorProto.INT64),
+            helper.make_node("Concat", ["one_row", "count"], ["shape"], axis=0),
+            helper.make_node("Expand", ["one", "shape"], ["y"]),
+        ],
+        [
+            numpy_helper.from_array(np.array([1], np.int64), "axis"),
+            numpy_helper.from_array(np.array([1], np.int64), "one_row"),
+            numpy_helper.from_array(np.array([[1]], np.float32), "one"),
+        ],
+    )
+
+
+FIRST_ANSWERS = {"an att": np.eye(3), "Expand": np.ones((3, 1))}
+"""What a Loop of no effect and `shaped_by_numbers` answer to the identity matrix."""
+
+
 def reads_a_file(path: str, length: int) -> bytes:
     """Adds the bytes of a file of the device, named for external weights."""
     weight = TensorProto(name="w", data_type=TensorProto.UINT8, dims=[length])

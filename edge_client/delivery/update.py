@@ -12,7 +12,7 @@ from edge_client.delivery.roots import anchor
 from edge_client.delivery.source import Source
 from edge_client.delivery.store import Record
 from edge_client.delivery.trust import current_offer
-from edge_client.inference.confined import ModelLimits
+from edge_client.inference.process import ModelLimits
 from edge_client.inference.selftest import self_test
 from fedcore.errors import DataError, DeviceError, DigestMismatch, RollbackRefused
 from fedcore.files import disk_errors, remove, sha256_hex

@@ -1,6 +1,7 @@
-"""Inference with installed models, in a process with limits. Imports neither torch nor Flower.
+"""Inference with installed models. Imports neither torch nor Flower.
 
-Start with `confined`, which runs a model in a child process; `confined_child` is that process.
-`inputs` parses what goes in, `answers` formats what comes out, and `selftest` and `bench` test and
-time a model.
+Start with `engine`, which runs a model in this process where that is safe (`direct`), and otherwise
+in a process with limits (`process`; `confined_child` is the child). `fixed_work` decides, from the
+file alone. `confined` runs a model once, `inputs` parses what goes in, `answers` formats what comes
+out, and `selftest` and `bench` test and time a model.
 """

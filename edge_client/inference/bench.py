@@ -5,7 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from edge_client.inference.confined import ModelLimits, time_runs
+from edge_client.inference.confined import time_runs
+from edge_client.inference.process import ModelLimits
 from fedcore.artifacts.golden import AnyArray
 from fedcore.artifacts.manifest import Manifest
 

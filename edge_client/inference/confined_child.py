@@ -1,8 +1,8 @@
-"""The child process of `edge_client.inference.confined`: runs one model and writes its outputs.
+"""The child process of `edge_client.inference.process`: runs one model and writes its outputs.
 
 Imports only NumPy, onnxruntime and `edge_client.inference.session`, to start in a tenth of a
-second. Reads the request and the model before it sets its own resource limits; after that it can
-open no file or connection, and write nothing except the answer.
+second. Reads the model before it sets its own resource limits; after that it can open no file or
+connection, and write nothing except answers. It ends when nobody asks any more.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import resource
 import signal
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -30,36 +31,85 @@ _NO_MEMORY = ("bad_alloc", "failed to allocate", "out of memory", "bad allocatio
 
 
 def main() -> None:
-    """Reads a request from standard input, and writes the answer to standard output.
+    """Opens the model that the first line names, and answers requests until there are no more.
 
-    A request is one line of JSON, then the bytes of the inputs. An answer is one line of JSON, then
+    A request is one line of JSON, then the bytes of its arrays. An answer is one line of JSON, then
     the bytes of the outputs, or of the median and 99th percentile if the request has ``runs``. A
-    line with ``fault`` reports an error, and no bytes follow it.
+    line with ``fault`` reports an error, and no bytes follow it. The first answer, to the line that
+    names the model, is what the model takes and gives.
     """
-    request = json.loads(sys.stdin.buffer.readline())
-    _die_with(request["parent"])
-    inputs = np.frombuffer(sys.stdin.buffer.read(), request["dtype"]).reshape(request["shape"])
+    start = json.loads(sys.stdin.buffer.readline())
+    _die_with(start["parent"])
     try:
-        onnx = Path(request["model"]).read_bytes()
+        onnx = Path(start["model"]).read_bytes()
     except OSError as error:
-        _answer({"fault": "file", "text": str(error.strerror)})
-    if hashlib.sha256(onnx).hexdigest() != request["sha256"]:
-        _answer({"fault": "file", "text": "its digest does not match"})
-    _confine(request["memory_bytes"], request["processor_s"])
+        _end({"fault": "file", "text": str(error.strerror)})
+    if hashlib.sha256(onnx).hexdigest() != start["sha256"]:
+        _end({"fault": "file", "text": "its digest does not match"})
+    _confine(start["memory_bytes"])
+    _allow_processor(start["processor_s"])
     try:
-        session = open_session(onnx, threads=request["threads"])
+        session = open_session(onnx, threads=start["threads"])
     except Exception as error:  # onnxruntime's errors have no common base class
-        _fail("load", error)
+        _end(_fault("load", error))
+    del onnx
+    _say({"inputs": _interface(session.get_inputs()), "outputs": _interface(session.get_outputs())})
+    while line := sys.stdin.buffer.readline():
+        _answer(session, json.loads(line))
+    os._exit(0)
+
+
+def _answer(session: Any, request: dict[str, Any]) -> None:
+    arrays = [_read_array(each) for each in request["arrays"]]
+    _allow_processor(request["processor_s"])
     try:
+        names = [each.name for each in session.get_inputs()]
+        feeds = dict(zip(request.get("names") or names, arrays, strict=True))
         if "runs" in request:
-            outputs = _times_us(session, inputs, runs=request["runs"])
+            outputs = [_times_us(session, feeds, runs=request["runs"])]
+        elif request.get("together"):
+            outputs = session.run(None, feeds)
         else:
-            outputs = _outputs(session, inputs, max_bytes=request["max_output_bytes"])
+            outputs = _outputs(session, feeds, max_bytes=request["max_output_bytes"])
+    except _TooLarge as error:
+        _say({"fault": "output", "text": str(error)})
+        return
     except Exception as error:  # onnxruntime's errors have no common base class
-        _fail("run", error)
-    if outputs.dtype.kind not in "fiub":
-        _answer({"fault": "run", "text": f"its outputs are of type {outputs.dtype}, not numeric"})
-    _answer({"dtype": outputs.dtype.str, "shape": outputs.shape}, outputs.tobytes())
+        head = _fault("run", error)
+        if head["fault"] == "memory":  # what is left may be too little for the next request
+            _end(head)
+        _say(head)
+        return
+    for output in outputs:
+        kind = getattr(output, "dtype", type(output).__name__)
+        if not isinstance(output, np.ndarray) or output.dtype.kind not in "fiub":
+            _say({"fault": "run", "text": f"its outputs are of type {kind}, not numeric"})
+            return
+    if sum(output.nbytes for output in outputs) > request["max_output_bytes"]:
+        _say({"fault": "output", "text": f"more than {request['max_output_bytes']} bytes"})
+        return
+    heads = [{"dtype": output.dtype.str, "shape": output.shape} for output in outputs]
+    _say({"arrays": heads}, outputs)
+
+
+class _TooLarge(Exception):
+    """The outputs have more bytes than the request allows."""
+
+
+def _read_array(head: dict[str, Any]) -> Any:
+    values = np.empty(head["shape"], head["dtype"])
+    left: memoryview = values.reshape(-1).view(np.uint8).data
+    stream: Any = sys.stdin.buffer
+    while len(left):
+        count = stream.readinto(left)
+        if not count:  # the parent has ended
+            os._exit(0)
+        left = left[count:]
+    return values
+
+
+def _interface(tensors: Sequence[Any]) -> list[Any]:
+    return [[each.name, each.type, each.shape] for each in tensors]
 
 
 def _die_with(parent: int) -> None:
@@ -74,45 +124,55 @@ def _die_with(parent: int) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
 
-def _confine(memory_bytes: int, processor_s: int) -> None:
-    for limit, soft, hard in (
-        (resource.RLIMIT_AS, memory_bytes, memory_bytes),
-        (resource.RLIMIT_CPU, processor_s, processor_s + 1),  # SIGXCPU, then SIGKILL
-        (resource.RLIMIT_NOFILE, 3, 3),  # the standard streams use up all descriptors
-        (resource.RLIMIT_FSIZE, 0, 0),
-        (resource.RLIMIT_CORE, 0, 0),
+def _confine(memory_bytes: int) -> None:
+    for limit, most in (
+        (resource.RLIMIT_AS, memory_bytes),
+        (resource.RLIMIT_NOFILE, 3),  # the standard streams use up all descriptors
+        (resource.RLIMIT_FSIZE, 0),
+        (resource.RLIMIT_CORE, 0),
     ):
-        _, most = resource.getrlimit(limit)
-        if most != resource.RLIM_INFINITY:
-            soft, hard = min(soft, most), min(hard, most)
-        resource.setrlimit(limit, (soft, hard))
+        _, hard = resource.getrlimit(limit)
+        if hard != resource.RLIM_INFINITY:
+            most = min(most, hard)
+        resource.setrlimit(limit, (most, most))
 
 
-def _outputs(session: Any, inputs: Any, *, max_bytes: int) -> Any:
+def _allow_processor(seconds: int) -> None:
+    """Limits the CPU time from now on; SIGXCPU ends the process when it is used up."""
+    used = resource.getrusage(resource.RUSAGE_SELF)
+    most = int(used.ru_utime + used.ru_stime) + seconds
+    _, hard = resource.getrlimit(resource.RLIMIT_CPU)
+    resource.setrlimit(
+        resource.RLIMIT_CPU, (most if hard == resource.RLIM_INFINITY else min(most, hard), hard)
+    )
+
+
+def _outputs(session: Any, feeds: dict[str, Any], *, max_bytes: int) -> list[Any]:
     """Returns the outputs of the inputs, each run as a batch of its own.
 
     So models are measured before their release, and an input's outputs depend on no other input:
     dynamic int8 derives its scales from all inputs that run together.
     """
-    name = session.get_inputs()[0].name
-    found, size = [], 0
-    for row in range(len(inputs)):
-        found.append(session.run(None, {name: inputs[row : row + 1]})[0])
-        size += found[-1].nbytes
+    found: list[list[Any]] = []
+    size = 0
+    for row in range(min(map(len, feeds.values()))):
+        outputs = session.run(None, {name: each[row : row + 1] for name, each in feeds.items()})
+        found.append(outputs)
+        size += sum(output.nbytes for output in outputs)
         if size > max_bytes:
-            _answer({"fault": "output", "text": f"more than {max_bytes} bytes"})
-    return np.concatenate(found)
+            raise _TooLarge(f"more than {max_bytes} bytes")
+    return [np.concatenate(of_one) for of_one in zip(*found, strict=True)]
 
 
-def _times_us(session: Any, inputs: Any, *, runs: int) -> Any:
+def _times_us(session: Any, feeds: dict[str, Any], *, runs: int) -> Any:
     """Returns median and 99th percentile in microseconds of ``runs`` single inferences."""
-    name = session.get_inputs()[0].name
-    feeds = [{name: inputs[row : row + 1]} for row in range(len(inputs))]
+    rows = min(map(len, feeds.values()))
+    each = [{name: all_[row : row + 1] for name, all_ in feeds.items()} for row in range(rows)]
     for run in range(_WARM_UP_RUNS):
-        session.run(None, feeds[run % len(feeds)])
+        session.run(None, each[run % rows])
     times_us = np.empty(runs)
     for run in range(runs):
-        feed = feeds[run % len(feeds)]
+        feed = each[run % rows]
         start_ns = time.perf_counter_ns()
         session.run(None, feed)
         times_us[run] = (time.perf_counter_ns() - start_ns) / 1e3
@@ -120,14 +180,20 @@ def _times_us(session: Any, inputs: Any, *, runs: int) -> Any:
     return np.interp([0.5 * (runs - 1), 0.99 * (runs - 1)], np.arange(runs), np.sort(times_us))
 
 
-def _fail(step: str, error: Exception) -> NoReturn:
+def _fault(step: str, error: Exception) -> dict[str, str]:
     text = str(error)
     short = isinstance(error, MemoryError) or any(word in text.lower() for word in _NO_MEMORY)
-    _answer({"fault": "memory" if short else step, "text": text[:_MAX_TEXT]})
+    return {"fault": "memory" if short else step, "text": text[:_MAX_TEXT]}
 
 
-def _answer(head: dict[str, Any], raw: bytes = b"") -> NoReturn:
-    """Writes the answer and exits at once: the model must not influence the exit."""
+def _say(head: dict[str, Any], arrays: Sequence[Any] = ()) -> None:
     with os.fdopen(1, "wb", closefd=False) as stream:
-        stream.write(json.dumps(head).encode() + b"\n" + raw)
+        stream.write(json.dumps(head).encode() + b"\n")
+        for array in arrays:
+            stream.write(np.ascontiguousarray(array).reshape(-1).view(np.uint8).data)
+
+
+def _end(head: dict[str, Any]) -> NoReturn:
+    """Writes the answer and exits at once: the model must not influence the exit."""
+    _say(head)
     os._exit(0)

@@ -85,13 +85,24 @@ def as_batch(batch: AnyArray, manifest: Manifest, *, expected: str) -> AnyArray:
             f"{expected}, finite and of type {dtype}, got {batch.dtype} with values that this "
             "type cannot represent. Nothing was answered."
         )
-    if dtype.kind == "f":
-        _demand_finite(converted, batch, manifest, expected)
+    demand_finite(converted, batch, manifest, expected)
     return converted
 
 
-def _demand_finite(converted: AnyArray, given: AnyArray, manifest: Manifest, expected: str) -> None:
-    """Raises for numbers that are not finite, except NaN where the model takes it as missing."""
+def demand_finite(converted: AnyArray, given: AnyArray, manifest: Manifest, expected: str) -> None:
+    """Checks that numbers are finite, except for NaN where the model takes it as missing.
+
+    Args:
+        converted: Inputs ``(B, ...)`` in the model's type.
+        given: The inputs as somebody gave them.
+        manifest: The model's manifest.
+        expected: Start of an error: the source of the inputs and what was expected.
+
+    Raises:
+        DataError: a number is not finite.
+    """
+    if converted.dtype.kind != "f":
+        return
     odd = ~np.isfinite(converted)
     missing = np.isnan(given) if given.dtype.kind == "f" else np.zeros_like(odd)
     if manifest.missing == "all":

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from edge_client.inference.confined import ModelLimits, predict
-from fedcore.artifacts.golden import parse_golden
+from edge_client.inference.confined import predict
+from edge_client.inference.process import ModelLimits
+from fedcore.artifacts.golden import Golden, parse_golden
 from fedcore.artifacts.manifest import Manifest
-from fedcore.artifacts.parity import max_abs_error
+from fedcore.artifacts.parity import FloatArray, max_abs_error
 from fedcore.errors import DataError, DeviceError, SelfTestFailed
 
 
@@ -42,6 +43,20 @@ def self_test(
         outputs = predict(manifest, onnx, stored.inputs, threads=threads, limits=limits)
     except (DataError, DeviceError) as error:
         raise SelfTestFailed(_message(manifest, f"it failed on these inputs: {error}")) from error
+    return compared(manifest, stored, outputs)
+
+
+def compared(manifest: Manifest, stored: Golden, outputs: FloatArray) -> float:
+    """Returns the largest absolute difference of outputs from the golden ones.
+
+    Args:
+        manifest: The model's manifest.
+        stored: The golden inputs and outputs.
+        outputs: What the model answered to the golden inputs, shape ``(N, ...)``.
+
+    Raises:
+        SelfTestFailed: the outputs have another shape, or differ by more than the manifest allows.
+    """
     found = stored.stored_part(outputs)
     if found is None:
         of = "" if stored.places is None else f" (places up to {stored.places.max(initial=0)})"

@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from edge_client.delivery import store as installed
 from edge_client.delivery.source import Source, folder_source
 from edge_client.delivery.update import UpdateResult, update
-from edge_client.inference.confined import ModelLimits, predict
+from edge_client.inference.confined import predict
+from edge_client.inference.process import ModelLimits
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Manifest
 from fedcore.errors import FedcoreError

@@ -15,7 +15,7 @@ import pytest
 from edge_client.delivery import store as installed
 from edge_client.delivery.source import folder_source
 from edge_client.delivery.update import update
-from edge_client.inference.confined import ModelLimits
+from edge_client.inference.process import ModelLimits
 from fedcore.artifacts.manifest import manifest_bytes, parse_manifest
 from fedcore.errors import (
     ConfigError,

@@ -15,12 +15,13 @@ from tuf.api.metadata import Root, Timestamp  # type: ignore[attr-defined]
 
 from edge_client.delivery.clock import ClockReading, TimeFloor, floor_after, learned, read_floor
 from edge_client.delivery.roots import anchor, parse_root
-from edge_client.inference import confined
-from fedcore.artifacts.manifest import parse_manifest
+from fedcore.artifacts.manifest import FileEntry, Manifest, parse_manifest
 from fedcore.artifacts.statements import moment_of, parse_epochs, stamp
-from fedcore.errors import DataError, DeviceError, FedcoreError, TrustError
+from fedcore.errors import DataError, DeviceError, FedcoreError, LimitExceeded, TrustError
+from tests.child_answers import answer_to
 
 _Read = TypeVar("_Read")
+FILE = FileEntry(path="m", sha256="a" * 64, length=1)
 T0 = datetime(2026, 1, 1, tzinfo=UTC)
 EXPIRY = timedelta(days=7)
 
@@ -30,7 +31,18 @@ JSON = st.recursive(
         st.lists(inner, max_size=4)
         | st.dictionaries(
             st.sampled_from(
-                ["format", "epochs", "digits", "dtype", "shape", "fault", "text", "signed", "clock"]
+                [
+                    "format",
+                    "epochs",
+                    "digits",
+                    "arrays",
+                    "dtype",
+                    "shape",
+                    "fault",
+                    "text",
+                    "signed",
+                    "clock",
+                ]
             )
             | st.text(max_size=5)
             | st.sampled_from(["\x1b[31m", "line\nbreak", "x" * 3000]),
@@ -86,8 +98,9 @@ def test_a_floor_is_read_or_refused(raw: bytes) -> None:
 @given(RAW, st.binary(max_size=64), st.integers(-64, 255))
 def test_what_a_child_says_is_an_array_or_refused(head: bytes, data: bytes, status: int) -> None:
     raw = head + b"\n" + data
-    array = told(lambda: confined._outputs(raw, status, "model", 1 << 30, 3), DeviceError)
-    assert array is None or (array.dtype.kind in "fiub" and len(array) == 3)
+    manifest = Manifest.model_construct(model="model", version=1, onnx=FILE)
+    arrays = told(lambda: answer_to(manifest, raw, status), DeviceError, LimitExceeded)
+    assert all(array.dtype.kind in "fiub" and len(array) == 3 for array in arrays or [])
 
 
 @given(JSON | st.text())

@@ -9,7 +9,7 @@ import pytest
 import fedcore
 from edge_client.delivery.store import Installed, Record
 from edge_client.delivery.update import UpdateResult
-from edge_client.inference.confined import ModelLimits
+from edge_client.inference.process import ModelLimits
 from edge_client.model import EdgeModel, open_model
 from fedcore.errors import ConfigError, DataError, DeviceError, DigestMismatch, LimitExceeded
 from fedcore.files import sha256_hex
@@ -120,10 +120,14 @@ def test_a_version_stays_open_and_one_that_was_replaced_says_so(
     second = open_model(store, "digits")
     assert (first.version, second.version) == (1, 2)
     np.testing.assert_array_equal(2 * first.predict(X), second.predict(X))
+    late = open_model(store, "digits")
     publisher.publish(3.0)
+    install(publisher, store)
+    publisher.publish(4.0)
     install(publisher, store)  # the device keeps the version before alone
+    np.testing.assert_array_equal(2 * first.predict(X), second.predict(X))  # they are loaded
     with pytest.raises(DeviceError, match="an update may have replaced it"):
-        first.predict(X)
+        late.predict(X)
 
 
 def test_a_damaged_version_leaves_the_one_before(publisher: Any, store: Path) -> None:

@@ -4,7 +4,6 @@ import json
 import os
 import subprocess
 import sys
-import tempfile
 import textwrap
 import time
 from collections.abc import Callable
@@ -14,12 +13,14 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client.inference import confined
-from edge_client.inference.confined import ModelLimits, predict
+from edge_client.inference import confined, process
+from edge_client.inference.confined import predict
+from edge_client.inference.process import ModelLimits
 from fedcore.artifacts.manifest import Manifest
 from fedcore.errors import DataError, DeviceError, LimitExceeded, ResourceError
 from fedcore.files import sha256_hex
 from tests import hostile_models as hostile
+from tests.child_answers import READY, answer_to
 
 EYE = np.eye(3, dtype=np.float32)
 Run = Callable[..., Any]
@@ -79,7 +80,7 @@ def test_a_loop_without_end_is_ended(run: Run, added: str) -> None:
 def test_the_processor_is_limited_where_nobody_looks_at_the_clock(
     run: Run, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(confined, "_PROCESSOR_MARGIN_S", -59)
+    monkeypatch.setattr(process, "_PROCESSOR_MARGIN_S", -59)
     with pytest.raises(LimitExceeded, match="more CPU time"):
         run(hostile.endless_loop(), seconds=60.0)
 
@@ -96,7 +97,7 @@ def test_the_limit_of_memory_leaves_room_for_what_fits(run: Run) -> None:
 
 
 def test_outputs_have_a_limit(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(confined, "_MAX_OUTPUT_BYTES", 1000)
+    monkeypatch.setattr(process, "MAX_OUTPUT_BYTES", 1000)
     with pytest.raises(
         LimitExceeded, match="its outputs have more than 1000 bytes, which is not allowed"
     ):
@@ -162,36 +163,60 @@ def test_a_file_that_went_away_or_changed_is_not_run(
         b"[]\n",
         b"{}\n",
         b"null\n",
-        b'{"dtype": "<f4", "shape": [3, 2]}\n',
-        b'{"dtype": "<f4", "shape": [3, 2]}\n' + bytes(23),
-        b'{"dtype": "<f4", "shape": [2, 3]}\n' + bytes(24),
-        b'{"dtype": "O", "shape": [3]}\n' + bytes(24),
-        b'{"dtype": "V8", "shape": [3]}\n' + bytes(24),
-        b'{"dtype": "<f4", "shape": [3, "x"]}\n' + bytes(24),
-        b'{"dtype": "<f4", "shape": 6}\n' + bytes(24),
-        b'{"dtype": "<f4", "shape": [3, 2e999]}\n' + bytes(24),
-        b'{"dtype": "\\ud800", "shape": [3, 2]}\n' + bytes(24),
-        b'{"fault": "run"}\n',
+        b'{"arrays": [{"dtype": "<f4", "shape": [3, 2]}]}\n',
+        b'{"arrays": [{"dtype": "<f4", "shape": [3, 2]}]}\n' + bytes(23),
+        b'{"arrays": [{"dtype": "<f4", "shape": [2, 3]}]}\n' + bytes(24),
+        b'{"arrays": [{"dtype": "O", "shape": [3]}]}\n' + bytes(24),
+        b'{"arrays": [{"dtype": "V8", "shape": [3]}]}\n' + bytes(24),
+        b'{"arrays": [{"dtype": "<f4", "shape": [3, "x"]}]}\n' + bytes(24),
+        b'{"arrays": [{"dtype": "<f4", "shape": 6}]}\n' + bytes(24),
+        b'{"arrays": [{"dtype": "<f4", "shape": [3, 2e999]}]}\n' + bytes(24),
+        b'{"arrays": [{"dtype": "\\ud800", "shape": [3, 2]}]}\n' + bytes(24),
+        b'{"arrays": [{"dtype": "<f4", "shape": [3, 2]}]}\n' + bytes(25),
+        b'{"arrays": [{"dtype": "<f4", "shape": [3, -2]}]}\n' + bytes(24),
+        b'{"arrays": [{"dtype": "<f4", "shape": [3, 1000000000000]}]}\n' + bytes(24),
+        b'{"arrays": [{"dtype": "<f4", "shape": []}]}\n' + bytes(24),
+        b'{"arrays": []}\n',
+        b'{"arrays": {}}\n',
         b"[" * 4000 + b"\n",
         b"\xff" * 5000,
     ],
 )
-def test_a_child_that_was_taken_over_is_not_believed(said: bytes) -> None:
+def test_a_child_that_was_taken_over_is_not_believed(manifest: Manifest, said: bytes) -> None:
     with pytest.raises(DeviceError, match="its response is malformed") as caught:
-        confined._outputs(said, 0, "model 'm'", 1 << 30, 3)
+        answer_to(manifest, said, 0)
+    assert str(caught.value).isprintable()
+
+
+@pytest.mark.parametrize(
+    "ready",
+    [
+        b"{}\n",
+        b'{"inputs": [], "outputs": []}\n',
+        b'{"inputs": [["x"]], "outputs": [["x"]]}\n',
+        b'{"inputs": [["\\u001b[31m", "tensor(float)", [1]]], "outputs": []}\n',
+        b'{"inputs": [["x", "tensor(float)", 3]], "outputs": []}\n',
+        READY + READY,
+    ],
+)
+def test_what_it_says_that_it_takes_is_not_believed_either(
+    manifest: Manifest, ready: bytes
+) -> None:
+    with pytest.raises(DeviceError, match="its response is malformed") as caught:
+        answer_to(manifest, b"", 0, ready=ready)
     assert str(caught.value).isprintable()
 
 
 @pytest.mark.parametrize("status", [-6, -9, -11, -35, 1, 99])
-def test_a_child_that_fell_over_is_told_of(status: int) -> None:
+def test_a_child_that_fell_over_is_told_of(manifest: Manifest, status: int) -> None:
     with pytest.raises(DeviceError, match="crashed onnxruntime"):
-        confined._outputs(b"", status, "model 'm'", 1 << 30, 3)
+        answer_to(manifest, b"", status)
 
 
-def test_foreign_words_do_not_act_on_a_terminal() -> None:
+def test_foreign_words_do_not_act_on_a_terminal(manifest: Manifest) -> None:
     said = b'{"fault": "run", "text": "\\u001b[31mred\\nfedcore: all is well"}\n'
     with pytest.raises(DeviceError) as caught:
-        confined._outputs(said, 0, "model 'm'", 1 << 30, 3)
+        answer_to(manifest, said, 0)
     assert str(caught.value).isprintable()
 
 
@@ -201,7 +226,7 @@ sys.path[:] = json.loads(sys.argv[1])
 from edge_client.inference import confined_child as child
 before = sorted(int(n) for n in os.listdir("/proc/self/fd"))[:-1]
 child._die_with(os.getppid())
-child._confine(1 << 30, 60)
+child._confine(1 << 30)
 tried = []
 for name, work in (
     ("open", lambda: open("/etc/hostname")),
@@ -219,12 +244,11 @@ print(json.dumps([before, tried, "TOKEN" in os.environ, os.getcwd()]))
 
 def test_it_inherits_nothing_and_may_do_nothing_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("TOKEN", "secret")
-    monkeypatch.setattr(confined, "_START", INSIDE)
+    monkeypatch.setattr(process, "_START", INSIDE)
     held = os.open("/etc/hostname", os.O_RDONLY)
     os.set_inheritable(held, True)
     try:
-        with tempfile.TemporaryFile() as request:
-            said, _ = confined._start(request, "model").communicate(timeout=60)
+        said, _ = process.start_child("model").communicate(timeout=60)
     finally:
         os.close(held)
     assert json.loads(said) == [[0, 1, 2], ["open", "connect", "pipe", "raise"], False, "/"]
@@ -247,7 +271,8 @@ def test_it_dies_with_its_parent_at_whatever_it_is(
     code = f"""
         import numpy as np
         from pathlib import Path
-        from edge_client.inference.confined import ModelLimits, predict
+        from edge_client.inference.confined import predict
+        from edge_client.inference.process import ModelLimits
         from fedcore.artifacts.manifest import parse_manifest
         here = Path({str(tmp_path)!r})
         predict(

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_client.inference.confined import ModelLimits
+from edge_client.inference.process import ModelLimits
 from edge_client.inference.selftest import self_test
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Manifest

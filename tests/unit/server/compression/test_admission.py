@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 from torch.utils.data import Subset
 
-from edge_client.inference.confined import ModelLimits, predict
+from edge_client.inference.confined import predict
+from edge_client.inference.process import ModelLimits
 from fedcore import Task
 from fedcore.artifacts.manifest import FileEntry, Manifest, PrivacyStatement
 from fedcore.config.finetune import Finetune

@@ -1,0 +1,188 @@
+"""The operators of an ONNX file, read without the ``onnx`` package."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from edge_client.inference.protobuf import (
+    BYTES,
+    VARINT,
+    FieldBudget,
+    MalformedMessage,
+    fields,
+)
+
+_MAX_FIELDS = 2_000_000
+"""Most fields of one file that are looked at: seconds of Python."""
+_MAX_NAME = 1024
+_ORT_FORMAT = b"ORTM"
+"""Mark of onnxruntime's own format, at byte 4: its reader would not read the file as ONNX."""
+
+# Field numbers of onnx.proto; those of documentation and names that are not needed are left out.
+_MODEL_GRAPH, _MODEL_FUNCTIONS, _MODEL_TRAINING = 7, 25, 20
+_MODEL_KNOWN = {1, 2, 3, 4, 5, 6, 7, 8, 14, 20, 25, 26}
+_GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1, 5, 11, 12, 15
+_GRAPH_KNOWN = {1, 2, 5, 10, 11, 12, 13, 14, 15, 16}
+_NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
+_NODE_KNOWN = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}
+_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS = 5, 10
+_ATTRIBUTE_REFUSED = {6: "a graph", 11: "graphs", 21: "a reference", 22: "a sparse tensor"}
+_ATTRIBUTE_REFUSED |= {23: "sparse tensors", 14: "a type", 15: "types"}
+_ATTRIBUTE_KNOWN = {1, 2, 3, 4, 5, 7, 8, 9, 10, 13, 20}
+_TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 13, 14
+_TENSOR_KNOWN = {*range(1, 13), 16}
+_VALUE_NAME = 1
+
+
+class UnreadableGraph(ValueError):
+    """A file holds more than a plain graph of operators; the message says what."""
+
+
+@dataclass(frozen=True)
+class GraphNode:
+    """One operator of a graph."""
+
+    operator: str
+    """The operator's name; with its domain before it, ``com.microsoft:QGemm``, if it has one."""
+    inputs: tuple[str, ...]
+    """Names of tensors; empty for an optional input that is left out."""
+    outputs: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class PlainGraph:
+    """A graph without subgraphs, functions or files of its own."""
+
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    initializers: frozenset[str]
+    nodes: tuple[GraphNode, ...]
+
+
+def read_graph(onnx: bytes) -> PlainGraph:
+    """Reads the graph of an ONNX file.
+
+    Strict: a field that is unknown, given twice, or of another type is refused, as another reader
+    could understand the file differently.
+
+    Raises:
+        UnreadableGraph: the file is no ONNX file, or holds subgraphs, functions, sparse tensors,
+            or tensors of other files.
+    """
+    if onnx[4:8] == _ORT_FORMAT:
+        raise UnreadableGraph("it is in onnxruntime's own format")
+    budget = FieldBudget(_MAX_FIELDS)
+    try:
+        return _graph(_graph_of(memoryview(onnx), budget), budget)
+    except MalformedMessage as error:
+        raise UnreadableGraph(f"its bytes are not those of a plain ONNX file: {error}") from error
+
+
+def _graph_of(model: memoryview, budget: FieldBudget) -> memoryview:
+    found: list[memoryview] = []
+    for number, kind, value in fields(model, budget):
+        _demand_known("the model", number, _MODEL_KNOWN)
+        if number in (_MODEL_FUNCTIONS, _MODEL_TRAINING):
+            raise UnreadableGraph("it has functions of its own")
+        if number == _MODEL_GRAPH:
+            found.append(_bytes("the graph", kind, value))
+    if len(found) != 1:  # protobuf would merge several
+        raise UnreadableGraph(f"it has {len(found)} graphs")
+    return found[0]
+
+
+def _graph(message: memoryview, budget: FieldBudget) -> PlainGraph:
+    nodes: list[GraphNode] = []
+    initializers: set[str] = set()
+    inputs: list[str] = []
+    outputs: list[str] = []
+    for number, kind, value in fields(message, budget):
+        _demand_known("the graph", number, _GRAPH_KNOWN)
+        if number == _GRAPH_NODE:
+            nodes.append(_node(_bytes("a node", kind, value), budget))
+        elif number == _GRAPH_INITIALIZER:
+            initializers.add(_tensor(_bytes("a tensor", kind, value), budget))
+        elif number == _GRAPH_SPARSE:
+            raise UnreadableGraph("it has sparse tensors")
+        elif number in (_GRAPH_INPUT, _GRAPH_OUTPUT):
+            name = _value_name(_bytes("an input or output", kind, value), budget)
+            (inputs if number == _GRAPH_INPUT else outputs).append(name)
+    given = tuple(name for name in inputs if name not in initializers)
+    return PlainGraph(given, tuple(outputs), frozenset(initializers), tuple(nodes))
+
+
+def _node(message: memoryview, budget: FieldBudget) -> GraphNode:
+    texts: dict[int, list[str]] = {number: [] for number in (1, 2, 3, 4, 7, 8)}
+    for number, kind, value in fields(message, budget):
+        _demand_known("a node", number, _NODE_KNOWN)
+        if number == _NODE_ATTRIBUTE:
+            _check_attribute(_bytes("an attribute", kind, value), budget)
+        elif number in texts:
+            texts[number].append(_text(kind, value))
+    operator, domain = (_only(texts[number]) for number in (_NODE_OP, _NODE_DOMAIN))
+    _only(texts[_NODE_NAME])
+    if _only(texts[8]):
+        raise UnreadableGraph("a node names an overload of a function")
+    if domain not in ("", "ai.onnx"):
+        operator = f"{domain}:{operator}"
+    return GraphNode(operator, tuple(texts[_NODE_INPUT]), tuple(texts[_NODE_OUTPUT]))
+
+
+def _check_attribute(message: memoryview, budget: FieldBudget) -> None:
+    for number, kind, value in fields(message, budget):
+        if number in _ATTRIBUTE_REFUSED:
+            raise UnreadableGraph(f"an attribute of a node is {_ATTRIBUTE_REFUSED[number]}")
+        _demand_known("an attribute", number, _ATTRIBUTE_KNOWN)
+        if number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
+            _tensor(_bytes("a tensor", kind, value), budget)
+
+
+def _tensor(message: memoryview, budget: FieldBudget) -> str:
+    """Returns a tensor's name, after checking that its numbers are in this file."""
+    names: list[str] = []
+    for number, kind, value in fields(message, budget):
+        if number == _TENSOR_EXTERNAL or (number == _TENSOR_LOCATION and value != 0):
+            raise UnreadableGraph("the numbers of a tensor are in another file")
+        if number == _TENSOR_LOCATION and kind == VARINT:
+            continue
+        _demand_known("a tensor", number, _TENSOR_KNOWN)
+        if number == _TENSOR_NAME:
+            names.append(_text(kind, value))
+    return _only(names)
+
+
+def _value_name(message: memoryview, budget: FieldBudget) -> str:
+    names = [
+        _text(kind, value)
+        for number, kind, value in fields(message, budget)
+        if number == _VALUE_NAME
+    ]
+    return _only(names)
+
+
+def _demand_known(where: str, number: int, known: set[int]) -> None:
+    if number not in known:
+        raise UnreadableGraph(f"{where} has a field {number}, which is not known here")
+
+
+def _bytes(what: str, kind: int, value: int | memoryview) -> memoryview:
+    if kind != BYTES or isinstance(value, int):
+        raise UnreadableGraph(f"{what} has wire type {kind}")
+    return value
+
+
+def _text(kind: int, value: int | memoryview) -> str:
+    raw = _bytes("a name", kind, value)
+    if len(raw) > _MAX_NAME:
+        raise UnreadableGraph(f"a name has {len(raw)} bytes")
+    try:
+        return str(raw, "utf-8")
+    except UnicodeDecodeError:
+        raise UnreadableGraph("a name is not UTF-8") from None
+
+
+def _only(texts: Sequence[str]) -> str:
+    if len(texts) > 1:
+        raise UnreadableGraph("a name is given twice")
+    return texts[0] if texts else ""
