@@ -21,6 +21,7 @@ from edge_client.inference.process import (
     ModelLimits,
 )
 from edge_client.model import update_model
+from edge_client.serving.commands import serve_command
 from fedcore.artifacts.golden import parse_golden
 from fedcore.cli import Command, group, json_option, show
 from fedcore.config.run import Serving
@@ -312,6 +313,7 @@ device = group(
             _bench,
             "fedcore device bench --store store --model digits",
         ),
+        "serve": serve_command,
     },
     "Serve released models on this device.",
 )

@@ -35,7 +35,8 @@
     `-- DeviceError                 11   a device that cannot do what is asked of it
         |-- SelfTestFailed
         |-- LimitExceeded              a model that needs more time or memory than allowed
-        `-- OwnerLimit                   a request above the limits of the device's owner
+        |-- OwnerLimit                   a request above the limits of the device's owner
+        `-- RequestRefused               an inference request that a serving device refuses
 
 Exit code 130 means an interrupt (Ctrl-C), as shells expect. A message is one short paragraph: what
 happened, where, the value found and the value expected, the consequence, the next step.
@@ -43,9 +44,21 @@ happened, where, the value found and the value expected, the consequence, the ne
 
 from __future__ import annotations
 
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from fedcore.observability.foreign import paragraph
+
+RefusalReason = Literal[
+    "invalid",  # the request is malformed, or does not fit the model
+    "unknown",  # no such model, version or method
+    "unsupported",  # a feature of the protocol that is not offered
+    "too_large",
+    "forbidden",
+    "overloaded",  # the queue is full
+    "unavailable",  # the server is stopping, or the model is not loaded
+    "late",  # the deadline passed before the model ran
+    "failed",  # the model failed
+]
 
 
 class FedcoreError(Exception):
@@ -220,6 +233,15 @@ class LimitExceeded(DeviceError):
 
 class OwnerLimit(DeviceError):
     """A server's request or message exceeds the limits of the device's owner or of its model."""
+
+
+class RequestRefused(DeviceError):
+    """An inference request is refused; ``reason`` decides the status that its sender gets."""
+
+    def __init__(self, message: str, reason: RefusalReason = "invalid") -> None:
+        """Creates an error with the reason of the refusal."""
+        super().__init__(message)
+        self.reason: RefusalReason = reason
 
 
 INTERRUPTED = 130

@@ -1,0 +1,264 @@
+"""A gRPC server whose calls are received and answered by one thread.
+
+grpcio's public servers hand each call from thread to thread, or through asyncio: that costs two to
+six times the processor time of the call itself. This module drives gRPC's core, which is C, from
+one loop: it takes what has arrived, then has it run, then waits. It is the only module that uses
+grpcio's private bindings; ``tests/contract/test_grpc_private.py`` checks each use, and
+``pyproject.toml`` bounds grpcio's version.
+"""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from fedcore.errors import ResourceError
+from fedcore.rpc.tls import silence_grpc_core
+
+silence_grpc_core()
+
+import grpc  # noqa: E402 - after its core was told to be silent
+from grpc._cython import cygrpc  # noqa: E402
+
+_ARRIVED, _SENT, _SHUT_DOWN = "arrived", "sent", "shut down"
+_AHEAD = 8
+"""Calls that the core may announce before the loop has looked at the first."""
+_MESSAGE_S = 30.0
+"""A caller that opens a call must send its message within so many seconds."""
+_LOOK_S = 5.0
+_STOPPED_S = 2.0
+
+
+@dataclass(slots=True, eq=False)
+class Call:
+    """A call to the server."""
+
+    method: str
+    """Its path, such as ``/inference.GRPCInferenceService/ModelInfer``."""
+    deadline_s: float | None
+    """When the caller stops waiting, by the clock of `time.time`; None if it does not."""
+    core: Any
+    opened_s: float
+    streaming: bool = False
+    greeted: bool = False
+    """Whether initial metadata were sent."""
+
+    def answer(self, message: bytes) -> None:
+        """Sends the answer and ends the call. Any thread may call it, once."""
+        self.core.start_server_batch(
+            (
+                cygrpc.SendInitialMetadataOperation((), 0),
+                cygrpc.SendMessageOperation(message, 0),
+                cygrpc.SendStatusFromServerOperation((), cygrpc.StatusCode.ok, b"", 0),
+            ),
+            _SENT,
+        )
+
+    def fail(self, code: int, details: str) -> None:
+        """Ends the call with a status, one of ``grpc.StatusCode``'s numbers."""
+        operations: tuple[Any, ...] = (
+            cygrpc.SendStatusFromServerOperation((), code, details.encode(), 0),
+        )
+        if not self.greeted:
+            operations = (cygrpc.SendInitialMetadataOperation((), 0), *operations)
+        self.core.start_server_batch(operations, _SENT)
+
+    def send(self, message: bytes) -> None:
+        """Sends one message of a stream, which stays open."""
+        operations: tuple[Any, ...] = (cygrpc.SendMessageOperation(message, 0),)
+        if not self.greeted:
+            self.greeted = True
+            operations = (cygrpc.SendInitialMetadataOperation((), 0), *operations)
+        self.core.start_server_batch(operations, self)
+
+    def peer_certificate(self) -> bytes:
+        """Returns the caller's certificate in PEM; empty without TLS."""
+        found = cygrpc.auth_context(self.core).get("x509_pem_cert", (b"",))
+        return bytes(found[0]) if found else b""
+
+
+Handler = Callable[[Call, bytes], None]
+"""Answers a message, now or later; must not block or raise."""
+
+
+class GrpcLoop:
+    """The server. `serve` runs in a thread of its own until `stop`."""
+
+    def __init__(
+        self,
+        handler: Handler,
+        run_waiting: Callable[[], None],
+        *,
+        streaming: frozenset[str] = frozenset(),
+        max_message_bytes: int,
+        max_calls: int,
+        max_connections: int,
+    ) -> None:
+        """Creates a server without a port.
+
+        Args:
+            handler: Gets each message; for a stream again after each answer.
+            run_waiting: Called after all that has arrived was handed over.
+            streaming: Paths of methods whose calls have many messages.
+            max_message_bytes: Longest message; longer ones are refused by the core.
+            max_calls: Most calls that are open; others get RESOURCE_EXHAUSTED.
+            max_connections: Most connections; others are closed by the core.
+        """
+        self._handler, self._run_waiting = handler, run_waiting
+        self._streaming, self._max_calls = streaming, max_calls
+        self._queue = cygrpc.CompletionQueue()
+        self._server = cygrpc.Server(
+            (
+                ("grpc.so_reuseport", 0),
+                ("grpc.max_receive_message_length", max_message_bytes),
+                ("grpc.max_metadata_size", 16384),
+                ("grpc.max_concurrent_streams", max_calls),
+                ("grpc.max_allowed_incoming_connections", max_connections),
+                ("grpc.server_handshake_timeout_ms", 10_000),
+                # Identity alone: a compressed message may unfold to any size.
+                ("grpc.compression_enabled_algorithms_bitset", 1),
+                ("grpc.keepalive_time_ms", 60_000),
+                ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
+            ),
+            False,
+        )
+        self._server.register_completion_queue(self._queue)
+        self._receiving: OrderedDict[Call, None] = OrderedDict()
+        self._open = 0
+        self._ahead = 0
+        self._stopping = threading.Event()
+        self.stopped = threading.Event()
+
+    def bind(self, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
+        """Listens on an address; returns the port, which the system chooses for 0.
+
+        Raises:
+            ResourceError: the port is in use, or may not be used.
+        """
+        target = (f"[{host}]:{port}" if ":" in host else f"{host}:{port}").encode()
+        more = () if credentials is None else (credentials._credentials,)
+        try:
+            bound = int(self._server.add_http2_port(target, *more))
+        except RuntimeError:
+            bound = 0
+        if not bound:
+            raise ResourceError(
+                f"serve: port {port} of {host} is in use or forbidden. Nothing was started; stop "
+                "the program that uses it, or choose another with --grpc-port."
+            )
+        return bound
+
+    def start(self) -> threading.Thread:
+        """Starts to serve in a thread, which it returns."""
+        self._server.start()
+        for _ in range(_AHEAD):
+            self._expect_call()
+        thread = threading.Thread(target=self._serve, name="grpc", daemon=True)
+        thread.start()
+        return thread
+
+    def stop(self, grace_s: float) -> None:
+        """Accepts no new calls, lets open ones end for ``grace_s`` seconds, and stops."""
+        self._stopping.set()
+        self._server.shutdown(self._queue, _SHUT_DOWN)
+        if not self.stopped.wait(grace_s):
+            self._server.cancel_all_calls()
+            self.stopped.wait(_STOPPED_S)
+
+    def _expect_call(self) -> None:
+        self._ahead += 1
+        self._server.request_call(self._queue, self._queue, _ARRIVED)
+
+    def _serve(self) -> None:
+        pending = False  # whether something arrived since requests last ran
+        shut_down = False
+        while not (shut_down and self._open == 0 and self._ahead == 0):
+            event = self._queue.poll(0 if pending else time.time() + _LOOK_S)
+            tag, kind = event.tag, event.completion_type
+            if kind == cygrpc.CompletionType.queue_timeout:
+                if pending:
+                    self._run_waiting()
+                self._expire()
+                pending = False
+            elif tag is _ARRIVED:
+                self._ahead -= 1
+                if not self._stopping.is_set():
+                    self._expect_call()
+                if event.success and event.call is not None:
+                    self._arrived(event)
+            elif tag is _SENT:
+                self._open -= 1
+            elif tag is _SHUT_DOWN:
+                shut_down = True
+            else:
+                pending = True
+                self._moved(tag, event)
+            event = tag = None  # the core waits for calls that are still referred to
+        self._server.destroy()
+        self.stopped.set()
+
+    def _arrived(self, event: Any) -> None:
+        details = event.call_details
+        deadline_s = details.deadline
+        call = Call(
+            method=details.method.decode(errors="replace"),
+            deadline_s=deadline_s if deadline_s is not None and deadline_s < 1e12 else None,
+            core=event.call,
+            opened_s=time.monotonic(),
+        )
+        self._open += 1
+        if self._open > self._max_calls:
+            call.fail(RESOURCE_EXHAUSTED, "too many calls are open; send the request again later")
+            return
+        call.streaming = call.method in self._streaming
+        self._receive(call)
+
+    def _receive(self, call: Call) -> None:
+        self._receiving[call] = None
+        call.core.start_server_batch((cygrpc.ReceiveMessageOperation(0),), call)
+
+    def _moved(self, call: Call, event: Any) -> None:
+        """Handles the end of an operation: a message was received, or one of a stream sent."""
+        operation = event.batch_operations[0]
+        if call not in self._receiving:  # a message of a stream was sent
+            if event.success:
+                self._receive(call)
+            else:
+                call.fail(CANCELLED, "the caller is gone")
+            return
+        del self._receiving[call]
+        message = operation.message() if event.success else None
+        if message is not None:
+            self._handler(call, message)
+        elif call.streaming:
+            call.fail(OK, "")
+        else:
+            call.fail(INVALID_ARGUMENT, "the call has no message, or one that is too long")
+
+    def _expire(self) -> None:
+        """Ends calls whose caller opened them and sent nothing."""
+        limit_s = time.monotonic() - _MESSAGE_S
+        for call in [call for call in self._receiving if call.opened_s < limit_s]:
+            if not call.streaming:
+                call.core.cancel()
+
+
+def code(status: grpc.StatusCode) -> int:
+    """Returns the number of a status."""
+    return int(status.value[0])
+
+
+OK = code(grpc.StatusCode.OK)
+CANCELLED = code(grpc.StatusCode.CANCELLED)
+INVALID_ARGUMENT = code(grpc.StatusCode.INVALID_ARGUMENT)
+RESOURCE_EXHAUSTED = code(grpc.StatusCode.RESOURCE_EXHAUSTED)
+
+
+def server_credentials(key: bytes, certificate: bytes, authority: bytes) -> grpc.ServerCredentials:
+    """Returns credentials that demand a certificate of the authority from each caller."""
+    pair: Sequence[tuple[bytes, bytes]] = [(key, certificate)]
+    return grpc.ssl_server_credentials(pair, root_certificates=authority, require_client_auth=True)

@@ -1,0 +1,278 @@
+"""An HTTP/1.1 server for short requests, with limits on what a peer may send and leave undone.
+
+A connection has one request at a time: the next is read when the one before was answered.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import ssl
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from http import HTTPStatus
+from typing import Any
+
+import httptools
+
+MAX_HEAD_BYTES = 16 << 10
+"""Longest request line with headers."""
+_REQUEST_S = 30.0
+"""A request must arrive within so many seconds of its first byte."""
+_IDLE_S = 120.0
+"""A connection without a request is closed after so many seconds."""
+_PIPELINED_BYTES = 64 << 10
+"""Most bytes kept of requests that were sent before the one before was answered."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpRequest:
+    """A whole request."""
+
+    method: str
+    path: str
+    """Without the query, as it was sent."""
+    headers: Mapping[str, str]
+    """By lower-case name."""
+    body: bytes
+    certificate: bytes
+    """The peer's certificate in DER; empty without TLS."""
+
+
+@dataclass(frozen=True, slots=True)
+class HttpAnswer:
+    """A response."""
+
+    status: int
+    body: bytes = b""
+    content_type: str = "application/json"
+    headers: tuple[tuple[str, str], ...] = ()
+
+
+Reply = Callable[[HttpAnswer], None]
+HttpHandler = Callable[[HttpRequest, Reply], None]
+"""Answers a request, now or later, in any thread; must not raise."""
+
+
+@dataclass
+class InferenceHttpServer:
+    """Settings and connections of the server; `protocol` makes one connection's protocol."""
+
+    handler: HttpHandler
+    run_waiting: Callable[[], None]
+    """Called after all that has arrived was handed over."""
+    max_body_bytes: int
+    max_connections: int = 256
+    connections: set[InferenceConnection] = field(default_factory=set)
+    draining: bool = False
+    _scheduled: bool = False
+
+    def protocol(self) -> InferenceConnection:
+        """Returns the protocol of a new connection."""
+        return InferenceConnection(self)
+
+    def schedule(self, loop: asyncio.AbstractEventLoop) -> None:
+        """Has requests run once the loop has read what has arrived on all connections."""
+        if not self._scheduled:
+            self._scheduled = True
+            loop.call_soon(self._run)
+
+    def _run(self) -> None:
+        self._scheduled = False
+        self.run_waiting()
+
+    async def drain(self, grace_s: float) -> None:
+        """Closes idle connections at once, and the others when their request is answered."""
+        self.draining = True
+        for connection in list(self.connections):
+            connection.close_if_idle()
+        end_s = asyncio.get_running_loop().time() + grace_s
+        while self.connections and asyncio.get_running_loop().time() < end_s:
+            await asyncio.sleep(0.01)
+        for connection in list(self.connections):
+            connection.abort()
+
+
+class InferenceConnection(asyncio.Protocol):
+    """One connection."""
+
+    def __init__(self, server: InferenceHttpServer) -> None:
+        """Waits for `connection_made`."""
+        self._server = server
+        self._loop = asyncio.get_running_loop()
+        self._transport: asyncio.Transport | None = None
+        self._parser: Any = None
+        self._timer: asyncio.TimerHandle | None = None
+        self._certificate = b""
+        self._later = bytearray()
+        self._busy = False
+        self._reset()
+
+    def _reset(self) -> None:
+        self._parser = httptools.HttpRequestParser(self)
+        self._head_bytes = 0
+        self._url = bytearray()
+        self._headers: dict[str, str] = {}
+        self._body = bytearray()
+        self._headed = False
+        self._refused = 0
+
+    def connection_made(self, transport: asyncio.BaseTransport) -> None:
+        """Starts a connection; closes it if there are too many."""
+        assert isinstance(transport, asyncio.Transport)
+        self._transport = transport
+        server = self._server
+        if len(server.connections) >= server.max_connections or server.draining:
+            transport.abort()
+            return
+        server.connections.add(self)
+        tls = transport.get_extra_info("ssl_object")
+        if isinstance(tls, ssl.SSLObject):
+            self._certificate = tls.getpeercert(binary_form=True) or b""
+        self._expect(_IDLE_S)
+
+    def connection_lost(self, error: Exception | None) -> None:
+        """Forgets the connection."""
+        self._server.connections.discard(self)
+        self._transport = None
+        if self._timer is not None:
+            self._timer.cancel()
+
+    def data_received(self, data: bytes) -> None:
+        """Reads a part of a request."""
+        if self._busy:
+            self._later += data
+            if len(self._later) > _PIPELINED_BYTES and self._transport is not None:
+                self._transport.pause_reading()
+            return
+        if not self._headed:
+            if not self._head_bytes:
+                self._expect(_REQUEST_S)
+            self._head_bytes += len(data)
+        try:
+            self._parser.feed_data(data)
+        except httptools.HttpParserUpgrade:
+            self._refuse(HTTPStatus.NOT_IMPLEMENTED, "a change of protocol is not offered")
+        except httptools.HttpParserError:
+            self._refuse(self._refused or HTTPStatus.BAD_REQUEST, "the request is malformed")
+        else:
+            if not self._headed and not self._busy and self._head_bytes > MAX_HEAD_BYTES:
+                self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the headers are too long")
+
+    def on_url(self, url: bytes) -> None:
+        """Collects the address."""
+        self._url += url
+        self._limit_head()
+
+    def on_header(self, name: bytes, value: bytes) -> None:
+        """Keeps a header."""
+        self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
+        self._limit_head()
+
+    def _limit_head(self) -> None:
+        size = len(self._url) + sum(len(n) + len(v) for n, v in self._headers.items())
+        if size > MAX_HEAD_BYTES:
+            self._stop(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE)
+
+    def on_headers_complete(self) -> None:
+        """Refuses a body that is announced as too long, before it is read."""
+        self._headed = True
+        length = self._headers.get("content-length", "0")
+        if not length.isdecimal() or int(length[:20]) > self._server.max_body_bytes:
+            self._stop(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+        if self._headers.get("content-encoding", "identity").lower() != "identity":
+            self._stop(HTTPStatus.UNSUPPORTED_MEDIA_TYPE)
+        if self._headers.get("expect", "").lower() == "100-continue" and self._transport:
+            self._transport.write(b"HTTP/1.1 100 Continue\r\n\r\n")
+
+    def on_body(self, body: bytes) -> None:
+        """Keeps a part of the body."""
+        self._body += body
+        if len(self._body) > self._server.max_body_bytes:
+            self._stop(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
+
+    def _stop(self, status: HTTPStatus) -> None:
+        self._refused = status
+        raise ValueError(status.phrase)  # httptools turns it into an HttpParserCallbackError
+
+    def on_message_complete(self) -> None:
+        """Hands the request over."""
+        if self._busy:  # a second request in the same data
+            self._refuse(HTTPStatus.BAD_REQUEST, "send requests one after another")
+            return
+        self._busy = True
+        self._expect(None)
+        request = HttpRequest(
+            method=self._parser.get_method().decode("latin-1"),
+            path=bytes(self._url).partition(b"?")[0].decode("latin-1"),
+            headers=self._headers,
+            body=bytes(self._body),
+            certificate=self._certificate,
+        )
+        self._body = bytearray()
+        keep = self._parser.should_keep_alive()
+        self._server.handler(request, lambda answer: self._reply(answer, keep))
+        self._server.schedule(self._loop)
+
+    def _reply(self, answer: HttpAnswer, keep: bool) -> None:
+        try:
+            here = asyncio.get_running_loop() is self._loop
+        except RuntimeError:  # another thread
+            here = False
+        if here:
+            self._write(answer, keep)
+        else:
+            self._loop.call_soon_threadsafe(self._write, answer, keep)
+
+    def _write(self, answer: HttpAnswer, keep: bool) -> None:
+        transport = self._transport
+        if transport is None:
+            return
+        keep = keep and not self._server.draining
+        transport.write(response_bytes(answer, keep=keep))
+        if not keep:
+            transport.close()
+            return
+        self._busy = False
+        self._reset()
+        self._expect(_IDLE_S)
+        transport.resume_reading()
+        if self._later:
+            later, self._later = bytes(self._later), bytearray()
+            self._loop.call_soon(self.data_received, later)
+
+    def _refuse(self, status: int, why: str) -> None:
+        """Answers a request that cannot be read on, and closes the connection."""
+        if self._transport is None or self._transport.is_closing():
+            return
+        phrase = HTTPStatus(status).phrase if status != HTTPStatus.BAD_REQUEST else why
+        body = b'{"error":"' + phrase.encode() + b'. Nothing was answered."}'
+        self._transport.write(response_bytes(HttpAnswer(status, body), keep=False))
+        self._transport.close()
+
+    def _expect(self, seconds: float | None) -> None:
+        """Closes the connection unless the next step comes within so many seconds."""
+        if self._timer is not None:
+            self._timer.cancel()
+        self._timer = None if seconds is None else self._loop.call_later(seconds, self.abort)
+
+    def close_if_idle(self) -> None:
+        """Closes the connection unless a request is being answered."""
+        if not self._busy and self._transport is not None:
+            self._transport.close()
+
+    def abort(self) -> None:
+        """Closes the connection at once."""
+        if self._transport is not None:
+            self._transport.abort()
+
+
+_LINES = {status.value: f"HTTP/1.1 {status.value} {status.phrase}\r\n" for status in HTTPStatus}
+
+
+def response_bytes(answer: HttpAnswer, *, keep: bool) -> bytes:
+    """Returns a response as it is sent."""
+    head = [_LINES[answer.status], f"content-type: {answer.content_type}\r\n"]
+    head.append(f"content-length: {len(answer.body)}\r\n")
+    head += [f"{name}: {value}\r\n" for name, value in answer.headers]
+    head.append("\r\n" if keep else "connection: close\r\n\r\n")
+    return "".join(head).encode("latin-1") + answer.body

@@ -1,0 +1,102 @@
+"""Opens the serving version of a model in a store, for the transports to answer with."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from edge_client.delivery import store as installed
+from edge_client.inference.engine import Engine
+from edge_client.serving.protocol import TensorSpec, datatype_of
+from fedcore.artifacts.golden import AnyArray, parse_golden
+from fedcore.artifacts.manifest import Manifest
+from fedcore.errors import DeviceError, TrustError
+from fedcore.observability.foreign import foreign
+
+_QUICK_S = 2e-3
+"""A batch that takes less is run by the thread that received it."""
+_TRIED = 5
+
+
+@dataclass(frozen=True)
+class OpenVersion:
+    """A `edge_client.serving.batching.ServedVersion` of an installed model."""
+
+    engine: Engine
+    manifest: Manifest
+    inputs: tuple[TensorSpec, ...]
+    outputs: tuple[TensorSpec, ...]
+    quick: bool
+    example: Mapping[str, AnyArray]
+    """The first golden input, with a batch of one; empty if there is none."""
+
+    @property
+    def version(self) -> int:
+        """The version's number."""
+        return self.manifest.version
+
+    @property
+    def rows_together(self) -> int:
+        """Most rows that run as one batch."""
+        return self.engine.rows_together
+
+    def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """Returns the outputs of a batch; raises as `Engine.run` does."""
+        return self.engine.run(inputs)
+
+
+def opener(*, threads: int, max_batch: int) -> Callable[[Path, str], OpenVersion]:
+    """Returns a `edge_client.serving.models.Opener` for engines with these settings."""
+
+    def open_version(store: Path, name: str) -> OpenVersion:
+        found = installed.serving(store, name)
+        engine = Engine(found.manifest, found.path, found.golden, threads=threads)
+        engine.warm_up(rows=max_batch)
+        try:
+            inputs = tuple(_spec(one) for one in engine.inputs)
+            outputs = tuple(_spec(one) for one in engine.outputs)
+        except KeyError as error:
+            raise DeviceError(
+                f"model {name!r} version {found.manifest.version}: the Open Inference Protocol has "
+                f"no name for type {foreign(error, 32)}. It is not served; `fedcore device infer` "
+                "runs it."
+            ) from None
+        example = _example(found.golden, inputs)
+        quick = not engine.why_confined and _batch_s(engine, example) < _QUICK_S
+        return OpenVersion(engine, found.manifest, inputs, outputs, quick, example)
+
+    return open_version
+
+
+def _spec(info: Any) -> TensorSpec:
+    return TensorSpec(info.name, datatype_of(np.dtype(info.dtype)), tuple(info.shape))
+
+
+def _example(golden: bytes, inputs: tuple[TensorSpec, ...]) -> dict[str, AnyArray]:
+    try:
+        stored = parse_golden(golden)
+    except TrustError:
+        return {}
+    return {inputs[0].name: stored.inputs[:1]} if len(inputs) == 1 and len(stored.inputs) else {}
+
+
+def _batch_s(engine: Engine, example: Mapping[str, AnyArray]) -> float:
+    """Returns the time of the largest batch, in seconds: the shortest of a few, without noise."""
+    if not example:
+        return float("inf")
+    batch = {
+        name: np.repeat(array, engine.rows_together, axis=0) for name, array in example.items()
+    }
+    best_s = float("inf")
+    for _ in range(_TRIED):
+        began_s = time.perf_counter()
+        engine.run(batch)
+        best_s = min(best_s, time.perf_counter() - began_s)
+        if best_s > 1.0:
+            break
+    return best_s

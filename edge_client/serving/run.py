@@ -1,0 +1,224 @@
+"""Runs the server: gRPC and HTTP on two ports of one process, until it is told to stop."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_client.serving.access import Access
+from edge_client.serving.batching import QueueLimits
+from edge_client.serving.grpc_parts import GrpcLoop, server_credentials
+from edge_client.serving.grpc_service import STREAMING, GrpcService
+from edge_client.serving.http_parts import InferenceHttpServer
+from edge_client.serving.http_service import HttpService
+from edge_client.serving.models import Models, Opener
+from edge_client.serving.page import Page
+from edge_client.serving.service import Service
+from fedcore.errors import ResourceError
+
+log = logging.getLogger("fedcore.serving")
+
+_HANDSHAKE_S = 10.0
+LOOK_S = 0.5
+"""How often the store is looked at for a newly activated version, in seconds."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ServeSettings:
+    """What to serve and where; the command's options have the same names."""
+
+    store: Path
+    names: tuple[str, ...] | None = None
+    """The models; None for all that are installed."""
+    host: str = "127.0.0.1"
+    grpc_port: int = 8001
+    """0 lets the system choose."""
+    http_port: int = 8000
+    """0 lets the system choose."""
+    limits: QueueLimits = field(default_factory=QueueLimits)
+    max_request_bytes: int = 16 << 20
+    """Longest request."""
+    max_calls: int = 512
+    """Most gRPC calls that are open, and most connections of either kind."""
+    drain_s: float = 10.0
+    """How long requests that have arrived may take after the server was told to stop."""
+
+
+@dataclass(frozen=True)
+class Addresses:
+    """Where the server listens."""
+
+    grpc: str
+    http: str
+
+
+async def serve(
+    settings: ServeSettings,
+    access: Access,
+    opener: Opener,
+    *,
+    started: Callable[[Addresses], None],
+    stop: asyncio.Event | None = None,
+) -> None:
+    """Serves until ``stop`` is set or the process gets SIGTERM or SIGINT, and drains.
+
+    Guarantee:
+        Every request that was accepted is answered, within ``settings.drain_s`` after the stop.
+
+    Args:
+        settings: What to serve and where.
+        access: Who may connect.
+        opener: Opens a model's version.
+        started: Called when both ports listen and every model has been opened.
+        stop: Set to stop; None to stop on signals, which only a main thread may receive.
+
+    Raises:
+        ConfigError: no model is installed.
+        ResourceError: a port is in use.
+        FedcoreError: a model that was named cannot be served.
+    """
+    models = Models(settings.store, settings.names, opener, settings.limits)
+    http_socket = _listen(settings.host, settings.http_port)
+    try:
+        models.open()
+    except BaseException:
+        http_socket.close()
+        raise
+    service = Service(models)
+    loop = asyncio.get_running_loop()
+    if stop is None:
+        stop = asyncio.Event()
+        for number in (signal.SIGTERM, signal.SIGINT):
+            loop.add_signal_handler(number, stop.set)
+    http = _http(settings, service, access)
+    grpc_loop = _grpc(settings, service, access)
+    grpc_port = grpc_loop.bind(settings.host, settings.grpc_port, _credentials(access))
+    server = await loop.create_server(
+        http.protocol,
+        sock=http_socket,
+        ssl=access.context(),
+        ssl_handshake_timeout=None if access.identity is None else _HANDSHAKE_S,
+    )
+    grpc_loop.start()
+    scheme = "http" if access.identity is None else "https"
+    started(
+        Addresses(
+            _address(settings.host, grpc_port),
+            f"{scheme}://{_address(settings.host, http_socket.getsockname()[1])}",
+        )
+    )
+    watching = asyncio.create_task(_watch(models))
+    await stop.wait()
+    log.info("serve: stopping; requests that have arrived are answered")
+    service.draining = True
+    watching.cancel()
+    server.close()
+    await asyncio.gather(
+        asyncio.to_thread(grpc_loop.stop, settings.drain_s), http.drain(settings.drain_s)
+    )
+    await asyncio.to_thread(models.stop)
+    with suppress(asyncio.CancelledError):
+        await watching
+
+
+def _address(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    """Returns a listening socket.
+
+    Raises:
+        ResourceError: the port is in use, or may not be used.
+    """
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
+    try:
+        listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        listener.bind((host, port))
+        listener.listen(256)
+        listener.setblocking(False)
+    except OSError as error:
+        listener.close()
+        raise ResourceError(
+            f"serve: cannot listen on port {port} of {host} ({error.strerror}). Nothing was "
+            "started; stop the program that uses it, or choose another with --http-port."
+        ) from None
+    return listener
+
+
+def _http(settings: ServeSettings, service: Service, access: Access) -> InferenceHttpServer:
+    routes = HttpService(
+        service,
+        Page(lambda: described(service.models)),
+        access.role_of_der,
+        plain=access.identity is None,
+    )
+    return InferenceHttpServer(
+        routes.handle,
+        service.models.run_waiting,
+        max_body_bytes=settings.max_request_bytes,
+        max_connections=settings.max_calls,
+    )
+
+
+def _grpc(settings: ServeSettings, service: Service, access: Access) -> GrpcLoop:
+    methods = GrpcService(service, access.role_of_pem, tls=access.identity is not None)
+    return GrpcLoop(
+        methods.handle,
+        service.models.run_waiting,
+        streaming=STREAMING,
+        max_message_bytes=settings.max_request_bytes,
+        max_calls=settings.max_calls,
+        max_connections=settings.max_calls,
+    )
+
+
+def _credentials(access: Access) -> Any:
+    if access.identity is None:
+        return None
+    kit = access.identity.kit
+    return server_credentials(kit.key_pem(), kit.certificate_pem, kit.authority_pem)
+
+
+async def _watch(models: Models) -> None:
+    """Follows the store: what an update activates answers from then on."""
+    while True:
+        await asyncio.sleep(LOOK_S)
+        for line in await asyncio.to_thread(models.refresh):
+            log.info("serve: %s", line)
+
+
+def described(models: Models) -> list[dict[str, Any]]:
+    """Returns what the page shows of each model that answers, as JSON values."""
+    found = []
+    for served in models.served():
+        current: Any = served.current
+        if current is None:
+            continue
+        manifest = current.manifest
+        found.append(
+            {
+                "name": served.name,
+                "version": manifest.version,
+                "kind": manifest.kind,
+                "presents": manifest.presents,
+                "labels": list(manifest.labels),
+                "inputs": [
+                    {"name": one.name, "datatype": one.datatype, "shape": list(one.shape)}
+                    for one in current.inputs
+                ],
+                "input_max": max(
+                    (float(array.max(initial=0)) for array in current.example.values()), default=1.0
+                ),
+                "example": {name: array[0].tolist() for name, array in current.example.items()},
+            }
+        )
+    return found
