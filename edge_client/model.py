@@ -15,6 +15,7 @@ from edge_client.delivery.source import folder_source
 from edge_client.delivery.store import Installed, serving
 from edge_client.delivery.update import UpdateResult, update
 from edge_client.inference.answers import LABELLED, label_sets, labels
+from edge_client.inference.direct import RowCall
 from edge_client.inference.engine import Engine
 from edge_client.inference.inputs import as_batch
 from edge_client.inference.process import ModelLimits
@@ -126,8 +127,11 @@ class EdgeModel:
             ResourceError: no process could be started.
         """
         # One input in the model's own form, as most calls have it, takes the shortest way.
-        if (row := self.engine.row) is not None and (found := row(x)) is not None:
+        row = self.engine.row
+        if row is not None and (found := row(x)) is not None:
             return found
+        if row is not None and (several := self._rows(row, x)) is not None:
+            return several
         batch, alone = self._batch(x)
         outputs = self.engine.run_rows(batch)
         return outputs[0] if alone else outputs
@@ -179,6 +183,17 @@ class EdgeModel:
             return sets[0] if alone else sets
         found = labels(self.manifest, outputs)
         return found[0] if alone else found
+
+    def _rows(self, row: RowCall, x: Inputs) -> FloatArray | None:
+        """Answers a batch in the model's own form; None for anything else."""
+        if type(x) is not np.ndarray or not x.size or x.shape[1:] != self.manifest.input_shape:
+            return None
+        found = []
+        for each in x:
+            if (outputs := row(each)) is None:
+                return None
+            found.append(outputs)
+        return np.stack(found)
 
     def _without(self, what: str) -> DeviceError:
         return DeviceError(

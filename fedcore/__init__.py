@@ -19,6 +19,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 if TYPE_CHECKING:
     from edge_client.delivery.update import UpdateResult
+    from edge_client.live import LiveModel, VersionedOutputs, follow_model
     from edge_client.model import EdgeModel, open_model, update_model
     from fedcore.artifacts.manifest import Manifest
     from fedcore.config.client_settings import ClientSettings
@@ -75,6 +76,7 @@ _LAZY = {
     "Finetuned": "server.finetune.launch",
     "History": "server.api.result",
     "Kind": "fedcore.task.kinds.protocol",
+    "LiveModel": "edge_client.live",
     "MAE": "fedcore.task.metrics",
     "Manifest": "fedcore.artifacts.manifest",
     "Metric": "fedcore.task.metrics",
@@ -92,6 +94,7 @@ _LAZY = {
     "Task": "fedcore.task.definition",
     "TaskCheck": "server.checking.findings",
     "UpdateResult": "edge_client.delivery.update",
+    "VersionedOutputs": "edge_client.live",
     "by_column": "fedcore.task.partition",
     "check": "server.api.checking",
     "compress": "server.api.steps",
@@ -99,6 +102,7 @@ _LAZY = {
     "dirichlet": "fedcore.task.partition",
     "evaluate": "server.api.evaluating",
     "finetune": "server.api.steps",
+    "follow_model": "edge_client.live",
     "from_arrays": "fedcore.sources.arrays",
     "from_datasets": "fedcore.sources.hub",
     "from_folder": "fedcore.sources.images",
@@ -138,6 +142,7 @@ __all__ = [
     "Finetuned",
     "History",
     "Kind",
+    "LiveModel",
     "Manifest",
     "Metric",
     "MetricSpread",
@@ -152,6 +157,7 @@ __all__ = [
     "Task",
     "TaskCheck",
     "UpdateResult",
+    "VersionedOutputs",
     "__version__",
     "by_column",
     "check",
@@ -160,6 +166,7 @@ __all__ = [
     "dirichlet",
     "evaluate",
     "finetune",
+    "follow_model",
     "from_arrays",
     "from_datasets",
     "from_folder",

@@ -152,18 +152,23 @@ class Engine:
             ResourceError: no process could be started.
         """
         opened = self._open()
-        rows = _checked_rows(inputs, opened.interface.inputs, self.manifest)
         names = [each.name for each in opened.interface.outputs]
-        if opened.row is not None and rows == 1:
-            (batch,) = inputs.values()
-            if (found := opened.row(batch[0])) is not None:
-                return {names[0]: found[None]}
+        if (found := self._one_row(opened, inputs)) is not None:
+            return {names[0]: found[None]}
+        rows = _checked_rows(inputs, opened.interface.inputs, self.manifest)
         arrays = [inputs[each.name] for each in opened.interface.inputs]
         if opened.session is None:
             with self._lock:
                 found_all = opened.process.ask(arrays, rows=rows)
             return dict(zip(names, found_all, strict=True))
         return dict(zip(names, self._run_here(opened, arrays, rows), strict=True))
+
+    def _one_row(self, opened: _Opened, inputs: Mapping[str, AnyArray]) -> AnyArray | None:
+        """Answers a batch of one by bound buffers; None if it takes the general way."""
+        batch = inputs.get(opened.interface.inputs[0].name)
+        if opened.row is None or len(inputs) != 1 or not isinstance(batch, np.ndarray):
+            return None
+        return opened.row(batch[0]) if batch.ndim and len(batch) == 1 else None
 
     def run_rows(self, batch: AnyArray) -> AnyArray:
         """Computes the first output of a model with one input, each row by itself.
