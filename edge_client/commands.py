@@ -13,102 +13,20 @@ from edge_client.inference.answers import answer_lines, answers
 from edge_client.inference.bench import bench
 from edge_client.inference.confined import MAX_RUNS, predict
 from edge_client.inference.inputs import parse_inputs, read_text
-from edge_client.inference.process import (
-    MAX_MEMORY_BYTES,
-    MAX_SECONDS,
-    MIN_MEMORY_BYTES,
-    MIN_SECONDS,
-    ModelLimits,
+from edge_client.options import (
+    limits_of,
+    limits_options,
+    model_option,
+    store_option,
+    threads_option,
 )
-from edge_client.model import update_model
 from edge_client.serving.commands import serve_command
+from edge_client.update_commands import update
 from fedcore.artifacts.golden import parse_golden
-from fedcore.cli import Command, group, json_option, show
-from fedcore.config.run import Serving
+from fedcore.cli import Command, group, show
 from fedcore.errors import DeviceError, DigestMismatch
 from fedcore.observability.foreign import say
 from fedcore.observability.words import counted
-
-_MAX_THREADS = 256
-
-
-def _store(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--store",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="this device's folder, e.g. --store /var/lib/fedcore",
-    )
-    json_option(parser)
-
-
-def _model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", required=True, metavar="NAME", help="name of the model, e.g. --model digits"
-    )
-
-
-def _threads(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--threads",
-        type=_thread_count,
-        default=Serving().threads,
-        metavar="N",
-        help="threads per inference, e.g. --threads 2 (default: %(default)s)",
-    )
-
-
-def _thread_count(text: str) -> int:
-    if not text.isdecimal() or len(text) > 4 or not 1 <= int(text) <= _MAX_THREADS:
-        raise argparse.ArgumentTypeError(
-            f"expected a whole number from 1 to {_MAX_THREADS}, got {text!r}"
-        )
-    return int(text)
-
-
-def _limits_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--max-seconds",
-        type=_seconds,
-        default=ModelLimits().seconds,
-        metavar="S",
-        help=(
-            "time limit of the model's process, in seconds, e.g. --max-seconds 600 (default: "
-            "%(default)g)"
-        ),
-    )
-    parser.add_argument(
-        "--max-memory-mib",
-        type=_memory,
-        metavar="MIB",
-        help="address space that the model may use, e.g. --max-memory-mib 4096 (default: 1024, "
-        "160 per thread, and six times the model's file)",
-    )
-
-
-def _limits(options: argparse.Namespace) -> ModelLimits:
-    mib = options.max_memory_mib
-    return ModelLimits(seconds=options.max_seconds, memory_bytes=mib and mib << 20)
-
-
-def _seconds(text: str) -> float:
-    try:
-        seconds = float(text)
-    except ValueError:
-        seconds = 0.0
-    if not MIN_SECONDS <= seconds <= MAX_SECONDS:
-        raise argparse.ArgumentTypeError(
-            f"expected {MIN_SECONDS:g} to {MAX_SECONDS:g} seconds, got {text!r}"
-        )
-    return seconds
-
-
-def _memory(text: str) -> int:
-    least, most = MIN_MEMORY_BYTES >> 20, MAX_MEMORY_BYTES >> 20
-    if not text.isdecimal() or len(text) > 9 or not least <= int(text) <= most:
-        raise argparse.ArgumentTypeError(f"expected {least} to {most} MiB, got {text!r}")
-    return int(text)
 
 
 def _count(text: str) -> int:
@@ -119,67 +37,11 @@ def _count(text: str) -> int:
     return int(text)
 
 
-def _update_arguments(parser: argparse.ArgumentParser) -> None:
-    _store(parser)
-    _model(parser)
-    _threads(parser)
-    _limits_arguments(parser)
-    parser.add_argument(
-        "--repository",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of the signed repository, e.g. --repository /mnt/releases",
-    )
-    parser.add_argument(
-        "--root",
-        type=Path,
-        metavar="FILE",
-        help=(
-            "the root.json to trust, e.g. --root root.json; needed for the first update, which "
-            "pins it in the store"
-        ),
-    )
-
-
-def _update(options: argparse.Namespace) -> int:
-    done = update_model(
-        options.store,
-        options.model,
-        repository=options.repository,
-        root=options.root,
-        threads=options.threads,
-        limits=_limits(options),
-    )
-    if done.clock:
-        say(f"warning: {done.clock}", to=sys.stderr)
-    if done.damage:
-        say(f"warning: the previously installed version was damaged: {done.damage}", to=sys.stderr)
-    if not done.changed:
-        text = f"{done.model}: version {done.version} is already current"
-    else:
-        kept = f"; version {done.previous} is kept" if done.previous else ""
-        text = (
-            f"{done.model}: version {done.version} is active; self-test passed, largest difference "
-            f"{done.golden_error:.3g}{kept}"
-        )
-    value = {
-        "model": done.model,
-        "version": done.version,
-        "previous": done.previous,
-        "changed": done.changed,
-        "golden_error": done.golden_error,
-        "clock": done.clock,
-        "damage": done.damage,
-    }
-    return show(options, text, value)
-
-
 def _infer_arguments(parser: argparse.ArgumentParser) -> None:
-    _store(parser)
-    _model(parser)
-    _threads(parser)
-    _limits_arguments(parser)
+    store_option(parser)
+    model_option(parser)
+    threads_option(parser)
+    limits_options(parser)
     parser.add_argument(
         "--input",
         required=True,
@@ -193,7 +55,7 @@ def _infer(options: argparse.Namespace) -> int:
     version = _serving(options.store, options.model)
     inputs = parse_inputs(read_text(options.input), version.manifest, where=options.input)
     outputs = predict(
-        version.manifest, version.path, inputs, threads=options.threads, limits=_limits(options)
+        version.manifest, version.path, inputs, threads=options.threads, limits=limits_of(options)
     )
     lines = (answer_lines if options.json else answers)(version.manifest, outputs)
     for line in lines:
@@ -202,7 +64,7 @@ def _infer(options: argparse.Namespace) -> int:
 
 
 def _status_arguments(parser: argparse.ArgumentParser) -> None:
-    _store(parser)
+    store_option(parser)
 
 
 def _status(options: argparse.Namespace) -> int:
@@ -241,9 +103,9 @@ def _line(row: dict[str, Any]) -> str:
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:
-    _store(parser)
-    _model(parser)
-    _limits_arguments(parser)
+    store_option(parser)
+    model_option(parser)
+    limits_options(parser)
     parser.add_argument(
         "--runs",
         type=_count,
@@ -257,7 +119,7 @@ def _bench(options: argparse.Namespace) -> int:
     version = _serving(options.store, options.model)
     inputs = parse_golden(version.golden).inputs
     figures = bench(
-        version.manifest, version.path, inputs, runs=options.runs, limits=_limits(options)
+        version.manifest, version.path, inputs, runs=options.runs, limits=limits_of(options)
     )
     text = (
         f"{options.model}: version {version.manifest.version}, batch 1, 1 thread, "
@@ -288,13 +150,7 @@ def _serving(store: Path, model: str) -> Installed:
 
 device = group(
     {
-        "update": Command(
-            "Fetch, verify, self-test and activate the current release of a model.",
-            _update_arguments,
-            _update,
-            "fedcore device update --repository releases --root root.json --model digits "
-            "--store store",
-        ),
+        "update": update,
         "infer": Command(
             "Answer inputs with the installed model.",
             _infer_arguments,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from os import PathLike
@@ -10,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
+from edge_client.delivery.places import ReleasePlace, opened_place
 from edge_client.delivery.roots import MAX_ROOT_BYTES
-from edge_client.delivery.source import folder_source
 from edge_client.delivery.store import Installed, serving
 from edge_client.delivery.update import UpdateResult, update
 from edge_client.inference.answers import LABELLED, label_sets, labels
@@ -252,7 +253,9 @@ def update_model(
     store: str | PathLike[str],
     name: str,
     *,
-    repository: str | PathLike[str],
+    repository: str | PathLike[str] | None = None,
+    server: str | None = None,
+    kit: str | PathLike[str] | None = None,
     root: str | PathLike[str] | None = None,
     threads: int = Serving().threads,
     limits: ModelLimits | None = None,
@@ -275,7 +278,9 @@ def update_model(
     Args:
         store: The folder of the device's installed models; created if missing.
         name: The model's name.
-        repository: The folder of the signed repository.
+        repository: The folder of the signed repository; or else ``server`` and ``kit``.
+        server: ``HOST`` or ``HOST:PORT`` of the project's server, which delivers releases.
+        kit: The folder of this device's kit, the identity for ``server``.
         root: The ``root.json`` to trust, received over a trusted channel. The first update needs
             it, and pins it in the store.
         threads: Threads of one inference in the self-test.
@@ -287,9 +292,11 @@ def update_model(
         clock or the version before.
 
     Raises:
-        ConfigError: the name is not valid, or no root is trusted yet.
-        TrustError: a signature, digest or version is not acceptable.
-        DataError: the repository, the root or the store is incomplete or damaged.
+        ConfigError: the name is not valid, no root is trusted yet, or not just one place is named.
+        TrustError: a signature, digest or version is not acceptable; or the server or the kit is
+            refused.
+        DataError: the repository, the root, the kit or the store is incomplete or damaged;
+            `RepositoryUnreachable` if the server does not answer.
         SelfTestFailed: the model answers differently here, cannot run, or exceeds its limits.
         DeviceError: another update of this store is running.
         ResourceError: the store cannot be written, or (`DiskFull`) has no room.
@@ -297,11 +304,12 @@ def update_model(
     trusted = None
     if root is not None:
         trusted = read_bytes(Path(root), max_bytes=MAX_ROOT_BYTES, what="a root")
-    return update(
-        folder_source(Path(repository)),
-        store=Path(store),
-        model=name,
-        root=trusted,
-        threads=threads,
-        limits=limits,
+    place = ReleasePlace(
+        None if repository is None else os.fspath(repository),
+        server,
+        None if kit is None else Path(kit),
     )
+    with opened_place(place) as source:
+        return update(
+            source, store=Path(store), model=name, root=trusted, threads=threads, limits=limits
+        )

@@ -6,7 +6,8 @@
     |-- ConfigError                  2   a configuration file, an override or a command line
     |-- TaskError                    3   the user's task file
     |-- DataError                    4   data that is missing, corrupt or empty
-    |   `-- DataFolderMissing            a task reads files, and no data folder is set
+    |   |-- DataFolderMissing            a task reads files, and no data folder is set
+    |   `-- RepositoryUnreachable        a repository that does not answer, or breaks off
     |-- PrivacyError                 5   a guarantee that cannot be given
     |   |-- UnsupportedLayer             a layer that example-level DP does not support
     |   |-- LedgerFull                   a device's ledger has no room for another entry
@@ -103,6 +104,10 @@ class DataError(FedcoreError):
 
 class DataFolderMissing(DataError):
     """A task reads files, and no data folder is set."""
+
+
+class RepositoryUnreachable(DataError):
+    """A repository over the network does not answer, or broke off; trying again may help."""
 
 
 class PrivacyError(FedcoreError):

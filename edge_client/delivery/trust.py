@@ -35,6 +35,7 @@ from edge_client.delivery.clock import (
     shown,
     write_floor,
 )
+from edge_client.delivery.floor import read_versions, write_versions
 from edge_client.delivery.roots import Anchor, check_awaited, pin, rotated
 from edge_client.delivery.source import Source
 from fedcore.artifacts.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
@@ -103,10 +104,14 @@ def current_offer(
     view = _View(metadata, ClockReading(now, floor), cached.version if cached else None)
     with _explained(f"model {model!r}", view), disk_errors(metadata):
         updater, judged = _refreshed(source, trust, start, view)
+        seen = read_versions(trust)
+        seen.check_metadata(updater.versions)
         pointer = f"models/{model}/release.json"
         info = updater.get_targetinfo(pointer)
         check_awaited(start, trust)
         _make_durable(metadata)
+        if start.pinned and seen.metadata != updater.versions:
+            write_versions(trust, seen.with_metadata(updater.versions))
         if info is None:
             raise DataError(
                 f"model {model!r}: this repository contains no model of that name. {_AFTER} "
@@ -128,6 +133,7 @@ def current_offer(
     )
     write_floor(trust, known)
     if not start.pinned:  # pinned only now: it has led to a valid release
+        write_versions(trust, seen.with_metadata(updater.versions))
         pin(trust, start, updater.root.version, metadata / "root_history")
     said = ClockReading(now, known.model_copy(update={"latest": judged.floor.latest}))
     return Offer(manifest, raw, locations, epoch, said.clock_warning())
@@ -150,6 +156,14 @@ class _Updater(Updater):
     def timestamp(self) -> Timestamp:
         """The newest correctly signed timestamp, expired or not."""
         return self._trusted_set.timestamp
+
+    @property
+    def versions(self) -> dict[str, int]:
+        """Versions of the verified metadata in force, by role."""
+        snapshot = self._trusted_set.snapshot
+        meta = {name.removesuffix(".json"): one.version for name, one in snapshot.meta.items()}
+        own = {"timestamp": self.timestamp.version, "snapshot": snapshot.version}
+        return own | {role: meta[role] for role in meta.keys() & {"targets", "releases"}}
 
     @property
     def has_timestamp(self) -> bool:
@@ -202,6 +216,7 @@ def _refreshed(
         view.seen_version = None
         if start.pinned:
             write_floor(trust, view.judged.floor)
+            write_versions(trust, read_versions(trust).with_metadata({}))
     if start.pinned:
         pin(trust, start, updater.root.version, view.metadata / "root_history")
     if failure is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from edge_client.delivery import store as installed
 from edge_client.delivery.fetch import fetch
+from edge_client.delivery.floor import read_versions, write_versions
 from edge_client.delivery.roots import anchor
 from edge_client.delivery.source import Source
 from edge_client.delivery.store import Record
@@ -101,6 +102,9 @@ def update(
                 damage=damage,
             )
         _refuse_older(record, _active(store, model) or before, model)
+        least = read_versions(trust).models.get(model, (0, 0))
+        if (record.epoch, record.version) < least:
+            raise _older(record, f"version {least[1]} of epoch {least[0]}, installed", model)
         incoming = store / "incoming"
         onnx, golden = (
             fetch(source, offer.locations[entry.path], entry, incoming)
@@ -114,6 +118,8 @@ def update(
                 threads=threads,
                 limits=limits or ModelLimits(),
             )
+            floor = read_versions(trust).with_model(model, record.epoch, record.version)
+            write_versions(trust, floor)  # before what it protects is in force
             installed.activate(store, model, folder, record, before)
         for unfinished in incoming.iterdir():
             remove(unfinished)
@@ -158,12 +164,7 @@ def _refuse_older(offered: Record, active: Record | None, model: str) -> None:
     if active is None:
         return
     if (offered.epoch, offered.version) < (active.epoch, active.version):
-        raise RollbackRefused(
-            f"model {model!r}: the repository offers {_named(offered)}, older than "
-            f"{_named(active)} here. Nothing was installed; the previous version keeps serving. "
-            "`fedcore release rollback` publishes older bytes under a new version; after a theft "
-            "of keys, `fedcore release rotate --last-good` starts a new epoch."
-        )
+        raise _older(offered, _named(active), model)
     same = (offered.epoch, offered.version) == (active.epoch, active.version)
     if same and offered != active:
         raise DigestMismatch(
@@ -172,6 +173,15 @@ def _refuse_older(offered: Record, active: Record | None, model: str) -> None:
             f"{active.manifest_sha256}. Nothing was installed; the previous version keeps "
             "serving. The publisher must investigate this."
         )
+
+
+def _older(offered: Record, newest: str, model: str) -> RollbackRefused:
+    return RollbackRefused(
+        f"model {model!r}: the repository offers {_named(offered)}, older than {newest} here. "
+        "Nothing was installed; the previous version keeps serving. `fedcore release rollback` "
+        "publishes older bytes under a new version; after a theft of keys, `fedcore release "
+        "rotate --last-good` starts a new epoch."
+    )
 
 
 def _named(record: Record) -> str:

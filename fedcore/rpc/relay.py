@@ -25,7 +25,7 @@ from urllib.parse import unquote, urlsplit
 from fedcore.rpc.dial import dial
 
 _PIECE = 4096
-"""Bytes per read; the next read waits for ``took``, which throttles a flooding server."""
+"""Default bytes per read; the next read waits for ``took``, which throttles a flooding server."""
 _LOOK_S = 0.5
 _STUCK_S = 20.0
 """Seconds that one side may take to read what the other has sent."""
@@ -46,7 +46,14 @@ class RelayedRoute:
 
 @contextmanager
 def relayed(
-    host: str, port: int, *, proxy: str | None, timeout_s: float, took: Callable[[int], None]
+    host: str,
+    port: int,
+    *,
+    proxy: str | None,
+    timeout_s: float,
+    took: Callable[[int], None],
+    piece_bytes: int = _PIECE,
+    linger_s: float = 0.0,
 ) -> Iterator[RelayedRoute]:
     """Opens a route to ``host`` and ``port`` through a local socket of this process.
 
@@ -60,6 +67,10 @@ def relayed(
         timeout_s: Seconds that connecting may take.
         took: Callback with the number of bytes passed in either direction; may block, which
             pauses reads from the server.
+        piece_bytes: Most bytes of one read; files need larger ones than calls.
+        linger_s: Seconds that the local side stays open after the server's has ended. gRPC drops
+            received messages that nobody has read when its connection ends; this is time to read
+            them.
 
     Raises:
         OSError: the server, or the proxy, cannot be reached.
@@ -73,7 +84,10 @@ def relayed(
         listener.listen(1)
         listener.settimeout(_LOOK_S)
         threading.Thread(
-            target=_pump, args=(listener, path, server, took, over), name="relay", daemon=True
+            target=_pump,
+            args=(listener, path, server, took, over, piece_bytes, linger_s),
+            name="relay",
+            daemon=True,
         ).start()
         yield RelayedRoute(f"unix:{path}", over)
     finally:
@@ -134,6 +148,8 @@ def _pump(
     server: socket.socket,
     took: Callable[[int], None],
     over: threading.Event,
+    piece_bytes: int,
+    linger_s: float,
 ) -> None:
     """Copies bytes between both sides until one of them ends; then sets ``over``."""
     with ExitStack() as ending, listener, server, suppress(OSError):
@@ -150,10 +166,20 @@ def _pump(
             while not over.is_set():
                 for key, _ in selector.select(_LOOK_S):
                     one = local if key.fileobj is local else server
-                    if not (piece := one.recv(_PIECE)):
+                    if not (piece := _received(one, piece_bytes)):
+                        if one is server:
+                            over.wait(linger_s)
                         return
                     other[one].sendall(piece)
                     took(len(piece))
+
+
+def _received(one: socket.socket, piece_bytes: int) -> bytes:
+    """Returns the next piece; empty if the other side ended the connection, or reset it."""
+    try:
+        return one.recv(piece_bytes)
+    except ConnectionError:
+        return b""
 
 
 def _accepted(listener: socket.socket, over: threading.Event) -> socket.socket | None:

@@ -270,7 +270,7 @@ def test_whatever_file_of_a_store_is_damaged_nothing_goes_back(world: Any, damag
         shutil.rmtree(world.store)
         shutil.copytree(world.folder / "whole", world.store, symlinks=True)
     # What only this device knows is asked for; all else comes back from the repository.
-    known = set() if damage == "removed" else {"clock.json", "pinned.root.json"}
+    known = set() if damage == "removed" else {"clock.json", "pinned.root.json", "versions.json"}
     assert set(refused) == known
     assert all(text.isprintable() for text in refused.values())
 

@@ -10,17 +10,14 @@ import asyncio
 import logging
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
-from functools import lru_cache
 
 import grpc
-from cryptography import x509
-from cryptography.hazmat.primitives.serialization import Encoding
 from google.protobuf.message import DecodeError
 
-from fedcore.crypto.certificates import peer_public
 from fedcore.crypto.roster import Roster, ServerIdentity
-from fedcore.errors import ResourceError, TrustError
+from fedcore.errors import ResourceError
 from fedcore.flower.fleet import node_id_of
+from fedcore.rpc.grpc_peer import peer_key
 from fedcore.rpc.wake_pb2 import DESCRIPTOR, Call, WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeServicer
 from server.live.network.connections import Connections
@@ -67,7 +64,7 @@ class Wakeups(WakeServicer):
         Ends when the device opens another stream or is removed. Aborts if the peer is no device of
         the project, opens streams too often, or has not activated its process.
         """
-        public = _peer(context)
+        public = peer_key(context)
         member = self.roster.member(public) if public is not None else None
         if public is None or member is None or member.role != "device":
             # Log unknown peers by address without the port, which differs on each connection.
@@ -111,20 +108,6 @@ def _request(raw: bytes) -> WatchRequest:
     except DecodeError:
         return WatchRequest()
     return request
-
-
-def _peer(context: grpc.aio.ServicerContext[WatchRequest, Call]) -> bytes | None:
-    return _public_of(context.auth_context().get("x509_pem_cert", (b"",))[0])
-
-
-@lru_cache(maxsize=1024)
-def _public_of(pem: bytes) -> bytes | None:
-    """Returns the public key in a certificate, cached; None if it is malformed."""
-    try:
-        certificate = x509.load_pem_x509_certificate(pem)
-        return peer_public(certificate.public_bytes(Encoding.DER))
-    except (ValueError, TrustError):
-        return None
 
 
 async def serve_wakeups(

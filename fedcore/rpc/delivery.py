@@ -1,0 +1,35 @@
+"""What both sides of the delivery service agree on: names of calls, limits, and valid requests."""
+
+from __future__ import annotations
+
+import re
+
+SERVICE = "fedcore.delivery.v1.Delivery"
+PORT_OFFSET = 2
+"""A kit has the server's port for training; wake-up streams are on the next one, releases on the
+one after that, unless both sides set another."""
+CHUNK_BYTES = 1 << 14
+"""Bytes of a file in one message, 16 KiB, as in a TLS record: a cut loses what it is in."""
+MAX_REASON = 500
+"""Most characters of a reason in a device's report."""
+MAX_REQUEST_BYTES = 4096
+"""Most bytes of a request."""
+
+_VERSION = "[1-9][0-9]{0,18}"
+_METADATA = re.compile(rf"timestamp[.]json|{_VERSION}[.](root|targets|snapshot|releases)[.]json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def method(name: str) -> str:
+    """Returns the path of one of the service's calls."""
+    return f"/{SERVICE}/{name}"
+
+
+def is_metadata_name(name: str) -> bool:
+    """Returns whether a repository may have a metadata file of this name."""
+    return _METADATA.fullmatch(name) is not None
+
+
+def is_sha256(text: str) -> bool:
+    """Returns whether a text is a SHA-256 digest in lower-case hexadecimal."""
+    return _SHA256.fullmatch(text) is not None

@@ -1,0 +1,98 @@
+"""The command ``fedcore release serve``: delivers a repository to the devices of a project."""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+from fedcore.cli import Command
+from fedcore.crypto.roster import check_server_folder, load_server_identity
+from fedcore.errors import ConfigError
+from fedcore.observability.foreign import say
+from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
+
+log = logging.getLogger("fedcore.server")
+
+
+def _arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--repository",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the signed repository, e.g. --repository releases",
+    )
+    parser.add_argument(
+        "--identity",
+        type=Path,
+        default=Path("authority/server"),
+        metavar="DIR",
+        help="folder created by `fedcore provision server` (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--listen",
+        metavar="HOST:PORT",
+        help="address on which devices connect, e.g. --listen 0.0.0.0:9094 (default: every "
+        "address, and the port two above the one in the kits)",
+    )
+    parser.add_argument(
+        "--log",
+        type=Path,
+        metavar="FILE",
+        help="file for the log, rotated at 10 MiB, the last six kept, e.g. --log releases.log "
+        "(default: standard error)",
+    )
+
+
+def _serve(options: argparse.Namespace) -> int:
+    check_server_folder(options.identity)
+    require_tls_1_3()
+    silence_grpc_core()
+    from fedcore.observability.lines import log_lines
+    from server.delivery.serve import DeliveryAddress, default_port, serve_until_stopped
+
+    log_lines(options.log or sys.stderr)
+    identity = load_server_identity(options.identity)
+    host, port = "0.0.0.0", None  # noqa: S104
+    if options.listen:
+        host, port = listen_address(options.listen)
+    address = DeliveryAddress(host, default_port(identity) if port is None else port)
+
+    def started(bound: int) -> None:
+        say(f"Delivering {options.repository} on port {bound}; Ctrl-C stops.", flush=True)
+
+    serve_until_stopped(
+        identity,
+        options.repository,
+        address,
+        on_report=lambda member, report: None,
+        started=started,
+    )
+    return 0
+
+
+def listen_address(text: str) -> tuple[str, int]:
+    """Parses ``HOST:PORT``.
+
+    Raises:
+        ConfigError: it is not of that form.
+    """
+    host, separator, port = text.rpartition(":")
+    digits = port.isascii() and port.isdecimal() and len(port) <= 5
+    name = host.strip("[]")
+    if not separator or not name or not digits or int(port) >= 2**16:
+        raise ConfigError(
+            f"--listen {text}: expected HOST:PORT, e.g. 0.0.0.0:9094 or [::]:9094 for every "
+            "address. Nothing was started."
+        )
+    return name, int(port)
+
+
+serve = Command(
+    "Deliver the repository to the project's devices, until stopped.",
+    _arguments,
+    _serve,
+    "fedcore release serve --repository releases --identity authority/server",
+)
