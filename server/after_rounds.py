@@ -31,7 +31,7 @@ from fedcore.task.model import FullModel, checkpoint_bytes
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.compression.draft import draft_of
-from server.final_scores import answers_of_chosen, client_tests, final_scores
+from server.final_scores import ModelOf, answers_of_chosen, client_tests, final_scores
 from server.finetune.launch import Finetuned, fine_tune
 from server.origin import origin_of
 from server.records import (
@@ -49,7 +49,9 @@ from server.release.final_test import (
     drop_warning,
     no_test_note,
     reason_to_withhold,
+    reason_untrained,
     statement_of,
+    untrained_layers,
 )
 from server.release.publish import Origin, publish
 from server.report.settings import shown_settings
@@ -98,6 +100,8 @@ class FederatedModel:
     device: str
     """Description of the hardware that trained the clients."""
     noise: Literal["none", "simulated", "system"]
+    of_client: ModelOf | None = None
+    """Gives a simulated client's own model where layers stay on clients; else None."""
     judge: Judge | None = None
     """Evaluates the fine-tuned model on clients; None if they hold no data back."""
     measure_onnx: MeasureOnnx | None = None
@@ -186,9 +190,12 @@ def after_rounds(
     origin = origin_of(run, outcome, trained.clients, parent, noise=trained.noise)
     if origin.privacy.before == "not known":
         story.note(_STARTED_PRIVATE)
-    tested = _tested(run, task, test, outcome, tuned, compressed, story)
-    withheld = reason_to_withhold(run, task.primary, tested.statement) if tested.statement else ""
-    for text in (tested.warning, withheld):
+    tested = _tested(run, task, test, trained, tuned, compressed, story)
+    untrained = untrained_layers(run, compressed.source_sha256, origin)
+    withheld = untrained and reason_untrained(run)
+    if tested.statement and not withheld:
+        withheld = reason_to_withhold(run, task.primary, tested.statement)
+    for text in (tested.warning, untrained, withheld):
         if text:
             story.note(text)
 
@@ -221,6 +228,7 @@ def after_rounds(
         scores=tested.scores,
         tested=tested.statement,
         test_warning=tested.warning,
+        untrained=untrained,
         client_tests=tested.clients,
         details=tested.details,
         task_sha256=_task_sha256(run),
@@ -291,11 +299,12 @@ def _tested(
     run: RunConfig,
     task: Task,
     test: FinalTest | None,
-    outcome: Outcome,
+    trained: FederatedModel,
     tuned: Finetuned | None,
     compressed: Compressed,
     story: StageLog,
 ) -> _Tested:
+    outcome = trained.outcome
     if test is None:
         story.note(no_test_note(run, task))
         return _Tested()
@@ -304,9 +313,10 @@ def _tested(
         if tuned:
             models |= {"cloud_alone": tuned.cloud_alone, "finetuned": tuned.candidate}
         released = answers_of_chosen(compressed, threads=run.serving.threads)
-        scores = final_scores(task, test.examples, models, released)
+        own = trained.of_client
+        scores = final_scores(task, test, models, released, of_client=own)
         details = details_of(task, *released(test.examples))
-        by_client = client_tests(task, test, outcome.model, released)
+        by_client = client_tests(task, test, own or (lambda _: outcome.model), released)
         of_models = scores[task.primary.name].items()
         figures = (f"{MODELS[model]} {figure(value)}" for model, value in of_models)
         said.append(f"{task.primary.name} on the final test split: {', '.join(figures)}")

@@ -30,12 +30,13 @@ from fedcore.training.device import available
 from fedcore.training.per_example.trial import choose_method
 from fedcore.training.state import check_integers
 from fedcore.updates.pack import layout_of, pack
-from server.cloud import CloudData, read_cloud_data
+from server.cloud import CloudData, cloud_data_of
 from server.release.final_test import FinalTest, read_final_test
 from server.release.publish import check_publishable
 from server.report.folder import check_outside
 from server.rounds.client_privacy.mechanism import protect
 from server.rounds.strategies.algorithm import dry_run
+from server.rounds.strategies.feddf import FEDDF
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.own import UserStrategy
 from server.rounds.strategies.state import strategy_state_of
@@ -116,6 +117,7 @@ def check_rounds(
         FedcoreError: rounds can't start. Nothing was run or replaced.
     """
     refuse_patience(run, task)
+    refuse_tuning(run, task)
     model = build_model(task, run)
     task.check_model()
     if run.federation.initial is not None:
@@ -144,6 +146,26 @@ def refuse_patience(run: RunConfig, task: Task) -> None:
             f"no data judge the rounds: {unjudged}, and "
             "federation.evaluate_cohort is 0. Nothing was run; have clients hold data back "
             "(federation.evaluate_cohort and federation.holdout), or leave patience out."
+        )
+
+
+def refuse_tuning(run: RunConfig, task: Task) -> None:
+    """Rejects fine-tuning between rounds, and FedDF, where the cloud has no data.
+
+    Raises:
+        ConfigError: the task has no ``cloud_data``.
+    """
+    if run.federation.strategy == FEDDF and task.cloud_data is None:
+        raise ConfigError(
+            f"federation.strategy = 'FedDF': task {task.name!r} has no cloud_data, by whose inputs "
+            "the clients' models teach the global one. Nothing was run; give the task cloud_data "
+            "(its targets are not read), or choose another strategy."
+        )
+    if run.finetune.in_rounds and task.cloud_data is None:
+        name = "every" if run.finetune.every is not None else "after_stall"
+        raise ConfigError(
+            f"finetune.{name}: task {task.name!r} has no cloud_data to fine-tune on. Nothing was "
+            f"run; give the task cloud_data, or leave finetune.{name} out."
         )
 
 
@@ -193,7 +215,7 @@ def read_for_release(
             keys=run.path(run.release.keys),
             now=datetime.now(UTC),
         )
-    cloud = read_cloud_data(task, data, holdout=run.finetune.holdout, seed=run.seed)
+    cloud = cloud_data_of(run, task, data)
     test = read_final_test(run, task, data, clients)
     if cloud is not None:
         check_inputs(task, cloud.heldout, what=f"task {task.name!r}: cloud data")

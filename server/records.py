@@ -92,6 +92,9 @@ class RoundRecord:
     all clients by the strategy. Empty where the run's hold."""
     sources: dict[str, MetricSource] = field(default_factory=dict)
     """Clients behind each metric, by metric; empty unless clients evaluated the round."""
+    finetuned: bool | None = field(default_factory=lambda: None)  # absent in earlier versions
+    """Whether the next round starts from this one's model as the cloud has fine-tuned it; None if
+    it was not fine-tuned."""
 
 
 @dataclass(frozen=True)
@@ -280,6 +283,8 @@ class RunRecord:
     test_warning: str = ""
     """Warning that the released model is worse on the final test than the federated one; empty if
     it isn't."""
+    untrained: str = ""
+    """Warning that layers of the model to release were never trained; empty if all were."""
     client_tests: tuple[ClientTestRecord, ...] = ()
     """Results on clients' own test data; empty without them."""
     details: FinalTestDetails | None = None

@@ -56,6 +56,7 @@ def contradictions(run: RunConfig) -> list[str]:
             f"finetune.judge = {run.finetune.judge!r} needs federation.evaluate_cohort: without "
             "it no client evaluates models on held-out data."
         )
+    found += _of_tuning(run)
     if privacy.participations and privacy.participations > federation.rounds:
         found.append(
             f"privacy.participations = {privacy.participations} is more than federation.rounds = "
@@ -69,6 +70,34 @@ def contradictions(run: RunConfig) -> list[str]:
         found.append(
             "release.repository and release.keys must be set together: set both to publish, "
             "or neither."
+        )
+    return found
+
+
+def _of_tuning(run: RunConfig) -> list[str]:
+    """Returns the contradictions of fine-tuning between rounds, and of FedDF."""
+    settings, found = run.finetune, list[str]()
+    if run.federation.strategy == "FedDF" and run.client.local:
+        found.append(
+            "federation.strategy = 'FedDF' contradicts client.local: the server cannot have models "
+            "answer whose layers stay on clients. Leave either out."
+        )
+    if settings.in_rounds and not settings.epochs:
+        found.append(
+            "finetune.every and finetune.after_stall need finetune.epochs above 0: nothing would "
+            "be fine-tuned. Set it, or leave them out."
+        )
+    if settings.in_rounds and run.client.local:
+        found.append(
+            "finetune.every and finetune.after_stall contradict client.local: the cloud cannot "
+            "measure a model whose layers stay on clients, so no gate could keep one. Leave either "
+            "out."
+        )
+    patience = run.federation.patience
+    if settings.after_stall is not None and 0 < patience <= settings.after_stall:
+        found.append(
+            f"finetune.after_stall = {settings.after_stall} contradicts federation.patience = "
+            f"{patience}, which ends the run no later. Set a larger patience, or fewer rounds."
         )
     return found
 

@@ -13,6 +13,7 @@ from fedcore.config.section import (
     LearningRate,
     Momentum,
     Optimizer,
+    Rounds,
     Seconds,
     Section,
     WeightDecay,
@@ -24,6 +25,11 @@ class Finetune(Section):
 
     epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
     """Passes over the cloud's data; 0 to skip fine-tuning."""
+    every: Rounds | None = None
+    """Fine-tune after every so many rounds, too: the next round starts from the result, if the gate
+    keeps it by the cloud's held-out data. Unset: only after the rounds, for release."""
+    after_stall: Rounds | None = None
+    """Likewise when so many rounds have not improved on the best one."""
     processes: Annotated[int, Field(ge=1, le=1024)] = 1
     """Processes on this machine, one a GPU where there are GPUs. A single one is the process that
     does everything else; additional ones load the task from its file."""
@@ -56,3 +62,8 @@ class Finetune(Section):
     interval counts, and in a simulation they also judge candidates, together with the cloud."""
     timeout_s: Seconds = 3600.0
     """Fine-tuning fails when it takes longer, or when a process waits this long for another."""
+
+    @property
+    def in_rounds(self) -> bool:
+        """Whether fine-tuned models go back into the rounds."""
+        return self.every is not None or self.after_stall is not None

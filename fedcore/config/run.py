@@ -53,7 +53,8 @@ class FederationConfig(Section):
     On a live run these are the project's devices that are online before the first round; the server
     waits for all of them, until the deadline."""
     strategy: str = "FedAvg"
-    """The name of a strategy in ``flwr.serverapp.strategy``; or ``FILE.py:CLASS`` for your own, a
+    """The name of a strategy in ``flwr.serverapp.strategy``; ``FedDF``, which distils the clients'
+    models into their average on the cloud's inputs; or ``FILE.py:CLASS`` for your own, a
     `fedcore.Algorithm` or a Flower strategy, with the file relative to this one. Only the server
     loads it, and a resumed run needs the same file."""
     strategy_options: dict[str, bool | int | float | str] = Field(default_factory=dict)

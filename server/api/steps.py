@@ -28,14 +28,20 @@ from server.api.arguments import (
     shown,
 )
 from server.api.result import Result
-from server.cloud import CloudData, read_cloud_data
+from server.cloud import CloudData, cloud_data_of
 from server.compression.compress import Compressed
 from server.compression.compress import compress as make_candidates
 from server.compression.draft import draft_of
 from server.final_scores import answers_of_chosen, final_scores
 from server.finetune.launch import Finetuned, fine_tune
 from server.preflight import clients_of
-from server.release.final_test import read_final_test, reason_to_withhold, statement_of
+from server.release.final_test import (
+    read_final_test,
+    reason_to_withhold,
+    reason_untrained,
+    statement_of,
+    untrained_layers,
+)
 from server.release.publish import check_publishable
 from server.release.publish import publish as sign_and_publish
 from server.rounds.evaluation.judging import clients_judge
@@ -207,7 +213,8 @@ def publish(
 
     Raises:
         ConfigError: repository or keys are not given, or the candidates derive from another model.
-        ReleaseError: keys are missing, or on the final test split the candidate is worse than the
+        ReleaseError: keys are missing, the model has layers that stay on clients and were never
+            trained on the cloud's data, or on the final test split the candidate is worse than the
             federated model by more than ``release.max_test_drop``. Earlier releases remain valid.
         DiskFull: the disk is full; earlier releases remain valid.
     """
@@ -220,6 +227,8 @@ def publish(
     tested = _tested(compressed, result)
     release = run.release.model_copy(update={"repository": str(place)})
     config = run.model_copy(update={"release": release})
+    if untrained_layers(run, compressed.source_sha256, result.origin):
+        raise ReleaseError(reason_untrained(config))
     if tested and (withheld := reason_to_withhold(config, task.primary, tested)):
         raise ReleaseError(withheld)
     return sign_and_publish(
@@ -231,7 +240,7 @@ def publish(
 
 
 def _cloud(run: RunConfig, task: Task) -> CloudData | None:
-    cloud = read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
+    cloud = cloud_data_of(run, task, data_folder())
     if cloud is not None:
         check_inputs(task, cloud.heldout, what=f"task {task.name!r}: cloud data")
     return cloud
@@ -281,5 +290,5 @@ def _tested(compressed: Compressed, result: Result) -> TestStatement | None:
     if test is None:
         return None
     released = answers_of_chosen(compressed, threads=run.serving.threads)
-    scores = final_scores(task, test.examples, {"federated": result.federated}, released)
+    scores = final_scores(task, test, {"federated": result.federated}, released)
     return statement_of(task, scores, test)

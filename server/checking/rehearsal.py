@@ -41,7 +41,7 @@ from fedcore.updates.messages import FROZEN, TRAIN_LOSS, Instruction, Update
 from fedcore.updates.pack import layout_of, pack, unpack
 from server.checking.looking import DataFault
 from server.checking.state import CheckState, Fault, StepOutcome
-from server.preflight import check_strategy, refuse_patience
+from server.preflight import check_strategy, refuse_patience, refuse_tuning
 from server.rounds.client_privacy.mechanism import protect
 from server.simulation.batched.trainer import Trainer, find_trainer, train_in_groups
 from server.simulation.batched.work import LocalWork
@@ -272,6 +272,7 @@ def try_strategy(state: CheckState) -> StepOutcome:
     count = min(run.federation.cohort or _TRIED, len(state.names), _TRIED)
     clients = [state.names[place] for place in range(count)]  # it may not support slices
     refuse_patience(run, state.task)
+    refuse_tuning(run, state.task)
     model = build_model(state.task, run)
     if run.federation.initial is not None:
         warm_start(run, model)

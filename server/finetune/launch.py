@@ -109,11 +109,7 @@ def fine_tune(
     untrained = build_model(task, run)
     untrained.preprocess.load_state_dict(model.preprocess.state_dict())
     starts = (parent, checkpoint_bytes(untrained))
-    candidate, cloud_alone = build_model(task, run), build_model(task, run)
-    if run.finetune.processes == 1:
-        _train_here(task, run, cloud, starts, (candidate, cloud_alone))
-    else:
-        _train_apart(run, starts, (candidate, cloud_alone))
+    candidate, cloud_alone = _trained_from(task, run, cloud, starts)
     primary = task.primary
     before = evaluate(model, cloud.heldout, [primary])[primary.name]
     after = evaluate(candidate, cloud.heldout, [primary])[primary.name]
@@ -135,6 +131,34 @@ def fine_tune(
         unjudged,
         parent_sha256=sha256_hex(parent),
     )
+
+
+def tune(task: Task, run: RunConfig, model: FullModel, cloud: CloudData) -> FullModel:
+    """Returns a copy of a global model that was trained on the cloud's data, without a gate.
+
+    It is held to the model's answers by ``finetune.remember``.
+
+    Guarantee:
+        The run's seed and the model determine every bit.
+
+    Raises:
+        TrainingDiverged: a loss was not finite.
+        TrainingError: a process or the task's code failed.
+    """
+    (tuned,) = _trained_from(task, run, cloud, [checkpoint_bytes(model)])
+    return tuned
+
+
+def _trained_from(
+    task: Task, run: RunConfig, cloud: CloudData, starts: Sequence[bytes]
+) -> list[FullModel]:
+    """Trains a model from each checkpoint; the first is a federated one."""
+    results = [build_model(task, run) for _ in starts]
+    if run.finetune.processes == 1:
+        _train_here(task, run, cloud, starts, results)
+    else:
+        _train_apart(run, starts, results)
+    return results
 
 
 def passes(

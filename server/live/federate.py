@@ -11,6 +11,7 @@ from fedcore.files import write_atomic
 from fedcore.flower.identity import server_context
 from fedcore.observability.events import Noted, RoundFinished
 from fedcore.task.model import checkpoint_bytes
+from server.finetune.in_rounds import tuner_of
 from server.live.deployment import LiveRun
 from server.live.network.members import Members
 from server.live.rounds.journaled import REJOIN_S, JournalCheckpointer, JournalGrid
@@ -56,10 +57,11 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         on_wait=live.waiting,
         on_note=lambda text: live.emit(Noted(text)),
     )
+    cloud = live.inputs.take_cloud()
     app = server_app(
         live.inputs.task,
         run,
-        cloud=live.inputs.take_cloud(),
+        cloud=cloud,
         randomness=live.randomness,
         listener=Listener(
             on_note=lambda text: live.emit(Noted(text)),
@@ -71,6 +73,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         start=journal.start,
         peers=peers,
         awaited=lambda: members.count(drained=live.control.drained),
+        tuner=tuner_of(live.inputs.task, run, cloud),
     )
     journaled = JournalGrid(
         grid,

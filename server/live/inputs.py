@@ -63,10 +63,9 @@ class Inputs:
 
     def _read_cloud(self) -> CloudData | None:
         from fedcore.task.definition import data_folder
-        from server.cloud import read_cloud_data
+        from server.cloud import cloud_data_of
 
-        holdout, seed = self._run.finetune.holdout, self._run.seed
-        return read_cloud_data(self.task, data_folder(), holdout=holdout, seed=seed)
+        return cloud_data_of(self._run, self.task, data_folder())
 
 
 def load_named_task(path: Path) -> Task:

@@ -19,7 +19,7 @@ from server.report.folder import (
     open_folder,
     restore_mark,
 )
-from server.rounds.checkpointing.run_identity import AFTER_ROUNDS, check_same, identity_of
+from server.rounds.checkpointing.run_identity import check_same, free_after_rounds, identity_of
 from server.unfinished import allow_drop, require_no_simulated_progress
 
 STEPS = "steps"
@@ -96,7 +96,7 @@ def _unfinished(folder: Path, run: RunConfig, *, resume: bool, on_point: OnPoint
                 "it would discard that. Nothing was run; continue with --resume, or start over "
                 "with --fresh."
             )
-        now, free = identity_of(run, OPEN_POLICY), AFTER_ROUNDS if journal.ended else ()
+        now, free = identity_of(run, OPEN_POLICY), free_after_rounds(run) if journal.ended else ()
         check_same(folder / JOURNAL_FOLDER, journal.identity, now, free=free)
         if over:
             what = "results are in summary.json" if released else "model is in global.safetensors"

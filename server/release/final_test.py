@@ -20,6 +20,7 @@ from fedcore.task.definition import Examples, Folder, Task, check_inputs, size_o
 from fedcore.task.metrics import Metric
 from fedcore.training.batches import gather_all
 from fedcore.training.examples import task_examples
+from server.release.publish import Origin
 
 Scores = dict[str, dict[str, float]]
 """Scores by metric, then by model."""
@@ -164,6 +165,39 @@ def reason_to_withhold(run: RunConfig, primary: Metric, tested: TestStatement) -
         "the choice of a candidate ask, may not look like the devices'. Leave out fine-tuning "
         "(finetune.epochs = 0) or pruned candidates, hold out data in the cloud that look like the "
         "devices', or allow more."
+    )
+
+
+def untrained_layers(run: RunConfig, source_sha256: str, origin: Origin) -> str:
+    """Warns that layers of the model to release have their initial values; empty if none have.
+
+    Layers that stay on clients are trained there alone, and the server has nothing else for them,
+    unless it has fine-tuned the model.
+
+    Args:
+        run: ``client.local`` is used.
+        source_sha256: Digest of the model that the candidates were made from.
+        origin: Where the federated model comes from.
+    """
+    if not run.client.local or source_sha256 != origin.parent_sha256:
+        return ""
+    return (
+        f"WARNING: Layers of the model to release were never trained: client.local = "
+        f"[{', '.join(run.client.local)}] stay on clients, and the server has their initial "
+        "values. Its answers mean nothing without the layers of a client."
+    )
+
+
+def reason_untrained(run: RunConfig) -> str:
+    """Returns the reason to withhold a model with untrained layers; empty without a repository."""
+    if run.release.repository is None:
+        return ""
+    return (
+        f"release: layers that stay on clients (client.local = [{', '.join(run.client.local)}]) "
+        "have their initial values in the server's model, so a device would answer by layers that "
+        "nothing has trained. Nothing was published, and what was published before stands; have "
+        "the cloud train them (finetune.epochs above 0, on data of the task's cloud_data), or "
+        "leave release.repository out."
     )
 
 

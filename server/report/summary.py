@@ -71,6 +71,7 @@ def summary(
             "digest": manifest.onnx.sha256 if manifest else None,
             "withheld": record.withheld or None,
             "failed": record.unreleased or None,
+            "untrained": record.untrained or None,
         },
         "test": _test(record),
         "evaluation": _evaluation(record),

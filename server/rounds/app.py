@@ -35,9 +35,11 @@ from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
 from server.rounds.peers import NumberedPeers, Peers
+from server.rounds.strategies.feddf import FEDDF, distiller_of
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.own import UserStrategy
 from server.rounds.strategies.state import restore_strategy
+from server.rounds.tuning import Tuner
 
 _POLL_S = 0.2
 
@@ -76,6 +78,7 @@ def server_app(
     strategy: UserStrategy | type[UserStrategy] | None = None,
     client_name: Callable[[int], str] | None = None,
     annotate: Callable[[RoundRecord], RoundRecord] = lambda record: record,
+    tuner: Tuner | None = None,
 ) -> ServerApp:
     """Returns a Flower ServerApp that trains ``task`` with the settings of ``run``.
 
@@ -94,6 +97,7 @@ def server_app(
         strategy: The user's own, where it was passed in from Python; None where the run names it.
         client_name: Maps a node to its client's name, for an algorithm; ``peers`` does when None.
         annotate: Adds to a round's record what only the caller knows, such as a virtual time.
+        tuner: Fine-tunes the global model between rounds; None where the run does not.
     """
     app = ServerApp()
 
@@ -116,9 +120,10 @@ def server_app(
             cohort=cohort,
             size=layout_of(model.model).size,
             name_of=client_name or (peers or NumberedPeers()).client,
+            distil=distiller_of(task, run, model, cloud),
         )
         if start is None:
-            for note in (*chosen.notes, *local_notes(model.model)):
+            for note in (*chosen.notes, *local_notes(model.model), *_cloud_notes(run)):
                 listener.on_note(note)
             warm_start(run, model)
             normalise(run, model, grid, cloud, peers or NumberedPeers(), listener.on_note)
@@ -134,7 +139,7 @@ def server_app(
             cohort=cohort,
             metrics=tuple(task.metrics),
             randomness=randomness,
-            evaluate_on_cloud=partial(measure, examples=cloud.train, metrics=task.metrics)
+            evaluate_on_cloud=partial(measure, examples=cloud.of_rounds, metrics=task.metrics)
             if cloud
             else None,
             on_round=listener.on_round,
@@ -144,6 +149,7 @@ def server_app(
             start=start,
             peers=peers or NumberedPeers(),
             live=peers is not None,
+            tuner=tuner,
             outputs=_outputs(task, model) if run.federation.evaluate_cohort else (),
             clients=max(_count(grid), awaited()) if run.client_private else 0,
         )
@@ -175,6 +181,17 @@ def local_notes(model: nn.Module) -> list[str]:
         f"{counted(count, 'number')} of the model in {counted(len(found), 'tensor')} "
         f"({', '.join(list(found)[:5])}{', ...' if len(found) > 5 else ''}) stay on each client. "
         "The server does not know them: in its model they have their initial values."
+    ]
+
+
+def _cloud_notes(run: RunConfig) -> list[str]:
+    """Returns a note where a private run's global model learns from the cloud's data, too."""
+    learns = run.finetune.in_rounds or run.federation.strategy == FEDDF
+    if run.privacy.unit == "none" or not learns:
+        return []
+    return [
+        "The privacy guarantee covers the clients' data alone. The global model also learns from "
+        "the cloud's data between rounds, which must be public, or of owners who agreed to that."
     ]
 
 

@@ -21,6 +21,7 @@ from server.rounds.cohort import selection_size
 from server.rounds.inbound import FoldingGrid
 from server.rounds.peers import NumberedPeers, Peers
 from server.rounds.strategies.flower import ChosenStrategy
+from server.rounds.tuning import Tuner
 
 EvaluateModel = Callable[[FullModel], Measured]
 
@@ -49,6 +50,8 @@ class Federation:
     """Names of the clients."""
     live: bool = False
     """Whether clients are devices, whose updates are bounded unless the run specifies otherwise."""
+    tuner: Tuner | None = None
+    """Fine-tunes the global model between rounds; None where the run does not."""
     outputs: tuple[int, ...] = ()
     """Shape of the model's outputs for one example, where clients evaluate rounds."""
     clients: int = 0

@@ -16,7 +16,7 @@ from flwr.app import MessageType
 from fedcore.task.model import FullModel, preprocess_bytes
 from fedcore.updates.frozen import frozen_state
 from fedcore.updates.messages import sendable
-from fedcore.updates.pack import Vector, layout_of, pack, unpack
+from fedcore.updates.pack import Layout, Vector, layout_of, pack, unpack
 from server.records import RoundRecord
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.client_privacy.mechanism import draw, draws_of, epsilon, protect
@@ -33,6 +33,7 @@ from server.rounds.federation import Federation
 from server.rounds.inbound import Tally
 from server.rounds.strategies.state import strategy_state_of
 from server.rounds.training import Sent, train_round
+from server.rounds.tuning import is_due, tune
 
 
 @dataclass(frozen=True)
@@ -91,15 +92,17 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         epsilon_max = _largest(epsilon_max, record.epsilon_max)
         record = federation.annotate(replace(record, epsilon_max=epsilon_max, client_epsilon=spent))
         announce_undefined(federation, records, number, judged)
+        better = is_better(federation.primary, [*records, record], progress.best_round)
+        best_round = number if better else progress.best_round
+        weights, record = _tuned(federation, model, layout, arrays, [*records, record], best_round)
         records.append(record)
         federation.on_round(record)
-        better = is_better(federation.primary, records, progress.best_round)
         progress = replace(
             progress,
             round=number,
-            weights=arrays,
+            weights=weights,
             best=arrays if better else progress.best,
-            best_round=number if better else progress.best_round,
+            best_round=best_round,
             most_failed=max(progress.most_failed, tally.failed),
             strategy=strategy_state_of(federation.chosen.strategy),
             protection=protection,
@@ -109,6 +112,28 @@ def run_rounds(federation: Federation, model: FullModel) -> Federated:
         checkpointer.commit(progress, record)
     unpack(progress.weights, model.model)
     return Federated(progress.best, progress.best_round, tuple(records), progress.protection)
+
+
+def _tuned(
+    federation: Federation,
+    model: FullModel,
+    layout: Layout,
+    weights: Vector,
+    records: Sequence[RoundRecord],
+    best_round: int,
+) -> tuple[Vector, RoundRecord]:
+    """Fine-tunes the weights of the last round if it is due; returns the next ones and its record.
+
+    The model of the best round stays what the round gave: its metrics are those of that model.
+    """
+    record = records[-1]
+    due = is_due(federation.run.finetune, records, best_round)
+    if federation.tuner is None or not due:
+        return weights, record
+    started = time.monotonic()
+    found, kept = tune(federation, model, layout, weights, number=record.round)
+    seconds = record.seconds + time.monotonic() - started
+    return sendable(found) if kept else weights, replace(record, finetuned=kept, seconds=seconds)
 
 
 def _draw_cohort(federation: Federation, progress: Progress, *, short: bool = False) -> Cohort:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from functools import partial
 
 from fedcore.config.run import RunConfig
@@ -11,6 +12,7 @@ from fedcore.task.definition import Examples, Folder, Task, size_of
 from fedcore.task.model import FullModel
 from fedcore.training.evaluate import evaluate
 from fedcore.training.examples import task_examples
+from fedcore.updates.local import load_local
 from server.records import ClientRecord
 from server.simulation.virtual.state import SimulationState
 
@@ -28,11 +30,12 @@ def client_records(
 ) -> tuple[ClientRecord, ...]:
     """Returns a record per client that took part, for the first `MAX_CLIENTS` by name.
 
-    Leaves out clients whose data cannot be read or evaluated.
+    Each is measured with the layers that it keeps to itself. Leaves out clients whose data cannot
+    be read or evaluated.
     """
     records = []
     for name in sorted(state.rounds)[:MAX_CLIENTS]:
-        judged = _judged(task, model, name, data)
+        judged = _judged(task, own_model(model, state, name), name, data)
         if judged is None:
             continue
         examples, metric = judged
@@ -47,6 +50,19 @@ def client_records(
             )
         )
     return tuple(records)
+
+
+def own_model(model: FullModel, state: SimulationState, name: str) -> FullModel:
+    """Returns the federated model with the local layers of the client ``name``.
+
+    The model itself where the client has none; else a copy.
+    """
+    layers = state.locals.get(name)
+    if not layers:
+        return model
+    own = copy.deepcopy(model)
+    load_local(layers, own.model)
+    return own
 
 
 def _judged(task: Task, model: FullModel, name: str, data: Folder) -> tuple[Examples, float] | None:

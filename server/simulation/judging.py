@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 
 from fedcore.config.owner import OwnerPolicy
 from fedcore.config.run import RunConfig
@@ -21,10 +22,13 @@ def judge_in_simulation(
     owner: OwnerPolicy,
     clients: Sequence[str],
     on_note: Callable[[str], None],
+    *,
+    locals: Mapping[str, bytes] = MappingProxyType({}),
 ) -> Judge:
     """Returns a function that has virtual clients measure two models.
 
-    Devices on a virtual clock are ignored: every client is reachable.
+    Devices on a virtual clock are ignored: every client is reachable. A client measures both models
+    with the layers that it keeps to itself, ``locals`` by name, as a device does.
     """
 
     def judge(before: FullModel, after: FullModel) -> Judgement:
@@ -36,7 +40,7 @@ def judge_in_simulation(
             run,
             owner,
             clients,
-            state=SimulationState(),
+            state=SimulationState(locals=dict(locals)),
             fleet=None,
             on_choice=lambda choice, workers: None,
         )

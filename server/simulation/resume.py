@@ -12,7 +12,7 @@ from fedcore.task.definition import Task
 from fedcore.task.model import build_model
 from fedcore.updates.pack import layout_of
 from server.report.folder import CHECKPOINT, clear, complete, is_complete, mark
-from server.rounds.checkpointing.run_identity import AFTER_ROUNDS, check_same, identity_of
+from server.rounds.checkpointing.run_identity import check_same, free_after_rounds, identity_of
 from server.simulation.checkpoint import Checkpoint, read_checkpoint
 from server.simulation.checkpointer import FAILED
 from server.simulation.extension import ROUNDS, extended, rounds_of
@@ -44,7 +44,7 @@ def open_checkpoint(folder: Path, run: RunConfig, owner: OwnerPolicy, task: Task
         )
     checkpoint = read_checkpoint(path)
     identity, before = identity_of(run, owner), rounds_of(checkpoint.identity)
-    later = AFTER_ROUNDS if checkpoint.progress.over else ()
+    later = free_after_rounds(run) if checkpoint.progress.over else ()
     check_same(path, checkpoint.identity, identity, free=(ROUNDS, *later))
     if before != run.federation.rounds:
         progress = extended(path, run, checkpoint.progress, before=before)

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 
 from fedcore.config.owner import OwnerPolicy, tighten
@@ -22,6 +23,7 @@ from fedcore.seeds import Simulated
 from fedcore.task.definition import Task
 from fedcore.training.device import available
 from server.after_rounds import Completed, FederatedModel, StageLog, after_rounds
+from server.finetune.in_rounds import tuner_of
 from server.preflight import Prepared
 from server.process.signals import stop_requested
 from server.records import RoundRecord, TrainingRecord
@@ -31,7 +33,7 @@ from server.rounds.checkpointing.run_identity import identity_of
 from server.rounds.evaluation.judging import clients_judge
 from server.simulation.checkpoint import Checkpoint, StoredEvent
 from server.simulation.checkpointer import FileCheckpointer
-from server.simulation.clients import client_records
+from server.simulation.clients import client_records, own_model
 from server.simulation.federate import federate
 from server.simulation.judging import judge_in_simulation, measure_onnx_in_simulation
 from server.simulation.virtual.devices import read_fleet
@@ -84,12 +86,13 @@ def run_pipeline(
         done.training,
         str(available(run.client.device)),
         "none" if run.privacy.unit == "none" else "simulated",
+        of_client=partial(own_model, model, done.state) if run.client.local else None,
     )
     if clients_judge(run):
         arguments = (run, task, owner, prepared.clients, story.note)
         trained = replace(
             trained,
-            judge=judge_in_simulation(*arguments),
+            judge=judge_in_simulation(*arguments, locals=done.state.locals),
             measure_onnx=measure_onnx_in_simulation(*arguments),
         )
     return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
@@ -209,6 +212,7 @@ def run_simulated_rounds(
         strategy=prepared.strategy,
         client_name=lambda node: prepared.clients[node - FIRST_NODE_ID],
         annotate=state.with_clock,
+        tuner=tuner_of(task, run, prepared.cloud),
     )
     fleet = read_fleet(run, prepared.clients)
     federate(

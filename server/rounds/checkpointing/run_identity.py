@@ -22,10 +22,17 @@ AFTER_ROUNDS = (
 """Prefixes of settings that affect only the steps after the rounds: a resume may change them once
 the rounds have ended. ``finetune.holdout`` is not among them: held-out data evaluates the rounds.
 """
+IN_ROUNDS = tuple(one for one in AFTER_ROUNDS if not one.startswith("finetune."))
+"""`AFTER_ROUNDS` of a run whose rounds start from fine-tuned models."""
 TASK, STRATEGY, TRACE = "task file", "strategy file", "trace"
 _FREE = {"run.simulation.workers", "run.simulation.engine"}
 """Settings that may change on resume, so that a machine with less memory can use fewer workers.
 They affect no bit, except the order of float32 sums where clients are trained in batches."""
+
+
+def free_after_rounds(run: RunConfig) -> Collection[str]:
+    """Returns the prefixes of settings that a resume may change once the rounds have ended."""
+    return IN_ROUNDS if run.finetune.in_rounds else AFTER_ROUNDS
 
 
 def identity_of(run: RunConfig, owner: OwnerPolicy) -> dict[str, Any]:

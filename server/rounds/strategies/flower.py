@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import inspect
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from typing import Any
 
 import flwr.serverapp.strategy as flower
@@ -18,6 +18,7 @@ from fedcore.task.algorithm import Algorithm
 from fedcore.updates.messages import ARRAYS, CONFIG, NUM_EXAMPLES
 from server.rounds.strategies.algorithm import AlgorithmStrategy
 from server.rounds.strategies.checked import CheckedAlgorithm
+from server.rounds.strategies.feddf import FEDDF, Distil, Distillation, FedDF
 from server.rounds.strategies.own import UserStrategy, names_user_strategy, user_strategy
 
 FOLDING = (
@@ -87,8 +88,9 @@ def choose_strategy(
     cohort: int,
     size: int,
     name_of: Callable[[int], str] = str,
+    distil: Distil | None = None,
 ) -> ChosenStrategy:
-    """Returns the strategy of a run: one of Flower's, or the user's own.
+    """Returns the strategy of a run: one of Flower's, `FedDF`, or the user's own.
 
     Args:
         run: Configuration of the run.
@@ -96,11 +98,20 @@ def choose_strategy(
         cohort: Number of clients per round.
         size: Length of an update, to state the memory that buffering takes; 0 for no such note.
         name_of: Maps a node to its client's name.
+        distil: What `FedDF` distils with; None where its results do not matter.
 
     Raises:
         ConfigError: the strategy does not exist or does not fit the run. Nothing was run.
     """
     federation = run.federation
+    if given is None and federation.strategy == FEDDF:
+        adapted = AlgorithmStrategy(
+            CheckedAlgorithm(_fed_df(federation.strategy_options, distil), run),
+            FEDDF,
+            name_of=name_of,
+        )
+        notes = [_memory_note(FEDDF, cohort, size)] if size else []
+        return ChosenStrategy(adapted, False, False, notes, label=FEDDF)
     if given is None and not names_user_strategy(federation.strategy):
         return make_strategy(
             federation.strategy, federation.strategy_options, cohort=cohort, size=size
@@ -128,6 +139,17 @@ def choose_strategy(
         if hasattr(own, name):
             setattr(own, name, value)
     return ChosenStrategy(own, folds, False, notes, in_place=False, label=label)
+
+
+def _fed_df(options: Mapping[str, Any], distil: Distil | None) -> FedDF:
+    known = [each.name for each in fields(Distillation)]
+    unknown = sorted(set(options) - set(known))
+    if unknown:
+        raise ConfigError(
+            f"federation.strategy_options.{unknown[0]}: FedDF has no such option. It accepts: "
+            f"{', '.join(known)}. Nothing was run."
+        )
+    return FedDF(**options, distil=distil)
 
 
 _WHOLE_COHORT: Mapping[str, Any] = {
@@ -206,8 +228,8 @@ def _find(name: str) -> type[Strategy]:
         hint = f" Did you mean {near[0]!r}?" if near else ""
         raise ConfigError(
             f"federation.strategy = {name!r}: Flower has no such strategy.{hint} Available: "
-            f"{', '.join(names)}. Nothing was run; to use your own, give its file and class, "
-            "e.g. 'mine.py:MyStrategy'."
+            f"{', '.join(names)}, and FedDF. Nothing was run; to use your own, give its file and "
+            "class, e.g. 'mine.py:MyStrategy'."
         )
     found: type[Strategy] = getattr(flower, name)
     return found

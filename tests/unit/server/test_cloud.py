@@ -6,10 +6,11 @@ import pytest
 import torch
 from torch.utils.data import Subset, TensorDataset
 
+from fedcore.config.run import RunConfig
 from fedcore.errors import DataError
 from fedcore.task.definition import Examples, Task, size_of
 from fedcore.training.batches import gather
-from server.cloud import CloudData, read_cloud_data
+from server.cloud import CloudData, cloud_data_of, read_cloud_data
 
 ROWS: Any = TensorDataset(torch.arange(50.0).reshape(50, 1), torch.arange(50))
 
@@ -82,3 +83,28 @@ def test_the_folder_reaches_the_loader(tmp_path: Any) -> None:
 
     read_cloud_data(make_task(cloud_data=load), tmp_path, holdout=0.5, seed=0)
     assert seen == [tmp_path]
+
+
+@pytest.mark.parametrize("heldout", [None, lambda folder: ROWS])
+def test_rounds_that_start_from_fine_tuned_models_are_judged_by_data_of_their_own(
+    heldout: Any,
+) -> None:
+    task = make_task(cloud_heldout=heldout)
+    values = {"name": "run", "task": "task.py"}
+    plain = RunConfig.model_validate(values)
+    every = RunConfig.model_validate({**values, "finetune": {"every": 3}})
+    usual, split = cloud_data_of(plain, task, None), cloud_data_of(every, task, None)
+    assert usual is not None
+    assert split is not None
+    assert usual.of_rounds is usual.train
+    parts = [rows(each) for each in (split.of_rounds, split.heldout)]
+    assert not parts[0] & parts[1]
+    assert parts[0] | parts[1] == rows(usual.heldout)
+    assert min(map(len, parts)) >= 7
+    if heldout is None:
+        assert not parts[0] & rows(split.train)
+    clients = {"evaluate_cohort": 1, "holdout": 0.3}
+    judged = every.model_copy(update={"federation": every.federation.model_copy(update=clients)})
+    whole = cloud_data_of(judged, task, None)
+    assert whole is not None
+    assert rows(whole.heldout) == rows(usual.heldout)

@@ -37,6 +37,7 @@ from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.strategies.flower import make_strategy
 from server.rounds.strategies.state import strategy_state_of
+from server.rounds.tuning import Tuner
 
 NODES = list(range(10, 15))
 Answer = Callable[[int, int, Vector], RecordDict | Error]
@@ -77,6 +78,8 @@ class Story:
         options: dict[str, Any] | None = None,
         live: bool = False,
         unit: str = "none",
+        tuner: Tuner | None = None,
+        finetune: dict[str, Any] | None = None,
         **federation: Any,
     ) -> None:
         assume_identity(1)
@@ -89,6 +92,7 @@ class Story:
                 "task": "task.py",
                 "federation": {"rounds": 3} | federation,
                 "privacy": {"unit": unit},
+                "finetune": finetune or {},
             }
         )
 
@@ -116,6 +120,7 @@ class Story:
             on_note=self.notes.append,
             live=live,
             outputs=(2,),
+            tuner=tuner,
         )
         self.model = zeros()
 

@@ -16,7 +16,7 @@ from torch.utils.data import TensorDataset
 import fedcore
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import RunConfig
-from fedcore.errors import ConfigError, TaskError
+from fedcore.errors import ConfigError, ReleaseError, TaskError
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Task
 from fedcore.task.model import build_model
@@ -189,6 +189,55 @@ def digits(alpha: float) -> dict[str, Any]:
     shares = fedcore.dirichlet(targets, 20, alpha=alpha, seed=0, min_examples=20)
     rows = [torch.tensor(share) for share in shares]
     return {f"c{place}": TensorDataset(images[row], targets[row]) for place, row in enumerate(rows)}
+
+
+def test_final_tests_by_client_use_its_own_layers_and_untrained_ones_are_not_released(
+    tmp_path: Path,
+) -> None:
+    names = [f"client-{place}" for place in range(4)]
+
+    def part(client: str, rows: slice) -> Any:
+        return TensorDataset(*(column[rows] for column in permuted(client, 180).tensors))
+
+    task = Task(
+        name="permuted",
+        kind="classification",
+        model=Net,
+        clients=lambda folder: names,
+        client_data=lambda client, folder: part(client, slice(120)),
+        client_test=lambda client, folder: part(client, slice(120, None)),
+        cloud_data=lambda folder: permuted("client-0", 90),
+        example_input=torch.zeros(FEATURES),
+    )
+    fedcore.create_repository(tmp_path / "releases", tmp_path / "keys")
+    release = {"repository": str(tmp_path / "releases"), "keys": str(tmp_path / "keys")}
+    more: dict[str, Any] = {
+        "federation": {"rounds": 10, "evaluate_cohort": 4, "holdout": 0.2},
+        "compression": {"candidates": ("fp32",), "timing_runs": 100},
+    }
+    run = run_of("head.*", release=release, finetune={"epochs": 0}, **more)
+    result = fedcore.simulate(task, run, runs=tmp_path)
+    record = result.record
+    gains = [one.federated - one.released for one in record.client_tests]
+    assert np.mean(gains) > 0.15
+    pooled = np.average([one.federated for one in record.client_tests])  # of equal sizes
+    assert record.scores["accuracy"]["federated"] == pytest.approx(pooled)
+    assert all(one.metric > 0.6 for one in record.clients)
+    assert record.manifest is None
+    assert "(client.local = [head.*]) have their initial values" in record.withheld
+    assert record.untrained.startswith("WARNING: Layers of the model to release were never")
+    assert result.summary["release"]["untrained"] == record.untrained
+    assert "have their initial values" in (tmp_path / "run" / "report.html").read_text()
+    with pytest.raises(ReleaseError, match="have their initial values"):
+        fedcore.publish(result.compressed, result)
+
+    tuning = {"epochs": 30, "judge": "cloud"}
+    generous = {**release, "max_test_drop": 1.0}
+    tuned = fedcore.simulate(
+        task, run_of("head.*", release=generous, finetune=tuning, **more), runs=None
+    )
+    assert (tuned.record.untrained, tuned.record.withheld) == ("", "")
+    assert tuned.record.manifest is not None
 
 
 @pytest.mark.slow
