@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 import argparse
-from datetime import UTC, datetime
 from pathlib import Path
 
 from edge_client.agent.commands import start
-from edge_client.enrol import enrol, install
+from edge_client.enrol import enrol, install_kit
 from fedcore.cli import Command, group, json_option, show
-from fedcore.crypto.certificates import certificate_sha256
 
 
 def _kit(parser: argparse.ArgumentParser) -> None:
@@ -52,23 +50,21 @@ def _install_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _install(options: argparse.Namespace) -> int:
-    now = datetime.now(UTC)
-    kit = install(options.kit, options.file, authority_sha256=options.authority, now=now)
-    subject, sha256 = kit.subject, certificate_sha256(kit.authority)
+    kit = install_kit(options.kit, options.file, authority_sha256=options.authority)
     checked = "as given" if options.authority else "compare it with the operator's"
     text = (
-        f"Installed: {subject.role} {subject.name} of project {subject.project}, valid until "
-        f"{subject.not_after:%Y-%m-%d}\n"
-        f"Server:    {' '.join(kit.file.servers)}\n"
-        f"Authority: {sha256} ({checked})"
+        f"Installed: {kit.role} {kit.name} of project {kit.project}, valid until "
+        f"{kit.not_after:%Y-%m-%d}\n"
+        f"Server:    {' '.join(kit.servers)}\n"
+        f"Authority: {kit.authority_sha256} ({checked})"
     )
     value = {
-        "name": subject.name,
-        "role": subject.role,
-        "project": subject.project,
-        "servers": list(kit.file.servers),
-        "not_after": f"{subject.not_after:%Y-%m-%dT%H:%M:%SZ}",
-        "authority_sha256": sha256,
+        "name": kit.name,
+        "role": kit.role,
+        "project": kit.project,
+        "servers": list(kit.servers),
+        "not_after": f"{kit.not_after:%Y-%m-%dT%H:%M:%SZ}",
+        "authority_sha256": kit.authority_sha256,
     }
     return show(options, text, value)
 

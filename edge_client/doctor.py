@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import base64
 import os
 import socket
@@ -17,7 +16,7 @@ from urllib.parse import unquote, urlsplit
 from edge_client.delivery.clock import ClockReading, read_floor
 from edge_client.delivery.clock import shown as shown_time
 from fedcore.crypto.kit import Kit, client_context, load_kit
-from fedcore.doctor import Finding, disk, expiry, guarded
+from fedcore.doctor import Checkup, Finding, disk, expiry, guarded
 from fedcore.errors import ConfigError, FedcoreError
 from fedcore.rpc.proxy import check_proxies, proxy_for, shown
 
@@ -26,15 +25,14 @@ _SKEW_S = 600.0
 _MAX_HEAD_BYTES = 1 << 15
 
 
-def examine(options: argparse.Namespace) -> Iterator[Finding]:
-    """Yields findings about the device's kit and store, as far as the options name them."""
-    if options.kit is not None:
-        yield from _kit(options)
-    if options.store is not None:
-        yield guarded(
-            "store", lambda: _releases_clock(options.store), remedy="see docs/release.md, Clocks"
-        )
-        yield disk(options.store)
+def examine(asked: Checkup) -> Iterator[Finding]:
+    """Yields findings about the device's kit and store, as far as they are given."""
+    if asked.kit is not None:
+        yield from _kit(asked.kit)
+    store = asked.store
+    if store is not None:
+        yield guarded("store", lambda: _releases_clock(store), remedy="see docs/release.md, Clocks")
+        yield disk(store)
     else:
         yield Finding(
             "store",
@@ -43,10 +41,10 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
         )
 
 
-def _kit(options: argparse.Namespace) -> Iterator[Finding]:
+def _kit(folder: Path) -> Iterator[Finding]:
     """Yields findings about the kit, its disk and the connection to the kit's servers."""
     try:
-        kit = load_kit(options.kit)
+        kit = load_kit(folder)
     except FedcoreError as error:
         yield Finding(
             "kit",
@@ -61,7 +59,7 @@ def _kit(options: argparse.Namespace) -> Iterator[Finding]:
         )
         yield expiry(f"{kit.role} {kit.name} of {kit.project}", kit.not_after, remedy=remedy)
         yield from _connection(kit)
-    yield disk(options.kit)
+    yield disk(folder)
 
 
 def _connection(kit: Kit) -> Iterator[Finding]:

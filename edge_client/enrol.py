@@ -1,13 +1,15 @@
 """Enrolment in a project: makes a machine's key and signing request, and installs its kit.
 
-The private key never leaves the machine; the operator answers the request with the kit.
+The private key never leaves the machine; the operator answers the request with the kit. `enrol`
+and `install_kit` are part of the Python API; ``fedcore client`` calls the same.
 """
 
 from __future__ import annotations
 
 import hmac
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import UTC, datetime
+from os import PathLike
 from pathlib import Path
 
 from fedcore.crypto.certificates import certificate_sha256, parse_certificate, pem
@@ -18,7 +20,9 @@ from fedcore.crypto.kit import (
     KIT,
     MAX_KIT_BYTES,
     REQUEST,
+    Kit,
     VerifiedKit,
+    load_identity,
     parse_kit,
     parse_kit_file,
     write_kit,
@@ -26,10 +30,18 @@ from fedcore.crypto.kit import (
 from fedcore.errors import CertificateRefused, ConfigError, DataError
 from fedcore.files import disk_errors, name_exists, read_bytes, write_atomic
 
+Place = str | PathLike[str]
+
 
 @dataclass(frozen=True)
 class Enrolled:
-    """Result of `enrol`: a signing request to send to the operator."""
+    """Result of `fedcore.enrol`: a signing request to send to the operator.
+
+    Example::
+
+        made = fedcore.enrol("kit", "edge-017")
+        made.request, made.fingerprint
+    """
 
     request: Path
     """File of the request."""
@@ -37,13 +49,19 @@ class Enrolled:
     """SHA-256 of the public key, to compare with the output of ``fedcore provision list``."""
 
 
-def enrol(folder: Path, name: str) -> Enrolled:
-    """Makes a key and a signing request in a folder. Never replaces an existing key.
+def enrol(kit: Place, name: str) -> Enrolled:
+    """Makes this machine's key, and a request for the operator. Never replaces an existing key.
 
-    A second call before the kit is installed makes a new request for the same key.
+    A second call before the kit is installed makes a new request for the same key. Imports neither
+    torch nor Flower.
+
+    Example::
+
+        made = fedcore.enrol("kit", "edge-017")  # then send made.request to the operator
+        fedcore.install_kit("kit", "edge-017.kit")  # and install what comes back
 
     Args:
-        folder: The kit's folder; created if missing.
+        kit: The kit's folder; created if missing.
         name: The machine's name, unique in the project.
 
     Raises:
@@ -51,6 +69,7 @@ def enrol(folder: Path, name: str) -> Enrolled:
         CertificateRefused: other users can read the existing key, or the file is not a key.
         DiskFull: there was no room.
     """
+    folder = Path(kit)
     if name_exists(folder / KIT):
         raise ConfigError(
             f"{folder}: an identity is installed in this folder already. Nothing was written; "
@@ -66,17 +85,22 @@ def enrol(folder: Path, name: str) -> Enrolled:
     return Enrolled(folder / REQUEST, fingerprint(public_bytes(key)))
 
 
-def install(
-    folder: Path, file: Path, *, authority_sha256: str | None, now: datetime
-) -> VerifiedKit:
-    """Installs a kit for the key in a folder: the first kit, or a renewed one.
+def install_kit(
+    kit: Place, file: Place, *, authority_sha256: str | None = None, now: datetime | None = None
+) -> Kit:
+    """Installs the kit that the operator sent back: the first one, or a renewed one.
+
+    Example::
+
+        kit = fedcore.install_kit("kit", "edge-017.kit", authority_sha256="3f9a...")
+        kit.name, kit.servers, kit.not_after
 
     Args:
-        folder: Folder in which `enrol` made the key.
+        kit: Folder in which `fedcore.enrol` made the key.
         file: The kit from the operator.
         authority_sha256: The authority's fingerprint, which the operator gives over another channel
             than the kit; unchecked when None.
-        now: The current time, UTC.
+        now: The current time, UTC; the system's clock when None.
 
     Raises:
         DataError: the kit or the key is missing.
@@ -84,6 +108,12 @@ def install(
             authority than ``authority_sha256`` or the installed kit, or is older than the
             installed kit, which stays in place.
     """
+    now = now or datetime.now(UTC)
+    _install(Path(kit), Path(file), authority_sha256=authority_sha256, now=now)
+    return load_identity(Path(kit), now=now)
+
+
+def _install(folder: Path, file: Path, *, authority_sha256: str | None, now: datetime) -> None:
     raw = read_bytes(file, max_bytes=MAX_KIT_BYTES, what="a kit")
     kit = parse_kit(raw, now=now, where=str(file))
     if not name_exists(folder / KEY):
@@ -113,7 +143,6 @@ def install(
     write_kit(folder, kit.file)
     with disk_errors(folder):
         (folder / REQUEST).unlink(missing_ok=True)
-    return kit
 
 
 def _check_successor(new: VerifiedKit, folder: Path, *, where: str) -> None:

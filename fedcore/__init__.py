@@ -19,12 +19,24 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 
 if TYPE_CHECKING:
     from edge_client.delivery.update import UpdateResult
+    from edge_client.enrol import Enrolled, enrol, install_kit
+    from edge_client.launch import LiveClient, start_client
+    from edge_client.ledger.export import LedgerExport, VerifiedExport
+    from edge_client.ledger.reading import (
+        export_ledger,
+        read_ledger,
+        verify_ledger,
+        verify_ledger_export,
+    )
+    from edge_client.ledger.view import LedgerFiles, LedgerView
     from edge_client.live import LiveModel, VersionedOutputs, follow_model
     from edge_client.model import EdgeModel, open_model, update_model
     from fedcore.artifacts.manifest import Manifest
     from fedcore.config.client_settings import ClientSettings
     from fedcore.config.run import RunConfig
     from fedcore.config.settings import load_run
+    from fedcore.crypto.kit import Kit
+    from fedcore.doctor import Finding, diagnose
     from fedcore.errors import FedcoreError
     from fedcore.sources.arrays import from_arrays
     from fedcore.sources.client_data import ClientData
@@ -57,7 +69,27 @@ if TYPE_CHECKING:
     from server.compression.compress import Compressed
     from server.evaluation import ClientScores, Evaluation, MetricSpread
     from server.finetune.launch import Finetuned
+    from server.live.journal.evidence import Evidence
+    from server.live.launch import LiveServer, start_server
+    from server.live.operators.protocol import BackedUp
+    from server.live.operators.server_client import DeviceStatus, ServerClient, ServerStatus
+    from server.live.rollback import RolledBack, roll_back_run
+    from server.live.verify import verify_run
+    from server.privacy.auditing import PrivacyAudit, audit_privacy
+    from server.privacy.plan import ExamplePrivacyPlan, plan_example_privacy
+    from server.privacy.plan_clients import ClientPrivacyPlan, plan_client_privacy
+    from server.provision.authority import (
+        Authority,
+        SignedRoster,
+        create_authority,
+        restore_authority,
+    )
+    from server.provision.backup import Restored
+    from server.provision.kits import IssuedKit
+    from server.provision.membership import Membership
+    from server.records import RoundRecord
     from server.release.registry.rotation import Rotation
+    from server.report.compared import ComparedRuns, FoundRun, compare_runs, list_runs
     from server.simulation.replay import Replayed
 
 __version__ = "0.1.0"
@@ -65,42 +97,74 @@ __version__ = "0.1.0"
 _LAZY = {
     "ACCURACY": "fedcore.task.metrics",
     "Algorithm": "fedcore.task.algorithm",
+    "Authority": "server.provision.authority",
+    "BackedUp": "server.live.operators.protocol",
     "ClientData": "fedcore.sources.client_data",
+    "ClientPrivacyPlan": "server.privacy.plan_clients",
     "ClientScores": "server.evaluation",
     "ClientSettings": "fedcore.config.client_settings",
     "ClientUpdate": "fedcore.task.algorithm",
-    "Evaluation": "server.evaluation",
+    "ComparedRuns": "server.report.compared",
     "Compressed": "server.compression.compress",
+    "DeviceStatus": "server.live.operators.server_client",
     "EdgeModel": "edge_client.model",
+    "Enrolled": "edge_client.enrol",
+    "Evaluation": "server.evaluation",
+    "Evidence": "server.live.journal.evidence",
+    "ExamplePrivacyPlan": "server.privacy.plan",
     "FedcoreError": "fedcore.errors",
+    "Finding": "fedcore.doctor",
     "Finetuned": "server.finetune.launch",
+    "FoundRun": "server.report.compared",
     "History": "server.api.result",
+    "IssuedKit": "server.provision.kits",
     "Kind": "fedcore.task.kinds.protocol",
     "LiveModel": "edge_client.live",
+    "Kit": "fedcore.crypto.kit",
+    "LedgerExport": "edge_client.ledger.export",
+    "LedgerFiles": "edge_client.ledger.view",
+    "LedgerView": "edge_client.ledger.view",
+    "LiveClient": "edge_client.launch",
+    "LiveServer": "server.live.launch",
     "MAE": "fedcore.task.metrics",
     "Manifest": "fedcore.artifacts.manifest",
+    "Membership": "server.provision.membership",
     "Metric": "fedcore.task.metrics",
     "MetricSpread": "server.evaluation",
     "NewRepository": "server.api.releases",
     "NewTask": "fedcore.task.templates",
     "PERPLEXITY": "fedcore.task.metrics",
+    "PrivacyAudit": "server.privacy.auditing",
     "RMSE": "fedcore.task.metrics",
     "Replayed": "server.simulation.replay",
+    "Restored": "server.provision.backup",
     "Result": "server.api.result",
+    "RolledBack": "server.live.rollback",
     "Rotation": "server.release.registry.rotation",
     "Round": "fedcore.task.algorithm",
+    "RoundRecord": "server.records",
     "RunConfig": "fedcore.config.run",
+    "ServerClient": "server.live.operators.server_client",
+    "ServerStatus": "server.live.operators.server_client",
+    "SignedRoster": "server.provision.authority",
     "Statistics": "fedcore.task.statistics",
     "Task": "fedcore.task.definition",
     "TaskCheck": "server.checking.findings",
     "UpdateResult": "edge_client.delivery.update",
     "VersionedOutputs": "edge_client.live",
+    "VerifiedExport": "edge_client.ledger.export",
+    "audit_privacy": "server.privacy.auditing",
     "by_column": "fedcore.task.partition",
     "check": "server.api.checking",
+    "compare_runs": "server.report.compared",
     "compress": "server.api.steps",
+    "create_authority": "server.provision.authority",
     "create_repository": "server.api.releases",
+    "diagnose": "fedcore.doctor",
     "dirichlet": "fedcore.task.partition",
+    "enrol": "edge_client.enrol",
     "evaluate": "server.api.evaluating",
+    "export_ledger": "edge_client.ledger.reading",
     "finetune": "server.api.steps",
     "follow_model": "edge_client.live",
     "from_arrays": "fedcore.sources.arrays",
@@ -108,21 +172,33 @@ _LAZY = {
     "from_folder": "fedcore.sources.images",
     "from_frames": "fedcore.sources.frames",
     "iid": "fedcore.task.partition",
+    "install_kit": "edge_client.enrol",
     "list_releases": "server.api.releases",
+    "list_runs": "server.report.compared",
     "load_run": "fedcore.config.settings",
     "load_task": "fedcore.task.definition",
     "merge_adapters": "fedcore.task.adapters",
     "new_task": "fedcore.task.templates",
     "open_model": "edge_client.model",
+    "plan_client_privacy": "server.privacy.plan_clients",
+    "plan_example_privacy": "server.privacy.plan",
     "publish": "server.api.steps",
+    "read_ledger": "edge_client.ledger.reading",
     "refresh_repository": "server.api.releases",
     "replay": "server.api.replaying",
+    "restore_authority": "server.provision.authority",
     "roll_back": "server.api.releases",
+    "roll_back_run": "server.live.rollback",
     "rotate_keys": "server.api.releases",
     "shards": "fedcore.task.partition",
     "simulate": "server.api.simulation",
+    "start_client": "edge_client.launch",
+    "start_server": "server.live.launch",
     "update_model": "edge_client.model",
     "with_adapters": "fedcore.task.adapters",
+    "verify_ledger": "edge_client.ledger.reading",
+    "verify_ledger_export": "edge_client.ledger.reading",
+    "verify_run": "server.live.verify",
 }
 
 __all__ = [
@@ -131,40 +207,72 @@ __all__ = [
     "PERPLEXITY",
     "RMSE",
     "Algorithm",
+    "Authority",
+    "BackedUp",
     "ClientData",
+    "ClientPrivacyPlan",
     "ClientScores",
     "ClientSettings",
     "ClientUpdate",
+    "ComparedRuns",
     "Compressed",
+    "DeviceStatus",
     "EdgeModel",
+    "Enrolled",
     "Evaluation",
+    "Evidence",
+    "ExamplePrivacyPlan",
     "FedcoreError",
+    "Finding",
     "Finetuned",
+    "FoundRun",
     "History",
+    "IssuedKit",
     "Kind",
+    "Kit",
+    "LedgerExport",
+    "LedgerFiles",
+    "LedgerView",
+    "LiveClient",
     "LiveModel",
+    "LiveServer",
     "Manifest",
+    "Membership",
     "Metric",
     "MetricSpread",
     "NewRepository",
     "NewTask",
+    "PrivacyAudit",
     "Replayed",
+    "Restored",
     "Result",
+    "RolledBack",
     "Rotation",
     "Round",
+    "RoundRecord",
     "RunConfig",
+    "ServerClient",
+    "ServerStatus",
+    "SignedRoster",
     "Statistics",
     "Task",
     "TaskCheck",
     "UpdateResult",
+    "VerifiedExport",
     "VersionedOutputs",
     "__version__",
+    "audit_privacy",
     "by_column",
     "check",
+    "compare_runs",
     "compress",
+    "create_authority",
     "create_repository",
+    "diagnose",
     "dirichlet",
+    "enrol",
     "evaluate",
+    "export_ledger",
     "finetune",
     "follow_model",
     "from_arrays",
@@ -172,20 +280,32 @@ __all__ = [
     "from_folder",
     "from_frames",
     "iid",
+    "install_kit",
     "list_releases",
+    "list_runs",
     "load_run",
     "load_task",
     "merge_adapters",
     "new_task",
     "open_model",
+    "plan_client_privacy",
+    "plan_example_privacy",
     "publish",
+    "read_ledger",
     "refresh_repository",
     "replay",
+    "restore_authority",
     "roll_back",
+    "roll_back_run",
     "rotate_keys",
     "shards",
     "simulate",
+    "start_client",
+    "start_server",
     "update_model",
+    "verify_ledger",
+    "verify_ledger_export",
+    "verify_run",
     "with_adapters",
 ]
 

@@ -1,7 +1,7 @@
-"""``fedcore doctor``: finds problems that would keep a server or a device from working.
+"""Finds problems that would keep a server or a device from working: ``fedcore doctor``.
 
-Each check returns a `Finding`. The checks specific to a device or a server come from the
-entry-point group ``fedcore.doctors``.
+`diagnose` is part of the Python API. Each check returns a `Finding`; the checks specific to a
+device or a server come from the entry-point group ``fedcore.doctors``.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime, timedelta
 from importlib.metadata import entry_points
+from os import PathLike
 from pathlib import Path
 from typing import Literal
 
@@ -32,15 +33,33 @@ FLOWER = ("1.41", "1.42")
 
 @dataclass(frozen=True)
 class Finding:
-    """The result of one check, with a remedy if something is wrong."""
+    """The result of one check of `fedcore.diagnose`, with a remedy if something is wrong.
+
+    Example::
+
+        for finding in fedcore.diagnose(kit="kit"):
+            print(finding.verdict, finding.check, finding.detail, finding.remedy)
+    """
 
     check: str
+    """What was checked, such as ``clock``."""
     verdict: Literal["ok", "warn", "fail"]
     detail: str
     remedy: str = ""
+    """What to do; empty if nothing is wrong."""
 
 
-Examine = Callable[[argparse.Namespace], Iterable[Finding]]
+@dataclass(frozen=True)
+class Checkup:
+    """What `diagnose` looks at: folders of a device or of a server."""
+
+    kit: Path | None = None
+    store: Path | None = None
+    identity: Path | None = None
+    runs: Path = Path("runs")
+
+
+Examine = Callable[[Checkup], Iterable[Finding]]
 
 
 def guarded(check: str, work: Callable[[], Finding], *, remedy: str) -> Finding:
@@ -190,24 +209,71 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
     json_option(parser)
 
 
-def _doctor(options: argparse.Namespace) -> int:
-    if (options.kit or options.store or options.identity) is None:
+def diagnose(
+    *,
+    kit: str | PathLike[str] | None = None,
+    store: str | PathLike[str] | None = None,
+    identity: str | PathLike[str] | None = None,
+    runs: str | PathLike[str] = "runs",
+    task: str | PathLike[str] | None = None,
+) -> list[Finding]:
+    """Checks what would keep a device or a server from working; changes nothing.
+
+    A device is checked by its kit, its store of models, or both, and a server by its identity: the
+    versions installed, certificates, clock, network, disk, and the GPU.
+
+    Example::
+
+        findings = fedcore.diagnose(kit="kit", task="churn/task.py")
+        assert not [one for one in findings if one.verdict == "fail"], findings
+
+    Args:
+        kit: Folder of a device's kit.
+        store: Folder of a device's released models.
+        identity: Folder of a server's key and certificate.
+        runs: Folder of a server's results.
+        task: File of a task that will be trained there.
+
+    Returns:
+        One finding a check, in order.
+
+    Raises:
+        ConfigError: no folder is given, or those of a device and of a server are.
+    """
+    if (kit or store or identity) is None:
         raise ConfigError(
             "doctor: expected --kit or --store for a device, or --identity for a server; got "
             "none. Nothing was checked."
         )
-    if options.store is not None and options.identity is not None:
+    if identity is not None and (kit or store) is not None:
         raise ConfigError(
-            "doctor: --store is for a device, --identity for a server. Nothing was checked; run "
-            "it once for each."
+            f"doctor: {'--kit' if kit else '--store'} is for a device, --identity for a server. "
+            "Nothing was checked; run it once for each."
         )
-    side = "device" if options.identity is None else "server"
-    (entry,) = entry_points(group="fedcore.doctors", name=side)
+    (entry,) = entry_points(
+        group="fedcore.doctors", name="device" if identity is None else "server"
+    )
     examine: Examine = entry.load()
-    findings = [versions(), *examine(options), gpu(), providers()]
-    if options.task:
-        remedy = "`fedcore check` gives details about a task"
-        findings.append(guarded("task", lambda: task_layers(options.task), remedy=remedy))
+    asked = Checkup(_path(kit), _path(store), _path(identity), Path(runs))
+    findings = [versions(), *examine(asked), gpu(), providers()]
+    if task is not None:
+        path, remedy = Path(task), "`fedcore check` gives details about a task"
+        findings.append(guarded("task", lambda: task_layers(path), remedy=remedy))
+    return findings
+
+
+def _path(place: str | PathLike[str] | None) -> Path | None:
+    return None if place is None else Path(place)
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    findings = diagnose(
+        kit=options.kit,
+        store=options.store,
+        identity=options.identity,
+        runs=options.runs,
+        task=options.task,
+    )
     failed = any(finding.verdict == "fail" for finding in findings)
     if options.json:
         say(json.dumps({"ok": not failed, "findings": list(map(asdict, findings))}, indent=2))
@@ -216,6 +282,7 @@ def _doctor(options: argparse.Namespace) -> int:
             say(f"{finding.verdict.upper():<5}{finding.check:<12} {finding.detail}")
             if finding.verdict != "ok":
                 say(f"     {'':<12} -> {finding.remedy}")
+        side = "device" if options.identity is None else "server"
         say("This would fail." if failed else f"This {side} is ready.")
     return ResourceError.exit_code if failed else 0
 

@@ -54,6 +54,7 @@ from server.release.final_test import (
     untrained_layers,
 )
 from server.release.publish import Origin, publish
+from server.report.folder import GLOBAL_MODEL
 from server.report.settings import shown_settings
 from server.report.summary import MODELS
 from server.rounds.app import Outcome
@@ -179,7 +180,7 @@ def after_rounds(
             Earlier releases remain valid.
     """
     outcome = trained.outcome
-    write_atomic(folder / "global.safetensors", parent := checkpoint_bytes(outcome.model))
+    write_atomic(folder / GLOBAL_MODEL, parent := checkpoint_bytes(outcome.model))
     tuned = None
     if cloud and run.finetune.epochs:
         tuned = _fine_tuned(run, task, cloud, trained, folder, story, steps)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import os
 import socket
 from collections.abc import Iterator
@@ -12,7 +11,7 @@ from pathlib import Path
 from fedcore.crypto.certificates import parse_certificate
 from fedcore.crypto.roster import Roster, ServerIdentity, load_server_identity
 from fedcore.crypto.roster_seen import SEEN, read_seen
-from fedcore.doctor import Finding, disk, expiry, guarded
+from fedcore.doctor import Checkup, Finding, disk, expiry, guarded
 from fedcore.errors import FedcoreError, ResourceError
 from fedcore.observability.words import counted, is_or_are
 from fedcore.rpc.proxy import proxy_for, shown
@@ -24,10 +23,12 @@ AUTHORITY = "authority.pem"
 """Certificate next to the server's folder; present if the authority is on this machine."""
 
 
-def examine(options: argparse.Namespace) -> Iterator[Finding]:
+def examine(asked: Checkup) -> Iterator[Finding]:
     """Yields the findings about a server."""
+    folder = asked.identity
+    assert folder is not None
     try:
-        identity = load_server_identity(options.identity)
+        identity = load_server_identity(folder)
     except FedcoreError as error:
         yield Finding(
             "identity",
@@ -48,13 +49,11 @@ def examine(options: argparse.Namespace) -> Iterator[Finding]:
         remedy = "remove drained.json, and drain the devices again that should be"
         yield guarded("drained", lambda: _drained(identity), remedy=remedy)
         yield _ports(identity)
-        yield guarded(
-            "audit", lambda: _audit(options.identity), remedy="check who has write access to it"
-        )
-        if (options.identity.absolute().parent / AUTHORITY).is_file():
-            log = options.identity.absolute().parent / AUDIT
+        yield guarded("audit", lambda: _audit(folder), remedy="check who has write access to it")
+        if (folder.absolute().parent / AUTHORITY).is_file():
+            log = folder.absolute().parent / AUDIT
             yield guarded("authority", lambda: _log(log), remedy="check who has write access to it")
-    yield disk(options.runs)
+    yield disk(asked.runs)
     proxy = proxy_for("https://", os.environ)
     finding = (
         f"{shown(proxy)}; a server does not need a proxy, but operators who connect to it may"

@@ -51,7 +51,13 @@ class MetricSource:
 
 @dataclass(frozen=True)
 class RoundRecord:
-    """One round of federated training."""
+    """One round of federated training, from `fedcore.ServerClient.rounds` or ``Result.record``.
+
+    Example::
+
+        for done in fedcore.ServerClient("authority/server").rounds():
+            print(done.round, done.updates, done.metrics)
+    """
 
     round: int
     """Number of the round, from 1."""

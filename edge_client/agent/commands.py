@@ -67,11 +67,11 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _start(options: argparse.Namespace) -> int:
     loading = threading.Event()
-    with stop_on_signals(loading) as told:
+    with stop_on_signals(loading) as signalled:
         try:
             _work(options, loading)
         except BaseException as error:
-            if not told():
+            if not signalled():
                 raise
             if not isinstance(error, KeyboardInterrupt):  # an import may turn it into another error
                 log.info("stopped; error while stopping: %s: %s", type(error).__name__, error)

@@ -18,7 +18,7 @@ from fedcore.crypto.keys import load_key
 from fedcore.errors import ConfigError, FedcoreError, InvalidUpdate
 from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink
-from fedcore.flower.fleet_errors import NotActivated, Refused, Unreachable
+from fedcore.flower.fleet_errors import DeviceRejected, NotActivated, Unreachable
 from fedcore.flower.fleet_pull import AnnouncedMessage
 from fedcore.rpc.hello import hello_of
 from fedcore.rpc.jitter import spread_s
@@ -81,7 +81,7 @@ def run_device(device: DeviceSetup, signals: Signals) -> None:
         signals.reconnect.set()
         if watcher.is_alive():
             watcher.join(timeout=_LAST_S)
-        _goodbye(link)
+        _deactivate(link)
         link.close()
 
 
@@ -94,7 +94,7 @@ def warm_up() -> None:
 
 def _retry(work: Callable[[], None], signals: Signals) -> None:
     """Calls ``work`` until it succeeds in reaching the server, or ``signals.stop`` is set."""
-    failures, told = Counter[float](), set[type[Exception]]()
+    failures, logged = Counter[float](), set[type[Exception]]()
     while not signals.stop.is_set():
         last_s = _LAST_PAUSE_S
         try:
@@ -102,11 +102,11 @@ def _retry(work: Callable[[], None], signals: Signals) -> None:
         except NotActivated:
             signals.activate.set()
         except (Unreachable, InvalidUpdate) as error:
-            refused = isinstance(error, Refused | InvalidUpdate)
-            if type(error) not in told:
+            refused = isinstance(error, DeviceRejected | InvalidUpdate)
+            if type(error) not in logged:
                 what = "retrying" if refused else "the server cannot be reached"
                 log.warning("%s: %s", what, error)
-            told.add(type(error))
+            logged.add(type(error))
             if refused:
                 last_s = _REFUSED_PAUSE_S
             signals.work.set()  # pull the unfinished message again
@@ -236,7 +236,7 @@ def _answer(
             now_s=time.time(),
         )
     link.answer(reply)
-    outcome = "told" if reply.has_error() else "sent again" if again else "done"
+    outcome = "error sent" if reply.has_error() else "sent again" if again else "done"
     log.info("%s %s: %s in %.2f s", run.name, kind, outcome, time.monotonic() - started)
     _log_remaining_rounds(run, kind)
     return not again and not reply.has_error()
@@ -286,9 +286,9 @@ def _store_reply(device: DeviceSetup, run: OpenRun, key: str, reply: Message) ->
         run.ledger.commit(state)
 
 
-def _goodbye(link: FleetLink) -> None:
+def _deactivate(link: FleetLink) -> None:
     try:
         if link.node_id:
             link.deactivate(_LAST_S)
     except (FedcoreError, ConnectionError) as error:
-        log.debug("goodbye: %s", error)
+        log.debug("cannot tell the server that this device ends: %s", error)

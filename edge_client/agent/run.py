@@ -12,8 +12,8 @@ from flwr.app import Context
 from flwr.clientapp import ClientApp
 from pydantic import ValidationError
 
-from edge_client.agent.demands import message_limit_bytes, reason_to_stop
 from edge_client.agent.policy import hours_left_s
+from edge_client.agent.request_limits import message_limit_bytes, reason_to_stop
 from edge_client.agent.wake import Signals, TokenBucket
 from edge_client.device_folder import DeviceFolder
 from edge_client.ledger.ledger import DeviceLedger, drop_idle, ledger_of
@@ -77,8 +77,8 @@ class OpenRun:
 
 def open_run(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int) -> OpenRun:
     """Builds the app for a run, once: model, data and accelerator stay loaded between rounds."""
-    told = link.settings(run_id)
-    config = read_settings(told.get(SETTINGS, ""))
+    settings = link.settings(run_id)
+    config = read_settings(settings.get(SETTINGS, ""))
     assume_identity(run_id)
     state, ledger, durable = device.folder.state(config.name), None, None
     data = device.owner.data_folder or data_folder()
@@ -117,17 +117,17 @@ def open_run(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int
         ),
     )
     max_bytes = message_limit_bytes(device.task, config, device.owner)
-    return OpenRun(config.name, run_digest(told), app, context, ledger, durable, max_bytes)
+    return OpenRun(config.name, run_digest(settings), app, context, ledger, durable, max_bytes)
 
 
-def read_settings(told: str) -> RunConfig:
+def read_settings(text: str) -> RunConfig:
     """Parses the settings of a run, JSON from the server.
 
     Raises:
         ConfigError: this version of fedcore cannot read them.
     """
     try:
-        return RunConfig.model_validate_json(told.encode(errors="replace"))
+        return RunConfig.model_validate_json(text.encode(errors="replace"))
     except ValidationError as error:
         raise ConfigError(
             f"run: cannot read the server's settings ({first_fault(error)}). This device does "

@@ -295,7 +295,7 @@ def _ask(link: FleetLink, signals: Signals, again_s: float) -> None:
     if not link.node_id or signals.stop.is_set():
         return
     try:
-        link.beat(again_s)
+        link.heartbeat(again_s)
         signals.lost = None
     except NotActivated:
         signals.lost = None

@@ -4,25 +4,20 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import sys
-from collections.abc import Iterator
-from datetime import UTC, datetime
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fedcore.cli import Command, json_option
-from fedcore.config.owner import OPEN_POLICY, load_owner
+from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import Privacy
-from fedcore.crypto.keys import load_key
-from fedcore.crypto.kit import KEY
-from fedcore.errors import ConfigError, DataError, PrivacyError
-from fedcore.files import check_file, read_bytes, write_atomic
+from fedcore.errors import PrivacyError
 from fedcore.observability.foreign import foreign, say
 from fedcore.observability.words import counted, epsilon_floor_text, epsilon_text
 
 if TYPE_CHECKING:
-    from edge_client.ledger.view import LedgerFiles, RunView, Total, View
+    from edge_client.ledger.view import LedgerFiles, LedgerView, RunView, Total
 
 _MAX_TEXT = 2000  # characters of one problem with a ledger
 _SHOWN_ROUNDS = 12
@@ -76,68 +71,44 @@ def _show_arguments(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _find(options: argparse.Namespace) -> LedgerFiles:
-    """Reads the ledger that the options specify.
-
-    Raises:
-        ConfigError: neither ``--state`` nor ``--kit`` is given.
-        DataError: the folder does not exist.
-    """
-    if options.state is None and options.kit is None:
-        raise ConfigError(
-            "expected --state or --kit, got neither. Nothing was read; pass one of them."
-        )
-    folder = options.state or options.kit / "device"
-    if not folder.is_dir():
-        raise DataError(
-            f"{folder}: there is no such folder. Nothing was read; pass the folder of the "
-            "device's ledger with --state, the same as for its `fedcore client start`."
-        )
-    from edge_client.ledger.view import read_ledger_files
-
-    return read_ledger_files(folder, options.kit, os.environ)
-
-
-def _view(options: argparse.Namespace, found: LedgerFiles, max_lines: int | None = None) -> View:
-    from edge_client.ledger.view import view_of
-
-    owner = load_owner(options.owner) if options.owner else OPEN_POLICY
-    return view_of(found, owner, options.accountant, max_lines=max_lines)
-
-
 def _show(options: argparse.Namespace) -> int:
     if options.plot is not None:
         from edge_client.ledger.plot import check_plot
 
         check_plot(options.plot)
-    found = _find(options)
-    view = _view(options, found, None if options.json or options.plot else _SHOWN_ROUNDS)
+    from edge_client.ledger.reading import read_ledger
+
+    view = read_ledger(
+        options.kit,
+        state=options.state,
+        owner=options.owner or OPEN_POLICY,
+        accountant=options.accountant,
+        max_lines=None if options.json or options.plot else _SHOWN_ROUNDS,
+    )
     if options.json:
         say(json.dumps(view.to_dict(), indent=2, allow_nan=False))
     else:
         say("\n".join(_table(view, owned=options.owner is not None)))
     if options.plot is not None:
-        from edge_client.ledger.plot import plot_ledger
-
-        plot_ledger(view, options.plot)
-    return _ended(found)
+        view.plot(options.plot)
+    return _ended(options, view.problems)
 
 
-def _ended(found: LedgerFiles) -> int:
+def _ended(options: argparse.Namespace, problems: Sequence[str]) -> int:
     """Returns the exit code; if the ledger is damaged, reports so on standard error as well."""
-    if not found.problems:
+    if not problems:
         return 0
     say(
-        f"{PrivacyError.__name__}: {found.folder}: this ledger is damaged, so the figures are a "
-        f"lower bound of what was spent: {counted(len(found.problems), 'problem')}, listed on "
-        "standard output with what to do. Nothing was changed, and this device will not train "
-        "with privacy.",
+        f"{PrivacyError.__name__}: {options.state or options.kit / 'device'}: this ledger is "
+        "damaged, so the figures are a lower bound of what was spent: "
+        f"{counted(len(problems), 'problem')}, listed on standard output with what to do. Nothing "
+        "was changed, and this device will not train with privacy.",
         to=sys.stderr,
     )
     return PrivacyError.exit_code
 
 
-def _table(view: View, *, owned: bool) -> Iterator[str]:
+def _table(view: LedgerView, *, owned: bool) -> Iterator[str]:
     yield from (f"damaged: {foreign(problem, _MAX_TEXT)}" for problem in view.problems)
     if view.problems and view.runs:
         yield "Charges may be missing: the following figures are lower bounds."
@@ -195,11 +166,12 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 def _verify(options: argparse.Namespace) -> int:
     if options.export is not None:
         return _verify_export(options)
-    found = _find(options)
-    charges = sum(map(len, found.runs.values()))
+    from edge_client.ledger.reading import verify_ledger
+
+    found = verify_ledger(options.kit, state=options.state)
     if options.json:
         told = {
-            "charges": charges,
+            "charges": found.charges,
             "problems": found.problems,
             "notes": found.notes,
             "behind": found.behind,
@@ -210,11 +182,11 @@ def _verify(options: argparse.Namespace) -> int:
             say(f"note: {foreign(note, _MAX_TEXT)}")
         for problem in found.problems:
             say(f"damaged: {foreign(problem, _MAX_TEXT)}")
-        held = f"{counted(charges, 'charge')} of {counted(len(found.runs), 'run')}"
+        held = f"{counted(found.charges, 'charge')} of {counted(len(found.runs), 'run')}"
         for lacks in found.behind:
             say(f"behind: {foreign(lacks, _MAX_TEXT)}")
         say(f"{found.folder}: {held}, {_agreed(found)}")
-    return _ended(found)
+    return _ended(options, found.problems)
 
 
 def _agreed(found: LedgerFiles) -> str:
@@ -231,18 +203,9 @@ def _agreed(found: LedgerFiles) -> str:
 
 
 def _verify_export(options: argparse.Namespace) -> int:
-    from edge_client.ledger.export import MAX_EXPORT_BYTES, verify_export
-    from edge_client.ledger.view import public_of
+    from edge_client.ledger.reading import verify_ledger_export
 
-    otherwise = "Nothing was verified; pass a file written by `fedcore privacy export --out`."
-    raw = read_bytes(
-        options.export,
-        max_bytes=MAX_EXPORT_BYTES,
-        what="an exported ledger",
-        otherwise=otherwise,
-    )
-    expected = public_of(options.kit) if options.kit else None
-    checked = verify_export(raw, where=str(options.export), expected=expected)
+    checked = verify_ledger_export(options.export, kit=options.kit)
     ledger = checked.ledger
     told = {
         "made_at": ledger.made_at,
@@ -284,22 +247,22 @@ def _export_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _export(options: argparse.Namespace) -> int:
-    if options.out is not None:
-        check_file(options.out, option="--out")
-    found = _find(options)
-    view = _view(options, found)
-    from edge_client.ledger.export import export_bytes
+    from edge_client.ledger.reading import export_ledger
 
-    key = load_key(options.kit / KEY) if options.kit else None
-    raw = export_bytes(found, view, key, now=datetime.now(UTC))
+    exported = export_ledger(
+        options.kit,
+        state=options.state,
+        owner=options.owner or OPEN_POLICY,
+        accountant=options.accountant,
+        out=options.out,
+    )
     if options.out is None:
-        say(raw.decode().removesuffix("\n"))
+        say(exported.raw.decode().removesuffix("\n"))
     else:
-        write_atomic(options.out, raw)
-        for problem in found.problems:
+        for problem in exported.ledger.problems:
             say(f"damaged: {foreign(problem, _MAX_TEXT)}")
-        say(f"{options.out}: {counted(sum(map(len, found.runs.values())), 'charge')}")
-    return _ended(found)
+        say(f"{options.out}: {counted(exported.charges, 'charge')}")
+    return _ended(options, exported.ledger.problems)
 
 
 show = Command(

@@ -10,7 +10,7 @@ import json
 import math
 from base64 import b64decode, b64encode
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Annotated, Any, Literal
 
@@ -20,7 +20,7 @@ from cryptography.hazmat.primitives.hashes import SHA384
 from pydantic import Field, ValidationError
 
 from edge_client.ledger.book import StoredCharge
-from edge_client.ledger.view import LedgerFiles, View
+from edge_client.ledger.view import LedgerFiles, LedgerView
 from fedcore.config.section import Fraction, Section
 from fedcore.crypto.keys import MAX_KEY_BYTES, fingerprint, parse_public, public_bytes
 from fedcore.errors import CertificateRefused, PrivacyError, SignatureInvalid
@@ -71,7 +71,13 @@ class _File(Section):
 
 @dataclass(frozen=True)
 class VerifiedExport:
-    """An export whose signature and epsilons have been verified."""
+    """An exported ledger whose signature and epsilons `fedcore.verify_ledger_export` has verified.
+
+    Example::
+
+        checked = fedcore.verify_ledger_export("ledger-export.json")
+        checked.signer, checked.charges, checked.ledger.device.epsilon
+    """
 
     ledger: Exported
     signer: str
@@ -83,10 +89,30 @@ class VerifiedExport:
         return sum(map(len, self.ledger.runs.values()))
 
 
-def export_bytes(
-    found: LedgerFiles, view: View, key: EllipticCurvePrivateKey | None, *, now: datetime
-) -> bytes:
-    """Returns the content of an export file, signed if there is a key.
+@dataclass(frozen=True)
+class LedgerExport:
+    """A device's exported ledger, from `fedcore.export_ledger`.
+
+    Example::
+
+        exported = fedcore.export_ledger("kit", out="ledger-export.json")
+        exported.ledger.device.epsilon, exported.ledger.problems
+    """
+
+    ledger: Exported
+    raw: bytes = field(repr=False)
+    """Content of the file, JSON."""
+
+    @property
+    def charges(self) -> int:
+        """Number of charges over all runs."""
+        return sum(map(len, self.ledger.runs.values()))
+
+
+def make_export(
+    found: LedgerFiles, view: LedgerView, key: EllipticCurvePrivateKey | None, *, now: datetime
+) -> LedgerExport:
+    """Returns an export, signed if there is a key.
 
     Args:
         found: The ledger.
@@ -124,7 +150,7 @@ def export_bytes(
             key=public_bytes(key).decode(),
             signature=b64encode(signature).decode(),
         )
-    return file.model_dump_json(indent=1).encode() + b"\n"
+    return LedgerExport(ledger, file.model_dump_json(indent=1).encode() + b"\n")
 
 
 def verify_export(raw: bytes, *, where: str, expected: bytes | None = None) -> VerifiedExport:

@@ -11,7 +11,7 @@ from fedcore.files import check_picture, write_atomic
 from fedcore.observability.words import epsilon_text
 
 if TYPE_CHECKING:
-    from edge_client.ledger.view import View
+    from edge_client.ledger.view import LedgerView
 
 _MAX_RUNS = 8
 """Most runs in a plot with a legend."""
@@ -35,7 +35,7 @@ def check_plot(path: Path) -> None:
         ) from None
 
 
-def plot_ledger(view: View, path: Path) -> None:
+def plot_ledger(view: LedgerView, path: Path) -> None:
     """Draws a curve per run, with the device's epsilon and the owner's budget as lines.
 
     Args:

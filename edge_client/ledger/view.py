@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
@@ -45,7 +46,13 @@ _OLD = ChargeTerms(Privacy().target_delta, "")
 
 @dataclass(frozen=True)
 class LedgerFiles:
-    """A device's ledger as read from its files."""
+    """A device's ledger as read from its files, by `fedcore.verify_ledger`.
+
+    Example::
+
+        files = fedcore.verify_ledger("kit")
+        files.charges, files.problems, files.behind
+    """
 
     folder: Path
     runs: Runs
@@ -56,6 +63,11 @@ class LedgerFiles:
     """Files that could not be compared, and why."""
     behind: tuple[str, ...] = ()
     """Files that are out of date, which the device's next start repairs."""
+
+    @property
+    def charges(self) -> int:
+        """Number of charges over all runs."""
+        return sum(map(len, self.runs.values()))
 
 
 @dataclass(frozen=True)
@@ -110,8 +122,15 @@ class Total:
 
 
 @dataclass(frozen=True)
-class View:
-    """A ledger with its charges composed to epsilons."""
+class LedgerView:
+    """A ledger with its charges composed to epsilons, from `fedcore.read_ledger`.
+
+    Example::
+
+        ledger = fedcore.read_ledger("kit", owner="owner.toml")
+        ledger.totals[0].epsilon  # of the whole device, over all runs
+        ledger.plot("ledger.png")
+    """
 
     accountant: Accountant
     runs: tuple[RunView, ...]
@@ -121,6 +140,21 @@ class View:
     """Faults of the ledger; if there are any, all epsilons are lower bounds."""
     notes: tuple[str, ...] = ()
     """Files that could not be compared, and why."""
+
+    def plot(self, file: str | PathLike[str]) -> None:
+        """Draws epsilon by round, a curve per run, with the owner's budget as a line.
+
+        Args:
+            file: Image file, ``.png``, ``.pdf`` or ``.svg``.
+
+        Raises:
+            ConfigError: the file's suffix is another.
+            ResourceError: matplotlib is not installed, or the file cannot be written.
+        """
+        from edge_client.ledger.plot import check_plot, plot_ledger
+
+        check_plot(Path(file))
+        plot_ledger(self, Path(file))
 
     def to_dict(self) -> dict[str, Any]:
         """Returns the view for JSON; an infinite epsilon, from an altered file, becomes null."""
@@ -246,7 +280,7 @@ def _behind(name: str, copied: LedgerFile | None, spent: Sequence[StoredCharge])
 
 def view_of(
     found: LedgerFiles, owner: OwnerPolicy, accountant: Accountant, *, max_lines: int | None = None
-) -> View:
+) -> LedgerView:
     """Composes the charges of a ledger to epsilons, by run, by data set and for the device.
 
     If the ledger is damaged, all epsilons are lower bounds. A run's epsilon is at the least delta
@@ -268,7 +302,7 @@ def view_of(
         for name, spent in sorted(found.runs.items())
         if spent
     )
-    return View(accountant, runs, totals, found.problems, found.notes)
+    return LedgerView(accountant, runs, totals, found.problems, found.notes)
 
 
 def _run(

@@ -6,9 +6,11 @@ Start with `load_run` for a run's file and `load` for any other model.
 from __future__ import annotations
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
 from typing import Any, TypeVar, get_args, get_origin
 
@@ -25,27 +27,28 @@ _SHOWN = 60  # characters of a value in a message
 Model = TypeVar("Model", bound=BaseModel)
 
 
-def load_run(path: Path, overrides: Sequence[str] = ()) -> RunConfig:
+def load_run(path: str | PathLike[str], overrides: Sequence[str] = ()) -> RunConfig:
     """Reads a run's file and applies ``section.key=value`` overrides.
 
     Example::
 
-        run = fedcore.load_run(Path("churn/run.toml"), ["federation.rounds=5"])
+        run = fedcore.load_run("churn/run.toml", ["federation.rounds=5"])
         fedcore.simulate("churn/task.py", run)
 
     Raises:
         ConfigError: the file does not exist or is no TOML; a key is unknown; a value has the wrong
             type, is out of range, or contradicts another. Nothing has run then.
     """
-    if path.suffix == ".py":
-        beside = path.with_name("run.toml")
+    file = Path(path)
+    if file.suffix == ".py":
+        beside = file.with_name("run.toml")
         there = f"`{beside}`" if beside.is_file() else "`run.toml` with `name` and `task`"
         raise ConfigError(
-            f"{path}: this is a Python file, such as a task's, and the file of a run in TOML was "
+            f"{file}: this is a Python file, such as a task's, and the file of a run in TOML was "
             f"expected: {there}. Nothing was run; `fedcore check` takes a task alone, and `fedcore "
             "new NAME` writes both."
         )
-    return load(path, RunConfig, overrides, base=path.resolve().parent)
+    return load(file, RunConfig, overrides, base=file.resolve().parent)
 
 
 def with_overrides(run: RunConfig, overrides: Sequence[str]) -> RunConfig:
@@ -111,6 +114,43 @@ def _overridden(run: RunConfig, overrides: tuple[_Override, ...]) -> RunConfig:
     except ValidationError as error:
         raise ConfigError(_explain(_Source("settings", overrides), error, RunConfig)) from None
     return made.model_copy(update={"base": run.base})
+
+
+def run_with(run: RunConfig | str | PathLike[str], settings: Mapping[str, Any]) -> RunConfig:
+    """Returns a run, or the run in a file, with settings from Python code, see `with_settings`.
+
+    Raises:
+        ConfigError: the file cannot be read, or a setting is not valid.
+    """
+    found = run if isinstance(run, RunConfig) else load_run(Path(run))
+    return with_settings(found, settings) if settings else found
+
+
+def overrides_of(settings: Mapping[str, Any]) -> list[str]:
+    """Returns settings from Python code as ``section.key=value`` overrides, for `load_run`.
+
+    Raises:
+        ConfigError: a value is of a type that TOML does not have.
+    """
+    return [f"{'.'.join(key)}={_toml('.'.join(key), value)}" for key, value in _leaves(settings)]
+
+
+def _toml(key: str, value: Any) -> str:
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, int | float):
+        return repr(value)
+    if isinstance(value, str):
+        return json.dumps(value, ensure_ascii=False).replace("\x7f", "\\u007f")
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(_toml(key, item) for item in value)}]"
+    if isinstance(value, Mapping):
+        items = (f"{_toml(key, name)} = {_toml(key, item)}" for name, item in value.items())
+        return f"{{{', '.join(items)}}}"
+    raise ConfigError(
+        f"settings {key}={_short(repr(value))}: expected a number, a text, true or false, or a "
+        "list of them. Nothing was run; leave out a setting that keeps its default."
+    )
 
 
 def _leaves(

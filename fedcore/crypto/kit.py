@@ -14,7 +14,7 @@ from __future__ import annotations
 import os
 import ssl
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Annotated, Literal
@@ -28,6 +28,7 @@ from fedcore.crypto.certificates import (
     MAX_CERTIFICATE_BYTES,
     Role,
     Subject,
+    certificate_sha256,
     check_authority,
     check_certificate,
     parse_certificate,
@@ -70,7 +71,13 @@ class VerifiedKit:
 
 @dataclass(frozen=True)
 class Kit:
-    """An identity that can connect: key and certificate match, and the certificate is in force."""
+    """An identity that can connect: key and certificate match, and the certificate is in force.
+
+    Example::
+
+        kit = fedcore.install_kit("kit", "edge-017.kit")
+        kit.project, kit.name, kit.role, kit.not_after
+    """
 
     folder: Path
     project: str
@@ -79,12 +86,17 @@ class Kit:
     servers: tuple[str, ...]
     """The server's addresses, such as ``https://fl.example.org:9092``, in order of use."""
     key_path: Path
-    certificate_pem: bytes
-    authority_pem: bytes
-    public: bytes
+    certificate_pem: bytes = field(repr=False)
+    authority_pem: bytes = field(repr=False)
+    public: bytes = field(repr=False)
     """Public key in PEM, from `fedcore.crypto.keys.public_bytes`: the node's identity."""
     not_after: datetime
     """When the certificate expires, UTC."""
+
+    @property
+    def authority_sha256(self) -> str:
+        """The authority's fingerprint, to compare with the operator's over another channel."""
+        return certificate_sha256(parse_certificate(self.authority_pem, where=str(self.folder)))
 
     def key_pem(self) -> bytes:
         """Returns the content of the private key's file, in PEM.

@@ -45,7 +45,7 @@ class RequestHead:
     body_bytes: int
 
 
-def beginning_of(raw: bytes) -> RequestHead | None:
+def parse_request_head(raw: bytes) -> RequestHead | None:
     """Parses the first bytes of a request to push an object.
 
     Returns None unless a chunk of more than `LARGE_BYTES` and at most `CUT_BYTES` follows: the

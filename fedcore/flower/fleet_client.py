@@ -39,11 +39,11 @@ from fedcore.flower.fleet_bundle import check_bundle, contents_of, packed_reply
 from fedcore.flower.fleet_errors import (
     Busy,
     Unreachable,
-    doubt,
-    is_distrust,
+    is_certificate_error,
     minute_text,
     not_reached,
     refusals,
+    untrusted_text,
 )
 from fedcore.flower.fleet_pull import AnnouncedMessage, BoundedClient, announced_in, read_content
 from fedcore.rpc.hello import BUNDLES, WAKE_PORT, next_request_header
@@ -129,9 +129,9 @@ class FleetLink:
         response = call_next(context)
         if context.rpc_method == _ACTIVATE:
             self._bundles = response.headers.get(BUNDLES) == "1"
-        told = response.headers.get(WAKE_PORT, "")
-        if told.isdecimal() and len(told) <= 5 and int(told) < 2**16:
-            self.wake_port = int(told)
+        port = response.headers.get(WAKE_PORT, "")
+        if port.isdecimal() and len(port) <= 5 and int(port) < 2**16:
+            self.wake_port = int(port)
         return response
 
     def _moved(self, count: int) -> None:
@@ -154,10 +154,10 @@ class FleetLink:
         self._last = httpx.Timeout(timeout_s)
         self._call(FleetHttpClient.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
 
-    def beat(self, again_s: float) -> None:
+    def heartbeat(self, again_s: float) -> None:
         """Tells the server that this process is online, and will call again in ``again_s`` seconds.
 
-        Later requests repeat the promise, until the next beat.
+        Later requests repeat the promise, until the next heartbeat.
         """
         self._headers |= next_request_header(again_s)
         request = SendNodeHeartbeatRequest(node=self._node, heartbeat_interval=HEARTBEAT_S)
@@ -167,8 +167,8 @@ class FleetLink:
         """Returns the settings of a run that the server sends to devices."""
         answer = self._call(FleetHttpClient.GetRun, GetRunRequest(node=self._node, run_id=run_id))
         with _readable():
-            told = run_from_proto(answer.run).override_config
-        return {key: str(value) for key, value in told.items()}
+            settings = run_from_proto(answer.run).override_config
+        return {key: str(value) for key, value in settings.items()}
 
     def announced(self) -> AnnouncedMessage | None:
         """Returns the next message for this node, without its content; None if there is none."""
@@ -352,7 +352,7 @@ class FleetLink:
 
     def _turn(self, failed: Mapping[str, Exception], error: Exception) -> bool:
         """Switches to an address that has not failed; returns whether to repeat the call."""
-        unsent = isinstance(error, _NOT_SENT) or is_distrust(error)
+        unsent = isinstance(error, _NOT_SENT) or is_certificate_error(error)
         if self._last is not None or not unsent:
             return False  # the server may have received the request: the caller must decide
         with self._renewing:
@@ -366,11 +366,11 @@ class FleetLink:
             unproven = {
                 server: why
                 for server, why in failed.items()
-                if server not in self._distrusted and is_distrust(why)
+                if server not in self._distrusted and is_certificate_error(why)
             }
             self._distrusted |= set(unproven)
         if unproven:
-            log.warning("%s. Trying the kit's other addresses", doubt(unproven))
+            log.warning("%s. Trying the kit's other addresses", untrusted_text(unproven))
         return True
 
 

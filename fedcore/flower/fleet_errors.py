@@ -33,15 +33,15 @@ class Unreachable(ConnectionError):
     """The server cannot be reached or authenticated; retrying may succeed."""
 
 
-class Unproven(Unreachable):
+class ServerUntrusted(Unreachable):
     """The peer does not prove to be the project's server; retrying may succeed."""
 
 
-class Refused(Unreachable):
+class DeviceRejected(Unreachable):
     """The server rejects this device, which it admitted before; retrying may succeed."""
 
 
-class OwnExpired(Unreachable):
+class CertificateExpired(Unreachable):
     """The device's own certificate has expired; a renewed kit is used once it is installed."""
 
 
@@ -76,7 +76,7 @@ def refusals(*, let_in: bool) -> Iterator[None]:
         if kind is None:
             raise Unreachable(f"HTTP {status}: {detail}") from None
         if let_in and kind is not InvalidUpdate:
-            raise Refused(
+            raise DeviceRejected(
                 f"the server refuses this device, which it accepted before (HTTP {status}: "
                 f"{detail})"
             ) from None
@@ -90,7 +90,7 @@ def refusals(*, let_in: bool) -> Iterator[None]:
         raise Unreachable(f"cannot read the server's response ({said})") from None
 
 
-def is_distrust(error: BaseException | None) -> bool:
+def is_certificate_error(error: BaseException | None) -> bool:
     """Returns whether TLS failed because of a certificate, rather than the network."""
     while error is not None:
         if isinstance(error, ssl.SSLCertVerificationError):
@@ -101,12 +101,12 @@ def is_distrust(error: BaseException | None) -> bool:
     return False
 
 
-def doubt(unproven: Mapping[str, Exception]) -> str:
+def untrusted_text(unproven: Mapping[str, Exception]) -> str:
     """Returns a text about addresses whose peer does not prove to be the project's server."""
-    told = "; ".join(f"{server} ({error})" for server, error in unproven.items())
+    failures = "; ".join(f"{server} ({error})" for server, error in unproven.items())
     return (
-        f"{told}: the peer there did not authenticate as this project's server, or refuses this "
-        "device without authenticating"
+        f"{failures}: the peer there did not authenticate as this project's server, or refuses "
+        "this device without authenticating"
     )
 
 
@@ -141,25 +141,25 @@ def not_reached(failed: Mapping[str, Exception], *, expires: datetime, admitted:
         expires: When the device's certificate expires.
         admitted: Whether a server has ever admitted this device.
     """
-    told = "; ".join(f"{server}: {type(one).__name__}: {one}" for server, one in failed.items())
-    unproven = {server: one for server, one in failed.items() if is_distrust(one)}
+    failures = "; ".join(f"{server}: {type(one).__name__}: {one}" for server, one in failed.items())
+    unproven = {server: one for server, one in failed.items() if is_certificate_error(one)}
     if datetime.now(UTC) > expires and (admitted or not unproven):
         # The server disconnects after the handshake, so the TLS error shows no reason.
-        return OwnExpired(
+        return CertificateExpired(
             f"this device's own certificate expired on {minute_text(expires)} UTC, so "
             "servers refuse it. Have the operator run `fedcore provision renew`, and install "
             "the new kit with `fedcore client install`; this process will pick it up "
-            f"({told})"
+            f"({failures})"
         )
     if not unproven:
-        return Unreachable(told)
+        return Unreachable(failures)
     if admitted or len(unproven) < len(failed):
-        return Unproven(
-            f"{doubt(unproven)}. This device keeps trying; if this persists, ask the "
+        return ServerUntrusted(
+            f"{untrusted_text(unproven)}. This device keeps trying; if this persists, ask the "
             "operator to check the server's certificate and addresses"
         )
     return TrustError(
-        f"connection: the two sides do not trust each other's certificates ({told}). This "
+        f"connection: the two sides do not trust each other's certificates ({failures}). This "
         "device does not take part; a kit is valid for one project only, and is renewed with "
         "`fedcore provision renew`."
     )

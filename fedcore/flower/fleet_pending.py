@@ -13,7 +13,7 @@ from flwr.supercore.inflatable.inflatable_object import iterate_object_tree
 from fedcore.updates.pieces import CutFile
 
 
-class Arriving(Protocol):
+class IncomingObject(Protocol):
     """An object whose bytes are arriving."""
 
     @property
@@ -39,7 +39,7 @@ class PendingMessage:
     session: str = ""
     received_bytes: int = 0
     """Bytes of the reply that have arrived."""
-    arriving: dict[str, Arriving] = field(default_factory=dict)
+    arriving: dict[str, IncomingObject] = field(default_factory=dict)
     """The current writer of each object that is arriving: the latest if there are several."""
     places: dict[str, tuple[str, int]] = field(default_factory=dict)
     """Parent and index below it, for each object of the reply without children."""

@@ -25,7 +25,7 @@ class Writeback:
     """
 
     def __init__(self) -> None:
-        self._ask = _ask_of_system()
+        self._ask = _find_writeback_call()
         self._waiting: queue.SimpleQueue[tuple[int, int, int] | None] = queue.SimpleQueue()
         self._lock = threading.Lock()
         self._thread: threading.Thread | None = None
@@ -61,7 +61,7 @@ class Writeback:
             os.close(one[0])
 
 
-def _ask_of_system() -> _Ask | None:
+def _find_writeback_call() -> _Ask | None:
     """Returns a function that starts the write of a file's range; None if the system has none."""
     found = getattr(ctypes.CDLL(None), "sync_file_range", None)
     if found is None:

@@ -7,7 +7,7 @@ import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
 from typing import TYPE_CHECKING, Any, TextIO, assert_never
@@ -22,6 +22,7 @@ from fedcore.observability.events import (
     StageStarted,
     Value,
     json_line,
+    tee,
 )
 from fedcore.observability.foreign import bounded_line, foreign
 from fedcore.observability.words import (
@@ -65,6 +66,16 @@ def choose(stream: TextIO, *, json: bool) -> AbstractContextManager[Sink]:
 
         return live(Console(file=stream))
     return plain(stream)
+
+
+def shown(progress: bool | Sink) -> AbstractContextManager[Sink]:
+    """Returns the sink for an API function's ``progress``.
+
+    Standard error or the notebook's cell for True, none for False, and a callback itself.
+    """
+    if callable(progress):
+        return nullcontext(progress)
+    return choose(sys.stderr, json=False) if progress else nullcontext(tee())
 
 
 @contextmanager

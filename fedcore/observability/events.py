@@ -143,6 +143,20 @@ def json_line(event: Event) -> str:
     return line
 
 
+def event_of(line: str) -> Event | None:
+    """Returns the event of a line from `json_line`; None for any other line.
+
+    >>> event_of('{"event": "stage_started", "stage": "export", "steps": 3}')
+    StageStarted(stage='export', steps=3)
+    """
+    try:
+        fields = json.loads(line)
+        kind = {name: kind for kind, name in _NAMES.items()}[fields.pop("event")]
+        return RoundFinished(fields) if kind is RoundFinished else kind(**fields)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        return None
+
+
 def _shorten(fields: dict[str, Any]) -> bool:
     """Cuts the longest text in half, or else drops half of the metrics; False if neither exists."""
     texts = {name: value for name, value in fields.items() if isinstance(value, str)}

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import re
-import sys
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -16,8 +14,6 @@ from fedcore.config.run import IN_MEMORY, RunConfig
 from fedcore.config.settings import load_run, with_settings
 from fedcore.errors import ConfigError
 from fedcore.files import read_bytes
-from fedcore.observability.console import choose
-from fedcore.observability.events import Sink, tee
 from fedcore.observability.words import counted
 from fedcore.task.definition import Task, load_task
 from fedcore.task.model import MAX_CHECKPOINT_BYTES, FullModel, build_model, load_checkpoint
@@ -149,10 +145,3 @@ def model_of(model: AnyModel, task: Task, run: RunConfig) -> FullModel:
     built = build_model(task, run)
     load_checkpoint(raw, built, where=str(model))
     return built.eval()
-
-
-def shown(progress: bool | Sink) -> AbstractContextManager[Sink]:
-    """Returns the sink for progress: standard error or the notebook's cell, a callback, or none."""
-    if callable(progress):
-        return nullcontext(progress)
-    return choose(sys.stderr, json=False) if progress else nullcontext(tee())

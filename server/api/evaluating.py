@@ -12,6 +12,7 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError, InvalidUpdate, PrivacyError
 from fedcore.files import read_bytes, sha256_hex
 from fedcore.flower.quiet import quiet
+from fedcore.observability.console import shown
 from fedcore.observability.events import Sink, StageAdvanced
 from fedcore.observability.words import counted
 from fedcore.seeds import numpy_rng
@@ -20,7 +21,7 @@ from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_pr
 from fedcore.updates.frozen import load_frozen
 from fedcore.updates.pack import unpack
 from server.after_rounds import StageLog
-from server.api.arguments import AnyModel, AnyRun, AnyTask, configured, loaded, model_of, shown
+from server.api.arguments import AnyModel, AnyRun, AnyTask, configured, loaded, model_of
 from server.evaluation import ClientScores, Evaluation
 from server.preflight import clients_of
 from server.report.folder import CHECKPOINT

@@ -17,6 +17,7 @@ from fedcore.config.owner import OPEN_POLICY, OwnerPolicy, tighten
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
 from fedcore.flower.quiet import quiet
+from fedcore.observability.console import shown
 from fedcore.observability.events import Sink, batched, tee
 from fedcore.observability.foreign import say
 from fedcore.observability.jsonl import json_lines
@@ -29,7 +30,6 @@ from server.api.arguments import (
     configured,
     loaded,
     refuse_elsewhere,
-    shown,
     with_strategy,
 )
 from server.api.result import Result

@@ -13,6 +13,7 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, ReleaseError
 from fedcore.files import sha256_hex
 from fedcore.flower.quiet import quiet
+from fedcore.observability.console import shown
 from fedcore.observability.events import Sink
 from fedcore.task.definition import Task, check_inputs, data_folder
 from fedcore.task.model import checkpoint_bytes
@@ -25,7 +26,6 @@ from server.api.arguments import (
     loaded,
     model_of,
     refuse_elsewhere,
-    shown,
 )
 from server.api.result import Result
 from server.cloud import CloudData, cloud_data_of

@@ -11,7 +11,7 @@ from typing import Any
 from fedcore.cli import Command, group, json_option, show
 from fedcore.observability.foreign import foreign
 from fedcore.observability.words import NOTHING, figure
-from server.report.compared import ComparedRuns, FoundRun, compare_runs, find_runs, read_run
+from server.report.compared import ComparedRuns, FoundRun, compare_runs, list_runs
 
 _RUNS = Path("runs")
 _SHOWN = 40  # characters of a setting's value
@@ -31,7 +31,7 @@ def _compare_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _list(options: argparse.Namespace) -> int:
-    found = find_runs(options.runs)
+    found = list_runs(options.runs)
     rows: list[tuple[str, ...]] = [("run", "state", "rounds", "score", "epsilon", "changed")]
     rows += [_row(one) for one in found]
     text = _table(rows) if found else f"{options.runs}: no runs yet."
@@ -70,15 +70,8 @@ def _row(one: FoundRun) -> tuple[str, ...]:
 
 
 def _compare(options: argparse.Namespace) -> int:
-    runs = [_named(options.runs, name) for name in (options.one, options.other)]
-    found = compare_runs(*runs)
+    found = compare_runs(options.one, options.other, runs=options.runs)
     return show(options, _compared(found), _difference(found))
-
-
-def _named(runs: Path, name: str) -> FoundRun:
-    """Returns the run of a name below ``runs``, or in a folder."""
-    below = runs / name
-    return read_run(below if below.is_dir() or not Path(name).is_dir() else Path(name))
 
 
 def _difference(found: ComparedRuns) -> dict[str, Any]:

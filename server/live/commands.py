@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import os
 import shlex
 import sys
 from dataclasses import asdict
@@ -192,11 +191,9 @@ def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _rollback(options: argparse.Namespace) -> int:
     run = load_run(options.config, options.overrides)
-    check_server_folder(options.identity)
-    from server.live.rollback import roll_back
+    from server.live.rollback import roll_back_run
 
-    by = f"uid {os.getuid()}"
-    done = roll_back(run, options.runs, options.round, identity=options.identity, by=by)
+    done = roll_back_run(run, options.round, runs=options.runs, identity=options.identity)
     if done.mended:
         say(f"warning: {done.mended}", to=sys.stderr)
     dropped = ", ".join(map(str, done.dropped)) or "none"

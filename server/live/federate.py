@@ -16,6 +16,7 @@ from server.live.deployment import LiveRun
 from server.live.network.members import Members
 from server.live.rounds.journaled import REJOIN_S, JournalCheckpointer, JournalGrid
 from server.records import RoundRecord
+from server.report.folder import GLOBAL_MODEL
 from server.rounds.app import Listener, Outcome, server_app
 from server.rounds.peers import Peers
 
@@ -36,7 +37,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
     outcomes: list[Outcome] = []
 
     def keep(outcome: Outcome) -> None:
-        path = live.folder / "global.safetensors"
+        path = live.folder / GLOBAL_MODEL
         write_atomic(path, checkpoint_bytes(outcome.model))
         journal.end()
         outcomes.append(outcome)
@@ -81,7 +82,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         admit=members.admit,
         quorum=run.federation.quorum / run.federation.over_selection,  # share of all nodes asked
         rejoin_s=rejoin_s,
-        on_missing=live.control.lacks_devices,
+        on_missing=live.control.allow_requests_while_waiting,
         on_wait=live.waiting,
         on_note=lambda text: live.emit(Noted(text)),
         name=peers.name,

@@ -1,12 +1,20 @@
-"""Rollback of an unfinished run to an earlier round, for example after a poisoned update."""
+"""Rollback of an unfinished run to an earlier round, for example after a poisoned update.
+
+`roll_back_run` is part of the Python API; ``fedcore server rollback`` calls it.
+"""
 
 from __future__ import annotations
 
+import os
 from contextlib import closing
 from dataclasses import dataclass
+from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from fedcore.config.run import RunConfig
+from fedcore.config.settings import run_with
+from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import ConfigError, PrivacyError
 from server.live.journal.journal import reopen
 from server.operator_log import AUDIT, Audit
@@ -15,7 +23,13 @@ from server.report.folder import JOURNAL_FOLDER, locked
 
 @dataclass(frozen=True)
 class RolledBack:
-    """Result of a rollback."""
+    """Result of `fedcore.roll_back_run`.
+
+    Example::
+
+        done = fedcore.roll_back_run("churn/run.toml", 7)
+        done.round, done.dropped
+    """
 
     round: int
     """Round after which the run will continue."""
@@ -23,6 +37,44 @@ class RolledBack:
     """Rounds that will run again."""
     mended: str = ""
     """Description of damage to the journal that was repaired, in a sentence; empty if none."""
+
+
+def roll_back_run(
+    run: RunConfig | str | PathLike[str],
+    round: int,
+    *,
+    runs: str | PathLike[str] = "runs",
+    identity: str | PathLike[str] = "authority/server",
+    **settings: Any,
+) -> RolledBack:
+    """Returns an unfinished run of a server to an earlier round's model, while no server runs.
+
+    First drain or revoke the device that spoilt the later rounds, or it sends the same again.
+
+    Example::
+
+        done = fedcore.roll_back_run("churn/run.toml", 7, identity="authority/server")
+        done.dropped  # rounds that will run again once the server resumes
+
+    Args:
+        run: The run, or its file.
+        round: Round whose model becomes the global one; 0 for the initial model.
+        runs: Parent folder of the results.
+        identity: The server's folder, whose audit log records the rollback.
+        settings: Sections or settings of the run to override.
+
+    Raises:
+        ConfigError: there is no such run, a server is running it, it has ended, or that round's
+            model is not kept. Nothing was changed.
+        PrivacyError: the run has client-level privacy, whose budget the dropped rounds spent.
+            Nothing was changed.
+        DataError: that round's model is damaged, or there is no such identity. The run is
+            unchanged.
+    """
+    found = run_with(run, settings)
+    check_server_folder(Path(identity))
+    by = f"uid {os.getuid()}"
+    return roll_back(found, Path(runs), round, identity=Path(identity), by=by)
 
 
 def roll_back(run: RunConfig, runs: Path, number: int, *, identity: Path, by: str) -> RolledBack:

@@ -128,8 +128,8 @@ def _opened(
             kept(RoundFinished(asdict(record)))
         for note in _notes_of_resume(journal):
             emit(Noted(note))
-        if journal.start is None and (doubt := inputs.task.check_model()):
-            emit(Noted(doubt))
+        if journal.start is None and (warning := inputs.task.check_model()):
+            emit(Noted(warning))
         yield LiveRun(
             run=run,
             inputs=inputs,

@@ -1,9 +1,10 @@
-"""Proof from a run's journal of who sent each update; the basis of ``fedcore server verify``."""
+"""Proof from a run's journal of who sent each update: `verify_run`, ``fedcore server verify``."""
 
 from __future__ import annotations
 
 import json
 from contextlib import closing
+from os import PathLike
 from pathlib import Path
 
 from pydantic import ValidationError
@@ -28,18 +29,33 @@ from server.live.rounds.settings import device_settings
 from server.report.folder import JOURNAL_FOLDER
 
 
-def verify_run(results: Path, identity: Path) -> Evidence:
-    """Checks the signatures of all replies that a run has used; a server may be running it.
+def verify_run(
+    results: str | PathLike[str], identity: str | PathLike[str] = "authority/server"
+) -> Evidence:
+    """Checks the devices' signatures of all replies that a run has used; changes nothing.
+
+    A server may be running it. Works on copies of the folders, without a private key, and long
+    after certificates have expired.
+
+    Example::
+
+        evidence = fedcore.verify_run("runs/churn", "authority/server")
+        assert not evidence.faults, evidence.faults
+        evidence.clients  # signed replies by device
 
     Args:
         results: The run's folder.
         identity: The server's folder, with the member list.
 
+    Returns:
+        What the signatures prove; ``faults`` are what they do not.
+
     Raises:
         DataError: there is no such run or identity, or the journal is damaged.
         TrustError: the member list is not to be trusted.
     """
-    roster = _roster(identity)
+    results = Path(results)
+    roster = _roster(Path(identity))
     # Read before the journal, which a running server may add to: whatever is here is there, too.
     copied = copied_entries(results / JOURNAL_FOLDER)
     with snapshot(results) as copy, closing(Entries(copy / JOURNAL)) as entries:

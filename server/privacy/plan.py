@@ -1,18 +1,25 @@
 """Forecast of example-level privacy for one client: noise, epsilon by round, and alternatives.
 
-In: a `Question`. Out: a `PlanResult`. Start with `answer`.
+`plan_example_privacy` is part of the Python API, and takes a run's settings; `answer` takes a
+`Question` with those that matter.
 """
 
 from __future__ import annotations
 
 import math
 from bisect import bisect_right
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
+from os import PathLike
+from pathlib import Path
+from typing import Any
 
-from fedcore.config.run import ClientConfig, Privacy
+from fedcore.config.in_round import epochs_by_round
+from fedcore.config.run import ClientConfig, Privacy, RunConfig
 from fedcore.config.schedule import NO_SCHEDULE
-from fedcore.errors import PrivacyError
+from fedcore.config.settings import run_with
+from fedcore.errors import ConfigError, PrivacyError
+from fedcore.files import check_picture
 from fedcore.privacy.accounting import Charge, epsilon_of
 from fedcore.privacy.planning import MAX_DELTA_SHARE, plan_for
 
@@ -86,9 +93,19 @@ class WhatIf:
 
 
 @dataclass(frozen=True)
-class PlanResult:
-    """The requested plan, its epsilon by round, and alternatives."""
+class ExamplePrivacyPlan:
+    """A plan from `fedcore.plan_example_privacy`: noise, epsilon by round, and alternatives.
 
+    Example::
+
+        plan = fedcore.plan_example_privacy(6000, privacy={"max_epsilon": 3.0})
+        plan.forecast.noise_multiplier, plan.lasts
+        print(plan)  # as a table
+        plan.plot("plan.png")
+    """
+
+    question: Question = field(repr=False)
+    """The settings that were planned for."""
     forecast: Forecast
     epsilons: tuple[tuple[int, float], ...]
     """Pairs of round and epsilon after it, as a ledger would compute them."""
@@ -96,8 +113,88 @@ class PlanResult:
     """Number of rounds within the budget, whatever was planned; at most `MAX_ROUNDS`."""
     what_if: tuple[WhatIf, ...]
 
+    def __str__(self) -> str:
+        """Returns the plan as a table."""
+        from server.privacy.plan_table import table
 
-def answer(question: Question) -> PlanResult:
+        return table(self)
+
+    def plot(self, file: str | PathLike[str]) -> None:
+        """Draws epsilon by round, and the noise of the alternatives.
+
+        Args:
+            file: Image file, ``.png``, ``.pdf`` or ``.svg``.
+
+        Raises:
+            ConfigError: the file's suffix is another.
+            ResourceError: the file can't be written.
+        """
+        check_picture(Path(file), option="--plot")
+        from server.privacy.plan_plot import plot
+
+        plot(self, Path(file))
+
+
+def plan_example_privacy(
+    examples: int, run: RunConfig | str | PathLike[str] | None = None, **settings: Any
+) -> ExamplePrivacyPlan:
+    """Plans the privacy of single examples: what each client's noise and epsilon will be.
+
+    It depends only on numbers that are public, and computes as devices do.
+
+    Example::
+
+        plan = fedcore.plan_example_privacy(
+            6000, client={"batch_size": 64}, privacy={"max_epsilon": 3.0}, federation={"rounds": 30}
+        )
+        plan.forecast.noise_multiplier, plan.forecast.epsilon
+        [(each.change, each.forecast) for each in plan.what_if]
+
+    Args:
+        examples: Number of examples of one client.
+        run: The run, or its file; None for default settings.
+        settings: Sections or settings of the run to override, such as ``client``, ``privacy`` and
+            ``federation``. A client takes part in ``privacy.participations`` rounds, or in all.
+
+    Raises:
+        ConfigError: a setting or ``examples`` is not valid, or the run protects clients alone.
+        PrivacyError: the plan is impossible, or protects nobody.
+    """
+    planned = run_to_plan(run, settings)
+    if planned.privacy.unit == "client":
+        raise ConfigError(
+            f"run {planned.name!r}: privacy.unit = 'client' does not protect examples, which "
+            "--examples plans. Nothing was planned; use --clients N, the number of clients that "
+            "rounds draw from, or in Python fedcore.plan_client_privacy."
+        )
+    if examples < 1:
+        raise ConfigError(
+            f"--examples = {examples}: expected at least 1. Nothing was planned; give the number "
+            "of examples of one client."
+        )
+    return answer(
+        Question(
+            examples=examples,
+            participations=planned.privacy.participations or planned.federation.rounds,
+            client=planned.client,
+            privacy=planned.privacy,
+            epochs=epochs_by_round(planned),
+        )
+    )
+
+
+def run_to_plan(
+    run: RunConfig | str | PathLike[str] | None, settings: Mapping[str, Any]
+) -> RunConfig:
+    """Returns the run to plan for: an object, a file, or when None one with default settings.
+
+    Raises:
+        ConfigError: the file can't be read, or a setting is not valid.
+    """
+    return run_with(RunConfig(name="plan", task="task.py") if run is None else run, settings)
+
+
+def answer(question: Question) -> ExamplePrivacyPlan:
     """Computes the plan as a device would, and alternatives to it.
 
     Raises:
@@ -109,7 +206,8 @@ def answer(question: Question) -> PlanResult:
     rounds = sorted({1, *range(gap, last + 1, gap), last})
     epsilons = tuple((number, _epsilon(question, charge, number)) for number in rounds)
     around = tuple(_try(change, other) for change, other in _around(question))
-    return PlanResult(_forecast(question, charge), epsilons, _lasts(question, charge), around)
+    lasts = _lasts(question, charge)
+    return ExamplePrivacyPlan(question, _forecast(question, charge), epsilons, lasts, around)
 
 
 def _lasts(question: Question, charge: Charge) -> int:

@@ -11,8 +11,7 @@ from typing import TYPE_CHECKING, TypeVar
 from pydantic import ValidationError
 
 from fedcore.cli import Command
-from fedcore.config.in_round import epochs_by_round
-from fedcore.config.run import MAX_CLIENTS, ClientConfig, Privacy, RunConfig
+from fedcore.config.run import RunConfig
 from fedcore.config.schedule import NO_SCHEDULE
 from fedcore.config.section import Section
 from fedcore.config.settings import load_run
@@ -20,10 +19,9 @@ from fedcore.errors import ConfigError
 from fedcore.files import check_picture
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import LOADING, note_if_slow
-from fedcore.observability.words import counted, epsilon_text
 
 if TYPE_CHECKING:
-    from server.privacy.plan import PlanResult, Question
+    from server.privacy.plan import ExamplePrivacyPlan
 
 _Model = TypeVar("_Model", bound=Section)
 _CLIENT = {"batch": "batch_size", "epochs": "epochs"}
@@ -88,24 +86,27 @@ def _run(options: argparse.Namespace) -> int:
             "itself. Nothing was planned; leave it out, or plan privacy of clients with "
             "--clients."
         )
-    if options.examples < 1:
-        raise ConfigError(
-            f"--examples = {options.examples}: expected at least 1. Nothing was planned; give "
-            "the number of examples of one client."
-        )
     if options.plot is not None:
         check_picture(options.plot, option="--plot")
     with note_if_slow(LOADING):
-        question = _question(options)  # before torch: errors show at once
-        from server.privacy.plan import answer
+        run = _of_examples(options)  # before torch: errors show at once
+        from server.privacy.plan import plan_example_privacy
 
-    found = answer(question)
-    say(json.dumps(_record(found, question)) if options.json else table(found, question))
+    found = plan_example_privacy(options.examples, run)
+    say(json.dumps(_record(found)) if options.json else str(found))
     if options.plot is not None:
-        from server.privacy.plan_plot import plot
-
-        plot(found, question, options.plot)
+        found.plot(options.plot)
     return 0
+
+
+def _of_examples(options: argparse.Namespace) -> RunConfig:
+    """Returns the run to plan for: its file, with the options' values."""
+    run = _loaded(options)
+    client = _changed(run.client, options, _CLIENT)
+    if options.epochs is not None:
+        client = client.model_copy(update={"steps": None, "schedule": NO_SCHEDULE})
+    privacy = _changed(run.privacy, options, {**_PRIVACY, "rounds": "participations"})
+    return run.model_copy(update={"client": client, "privacy": privacy})
 
 
 def _of_clients(options: argparse.Namespace) -> int:
@@ -117,16 +118,6 @@ def _of_clients(options: argparse.Namespace) -> int:
                 "it out, or plan privacy of examples with --examples."
             )
     run = _loaded(options)
-    if options.config and not run.client_private:
-        raise ConfigError(
-            f"{options.config}: privacy.unit = {run.privacy.unit!r} protects no clients. Nothing "
-            "was planned; plan privacy of examples with --examples, or set the unit to 'client'."
-        )
-    if not 1 <= options.clients <= MAX_CLIENTS:
-        raise ConfigError(
-            f"--clients = {options.clients}: expected 1 to {MAX_CLIENTS}. Nothing was planned; "
-            "give the number of clients that rounds draw from."
-        )
     with note_if_slow(LOADING):
         settings = _changed(run.privacy.client, options, _PRIVACY)
         federation = _changed(run.federation, options, {"rounds": "rounds", "cohort": "cohort"})
@@ -134,39 +125,15 @@ def _of_clients(options: argparse.Namespace) -> int:
             update={"client": settings} | ({} if options.config else {"unit": "client"})
         )
         run = run.model_copy(update={"privacy": privacy, "federation": federation})
-        from server.privacy.plan_clients import client_table, plan_clients
+        from server.privacy.plan_clients import plan_client_privacy
 
-        found = plan_clients(run, options.clients)
-    record = {"unit": "client", "mechanism": run.privacy.client.mechanism, **asdict(found)}
-    say(json.dumps(record) if options.json else client_table(found, run))
+        found = plan_client_privacy(options.clients, run)
+    say(json.dumps({"unit": "client", **asdict(found)}) if options.json else str(found))
     return 0
 
 
 def _loaded(options: argparse.Namespace) -> RunConfig:
     return load_run(options.config) if options.config else RunConfig(name="plan", task="task.py")
-
-
-def _question(options: argparse.Namespace) -> Question:
-    run = _loaded(options)
-    if run.privacy.unit == "client":
-        raise ConfigError(
-            f"{options.config}: privacy.unit = 'client' does not protect examples, which "
-            "--examples plans. Nothing was planned; use --clients N, the number of clients that "
-            "rounds draw from."
-        )
-    client = _changed(run.client, options, _CLIENT)
-    if options.epochs is not None:
-        client = client.model_copy(update={"steps": None, "schedule": NO_SCHEDULE})
-    privacy = _changed(run.privacy, options, {**_PRIVACY, "rounds": "participations"})
-    from server.privacy.plan import Question
-
-    return Question(
-        examples=options.examples,
-        participations=privacy.participations or run.federation.rounds,
-        client=client,
-        privacy=privacy,
-        epochs=epochs_by_round(run) if options.epochs is None else (),
-    )
 
 
 def _changed(section: _Model, options: argparse.Namespace, names: dict[str, str]) -> _Model:
@@ -185,9 +152,8 @@ def _changed(section: _Model, options: argparse.Namespace, names: dict[str, str]
         ) from None
 
 
-def _record(found: PlanResult, question: Question) -> dict[str, object]:
-    privacy: Privacy = question.privacy
-    client: ClientConfig = question.client
+def _record(found: ExamplePrivacyPlan) -> dict[str, object]:
+    question, privacy, client = found.question, found.question.privacy, found.question.client
     return {
         "unit": "example",
         "max_epsilon": privacy.max_epsilon,
@@ -203,51 +169,6 @@ def _record(found: PlanResult, question: Question) -> dict[str, object]:
         ],
         "what_if": [asdict(each) for each in found.what_if],
     }
-
-
-def table(found: PlanResult, question: Question) -> str:
-    """Formats the plan as text."""
-    plan, privacy = found.forecast, question.privacy
-    how = "given" if privacy.noise_multiplier != "auto" else f"least for {privacy.max_epsilon:g}"
-    lines = [
-        f"Example-level privacy (one example, or a null record in its place) of a client with "
-        f"{counted(plan.examples, 'example', ',')}.",
-        "",
-        f"noise multiplier      {plan.noise_multiplier:.4f}  ({how}, by {privacy.accountant})",
-        f"epsilon               {epsilon_text(plan.epsilon)} of {privacy.max_epsilon:g} at delta "
-        f"{privacy.target_delta:g} after "
-        f"{plan.participations:,} {'round' if plan.participations == 1 else 'rounds'}",
-        f"steps                 {plan.steps_per_round:,} "
-        f"{'in round 1' if question.epochs else 'a round'}, {plan.steps:,} in all, of "
-        f"{plan.batch_size:.1f} examples expected (rate {plan.sample_rate:.4g})",
-        f"gradients             {plan.gradients_per_round:,} expected a round",
-        f"noise, mean gradient  {plan.step_noise:.4g} of clip_norm in a coordinate of one step; "
-        f"{plan.run_noise:.3g} in the mean over all",
-    ]
-    if found.lasts < plan.participations:
-        lines.append(
-            f"budget lasts          {counted(found.lasts, 'round')}; then the client declines"
-        )
-    lines += ["", f"{'round':>8}  {'epsilon':>8}"]
-    chosen = found.epsilons[:: max(1, len(found.epsilons) // 10)]
-    chosen += () if chosen[-1] == found.epsilons[-1] else (found.epsilons[-1],)
-    lines += [f"{number:>8,}  {epsilon_text(epsilon):>8}" for number, epsilon in chosen]
-    lines += [
-        "",
-        f"{'what would help':<34}{'noise':>10}{'epsilon':>10}{'a step':>10}{'overall':>10}",
-    ]
-    for change, row, refused in [
-        ("as planned", plan, ""),
-        *((each.change, each.forecast, each.refused) for each in found.what_if),
-    ]:
-        if row is None:
-            lines.append(f"{change:<34}  refused: {refused.split('. ')[0]}")
-            continue
-        lines.append(
-            f"{change:<34}{row.noise_multiplier:>10.4f}{epsilon_text(row.epsilon):>10}"
-            f"{row.step_noise:>10.4g}{row.run_noise:>10.3g}"
-        )
-    return "\n".join(lines)
 
 
 plan = Command(

@@ -11,13 +11,13 @@ from matplotlib.figure import Figure
 
 from fedcore.files import write_atomic
 from fedcore.observability.words import counted, epsilon_text
-from server.privacy.plan import PlanResult, Question
+from server.privacy.plan import ExamplePrivacyPlan, Question
 from server.report.svg import BLUE, MUTED, ORANGE
 
 _SIZE_IN, _DOTS_PER_INCH = (11.0, 4.2), 150
 
 
-def plot(answer: PlanResult, question: Question, file: Path) -> None:
+def plot(answer: ExamplePrivacyPlan, file: Path) -> None:
     """Writes the plot; the file's extension determines its format.
 
     Raises:
@@ -27,7 +27,7 @@ def plot(answer: PlanResult, question: Question, file: Path) -> None:
     figure = Figure(figsize=_SIZE_IN, dpi=_DOTS_PER_INCH, layout="constrained")
     FigureCanvasAgg(figure)
     left, right = figure.subplots(1, 2, width_ratios=(1.0, 1.3))
-    _epsilons(left, answer, question)
+    _epsilons(left, answer, answer.question)
     _noises(right, answer)
     found = answer.forecast
     figure.suptitle(
@@ -39,7 +39,7 @@ def plot(answer: PlanResult, question: Question, file: Path) -> None:
     write_atomic(file, drawn.getvalue())
 
 
-def _epsilons(axes: Axes, answer: PlanResult, question: Question) -> None:
+def _epsilons(axes: Axes, answer: ExamplePrivacyPlan, question: Question) -> None:
     rounds, epsilons = zip(*answer.epsilons, strict=True)
     axes.plot(rounds, epsilons, color=BLUE, marker="o", markersize=3, label="spent")
     budget = question.privacy.max_epsilon
@@ -54,7 +54,7 @@ def _epsilons(axes: Axes, answer: PlanResult, question: Question) -> None:
     axes.legend(loc="lower right")
 
 
-def _noises(axes: Axes, answer: PlanResult) -> None:
+def _noises(axes: Axes, answer: ExamplePrivacyPlan) -> None:
     shown = [("as planned", answer.forecast)]
     shown += [(each.change, each.forecast) for each in answer.what_if if each.forecast]
     names = [name.replace(" (", "\n(") for name, _ in shown][::-1]

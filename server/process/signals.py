@@ -13,14 +13,14 @@ from typing import NoReturn
 
 from fedcore.errors import INTERRUPTED
 
-Asked = Callable[[], bool]
+StopRequested = Callable[[], bool]
 
 _SIGNALS = (signal.SIGINT, signal.SIGTERM)
 _AGAIN_S = 0.05  # the interpreter can raise again by then
 
 
 @contextmanager
-def stop_requested(say: Callable[[], None]) -> Iterator[Asked]:
+def stop_requested(say: Callable[[], None]) -> Iterator[StopRequested]:
     """Yields a function that returns whether SIGINT or SIGTERM arrived; a second one interrupts.
 
     Outside the main thread, which can't handle signals, existing handlers stay in place and the
@@ -49,16 +49,16 @@ def stop_requested(say: Callable[[], None]) -> Iterator[Asked]:
         if issubclass(lost.exc_type, KeyboardInterrupt):
             threading.Timer(_AGAIN_S, signal.pthread_kill, [here, signal.SIGINT]).start()
         else:
-            told(lost)
+            previous_hook(lost)
 
-    told, sys.unraisablehook = sys.unraisablehook, swallowed
+    previous_hook, sys.unraisablehook = sys.unraisablehook, swallowed
     kept = {each: signal.signal(each, handle) for each in _SIGNALS}
     try:
         yield came.is_set
     finally:
         for each, handler in kept.items():
             signal.signal(each, handler)
-        sys.unraisablehook = told
+        sys.unraisablehook = previous_hook
 
 
 @contextmanager
@@ -88,9 +88,9 @@ def interrupt_then_exit() -> Iterator[None]:
 
 def exit_immediately() -> NoReturn:
     """Ends the process immediately, whatever its threads do, without any clean-up."""
-    told = b"Interrupted: stopped at once; complete files are kept.\n"
+    text = b"Interrupted: stopped at once; complete files are kept.\n"
     with suppress(OSError):
-        os.write(2, told)  # not a stream: another thread may hold its lock
+        os.write(2, text)  # not a stream: another thread may hold its lock
     os._exit(INTERRUPTED)
 
 

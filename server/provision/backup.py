@@ -46,7 +46,7 @@ from server.provision.folder import (
     PRIVATE_KEY,
     ROSTER_KEY,
     SERVER,
-    Authority,
+    AuthorityState,
     check_pair,
     check_place,
     link_roster,
@@ -85,7 +85,13 @@ class Backup(Section):
 
 @dataclass(frozen=True)
 class Restored:
-    """The result of a restoration."""
+    """The result of `fedcore.restore_authority`.
+
+    Example::
+
+        done = fedcore.restore_authority("authority.sealed", "authority", passphrase=secret)
+        done.members, done.caution
+    """
 
     project: str
     members: int
@@ -194,7 +200,8 @@ def _passphrase(act: Act) -> str:
     if act.passphrase is None:
         raise ConfigError(
             "a backup is encrypted with a passphrase, but none was given. Nothing was written; "
-            "pass a file with --passphrase-file, or set FEDCORE_PASSPHRASE."
+            "pass a file with --passphrase-file, set FEDCORE_PASSPHRASE, or in Python pass "
+            "passphrase=."
         )
     return act.passphrase
 
@@ -214,7 +221,7 @@ def _decode(raw: bytes, where: str) -> tuple[dict[str, bytes], datetime]:
         ) from None
 
 
-def _verify(files: Mapping[str, bytes], act: Act, *, where: str) -> Authority:
+def _verify(files: Mapping[str, bytes], act: Act, *, where: str) -> AuthorityState:
     """Verifies that the files are consistent: keys and certificates, roster and authority."""
     missing = {*_REQUIRED} - {*files} or ({*_SERVER} - {*files} if {*_SERVER} & {*files} else set())
     if missing:
@@ -232,7 +239,7 @@ def _verify(files: Mapping[str, bytes], act: Act, *, where: str) -> Authority:
     )
     if {*_SERVER} <= {*files}:
         _verify_server(files, certificate, where=where)
-    return Authority(act.folder, project, certificate, roster, members)
+    return AuthorityState(act.folder, project, certificate, roster, members)
 
 
 def _verify_server(files: Mapping[str, bytes], authority: x509.Certificate, *, where: str) -> None:
@@ -248,7 +255,7 @@ def _verify_server(files: Mapping[str, bytes], authority: x509.Certificate, *, w
         )
 
 
-def _readable(act: Act) -> Authority | None:
+def _readable(act: Act) -> AuthorityState | None:
     """Returns the authority to replace; None if it is damaged, a likely reason for restoring."""
     try:
         return read_authority(act.folder, now=act.now)
@@ -263,7 +270,7 @@ def _running(folder: Path) -> ResourceError:
     )
 
 
-def _files_to_keep(folder: Path, authority: Authority) -> list[Path]:
+def _files_to_keep(folder: Path, authority: AuthorityState) -> list[Path]:
     """Lists the server's files to keep from the folder, unless it is another authority's.
 
     The authority's certificate, or else the server's kit, identifies the owner. A folder too

@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import argparse
+from dataclasses import asdict
 from pathlib import Path
 
 from fedcore.cli import Command, group, show
-from fedcore.crypto.certificates import certificate_sha256
 from fedcore.crypto.issue import SERVER_VALIDITY
 from fedcore.errors import ConfigError
 from fedcore.observability.words import counted
-from server.provision.backup import backup, restore
-from server.provision.issue import initialise, provision_server, sign_roster
+from server.provision import passphrase
+from server.provision.authority import (
+    DEFAULT_PORT,
+    Authority,
+    create_authority,
+    restore_authority,
+)
 from server.provision.member_commands import MEMBER_VERBS
-from server.provision.options import acting, days, moment, sealing, show_server, signing
-
-DEFAULT_PORT = 9092
+from server.provision.options import days, moment, opened, show_server, signing
 
 
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,22 +32,22 @@ def _init_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _init(options: argparse.Namespace) -> int:
-    act = sealing(options, twice=True)
-    certificate = initialise(act, options.project)
-    sealed = act.passphrase is not None
+    secret = passphrase.configured(options.passphrase_file, twice=True)
+    authority = create_authority(options.authority, options.project, passphrase=secret)
+    made, sealed = authority.members(), secret is not None
     keep = "encrypted" if sealed else "not encrypted: keep the folder where nobody else can read it"
     text = (
         f"Authority: {options.authority}, project {options.project}, "
-        f"valid until {moment(certificate.not_valid_after_utc)}\n"
-        f"SHA-256:   {certificate_sha256(certificate)}\n"
+        f"valid until {moment(made.not_after)}\n"
+        f"SHA-256:   {made.authority_sha256}\n"
         f"Key:       {keep}\n"
         "Next:      fedcore provision server HOST"
     )
     value = {
         "authority": str(options.authority),
         "project": options.project,
-        "authority_sha256": certificate_sha256(certificate),
-        "not_after": moment(certificate.not_valid_after_utc),
+        "authority_sha256": made.authority_sha256,
+        "not_after": moment(made.not_after),
         "sealed": sealed,
     }
     return show(options, text, value)
@@ -78,26 +81,20 @@ def _server(options: argparse.Namespace) -> int:
         raise ConfigError(
             f"--port {options.port}: expected a port from 1 to 65535. Nothing was created."
         )
-    file = provision_server(
-        acting(options, signs=True),
-        options.hosts,
-        port=options.port,
-        validity=options.days,
-        again=options.replace,
+    kit = opened(options, signs=True).add_server(
+        options.hosts, port=options.port, days=options.days, replace=options.replace
     )
-    return show_server(options, file)
+    return show_server(options, kit)
 
 
 def _sign(options: argparse.Namespace) -> int:
-    authority = sign_roster(acting(options, signs=True))
-    signer = authority.roster.signer
-    number = signer.number if signer is not None else 0
+    signed = opened(options, signs=True).sign_roster()
     text = (
-        f"Signed:  {options.authority}, version {authority.roster.version} of the roster, by key "
-        f"{number}\nNext:    copy roster.json to the server's machine, if that is another one"
+        f"Signed:  {options.authority}, version {signed.version} of the roster, by key "
+        f"{signed.signer}\nNext:    copy roster.json to the server's machine, if that is another "
+        "one"
     )
-    value = {"version": authority.roster.version, "signer": number}
-    return show(options, text, value)
+    return show(options, text, asdict(signed))
 
 
 def _file_arguments(parser: argparse.ArgumentParser) -> None:
@@ -106,7 +103,8 @@ def _file_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _backup(options: argparse.Namespace) -> int:
-    backup(sealing(options, twice=True), options.file)
+    secret = passphrase.configured(options.passphrase_file, twice=True)
+    Authority(options.authority, secret).backup(options.file)
     text = f"Backup: {options.file}, encrypted; keep it and its passphrase in two places"
     return show(options, text, {"file": str(options.file)})
 
@@ -121,7 +119,10 @@ def _restore_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _restore(options: argparse.Namespace) -> int:
-    done = restore(sealing(options, twice=False), options.file, replace=options.replace)
+    secret = passphrase.configured(options.passphrase_file)
+    done = restore_authority(
+        options.file, options.authority, passphrase=secret, replace=options.replace
+    )
     newer = " (the folder's own roster was newer and was kept)" if done.roster == "folder" else ""
     before = f"\nBefore:   {done.before}" if done.before else ""
     members = counted(done.members, "member")

@@ -25,6 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from fedcore.crypto.certificates import MAX_CERTIFICATE_BYTES, check_authority, parse_certificate
 from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, parse_key, public_bytes
+from fedcore.crypto.kit import KIT, MAX_KIT_BYTES, KitFile, parse_kit_file
 from fedcore.crypto.roster import (
     MAX_ROSTER_BYTES,
     ROSTER,
@@ -49,7 +50,7 @@ MAX_AUDIT_BYTES = 32 << 20  # 32 MiB: some 100,000 lines
 
 
 @dataclass(frozen=True)
-class Authority:
+class AuthorityState:
     """The verified content of the folder, without the private key."""
 
     folder: Path
@@ -85,7 +86,7 @@ def locked(folder: Path) -> Iterator[None]:
         yield
 
 
-def read_authority(folder: Path, *, now: datetime, unsigned: bool = False) -> Authority:
+def read_authority(folder: Path, *, now: datetime, unsigned: bool = False) -> AuthorityState:
     """Reads and verifies the authority's certificate and roster.
 
     Args:
@@ -111,7 +112,7 @@ def read_authority(folder: Path, *, now: datetime, unsigned: bool = False) -> Au
         folder / ROSTER, max_bytes=MAX_ROSTER_BYTES, what="the roster", otherwise=_RESTORE
     )
     roster, members = parse_roster(raw, certificate, where=str(folder / ROSTER), unsigned=unsigned)
-    return Authority(folder, project, certificate, roster, members)
+    return AuthorityState(folder, project, certificate, roster, members)
 
 
 def key_is_sealed(folder: Path) -> bool:
@@ -120,7 +121,7 @@ def key_is_sealed(folder: Path) -> bool:
     return is_encrypted(_raw_key(folder))
 
 
-def read_key(authority: Authority, passphrase: str | None) -> EllipticCurvePrivateKey:
+def read_key(authority: AuthorityState, passphrase: str | None) -> EllipticCurvePrivateKey:
     """Reads and decrypts the authority's private key.
 
     Raises:
@@ -134,7 +135,8 @@ def read_key(authority: Authority, passphrase: str | None) -> EllipticCurvePriva
         if passphrase is None:
             raise ConfigError(
                 f"{path}: this key is encrypted with a passphrase, but none was given. Nothing "
-                "was signed; pass a file with --passphrase-file, or set FEDCORE_PASSPHRASE."
+                "was signed; pass a file with --passphrase-file, set FEDCORE_PASSPHRASE, or in "
+                "Python pass passphrase=."
             )
         raw = decrypt(raw, passphrase, where=str(path))
     key = parse_key(raw, where=str(path))
@@ -170,7 +172,7 @@ def check_place(path: Path) -> None:
         ) from None
 
 
-def read_roster_key(authority: Authority) -> tuple[EllipticCurvePrivateKey, Signer]:
+def read_roster_key(authority: AuthorityState) -> tuple[EllipticCurvePrivateKey, Signer]:
     """Reads the key that signs the current roster, and the authority's certification of it.
 
     Raises:
@@ -192,7 +194,7 @@ def read_roster_key(authority: Authority) -> tuple[EllipticCurvePrivateKey, Sign
     return key, signer
 
 
-def write_roster(authority: Authority, members: tuple[RosterEntry, ...]) -> None:
+def write_roster(authority: AuthorityState, members: tuple[RosterEntry, ...]) -> None:
     """Writes and signs a changed list of members, atomically.
 
     Raises:
@@ -232,6 +234,28 @@ def link_roster(server: Path) -> None:
         server.chmod(0o700)
         if not (server / ROSTER).is_symlink():
             (server / ROSTER).symlink_to(Path("..") / ROSTER)
+
+
+def server_kit(authority: AuthorityState) -> KitFile:
+    """Reads the server's kit.
+
+    Raises:
+        ConfigError: there is no server yet.
+        CertificateRefused: the file is no kit.
+    """
+    path = authority.server / KIT
+    if not name_exists(path):
+        raise ConfigError(
+            f"{authority.folder}: there is no server yet, but a kit contains its address. No "
+            "certificate was issued; run `fedcore provision server HOST` first."
+        )
+    raw = read_bytes(
+        path,
+        max_bytes=MAX_KIT_BYTES,
+        what="the server's kit",
+        otherwise="Nothing was done; `fedcore provision server HOST --replace` creates it again.",
+    )
+    return parse_kit_file(raw, where=str(path))
 
 
 def _check_there(folder: Path) -> None:

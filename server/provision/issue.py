@@ -1,9 +1,9 @@
-"""Operations of a project's authority: create, certify, renew, revoke, sign and list."""
+"""Operations of a project's authority: create, certify, renew, revoke and sign."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from datetime import datetime, timedelta
 from pathlib import Path
 from typing import NoReturn
@@ -15,7 +15,6 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePublicKey
 from fedcore.crypto.certificates import (
     MemberRole,
     Role,
-    Subject,
     check_name,
     parse_certificate,
     pem,
@@ -29,23 +28,24 @@ from fedcore.crypto.issue import (
     read_request,
 )
 from fedcore.crypto.keys import fingerprint, new_key, private_bytes, public_bytes, save_key
-from fedcore.crypto.kit import KEY, KIT, MAX_KIT_BYTES, KitFile, parse_kit_file, write_kit
+from fedcore.crypto.kit import KEY, KIT, KitFile, write_kit
 from fedcore.crypto.roster import MAX_NUM_EXAMPLES, ROSTER, Member, RosterEntry, RosterFile
 from fedcore.crypto.roster_seal import delegate
 from fedcore.crypto.sealing import encrypt
 from fedcore.errors import ConfigError
-from fedcore.files import disk_errors, name_exists, read_bytes, write_atomic
+from fedcore.files import disk_errors, name_exists, write_atomic
 from server.provision.folder import (
     CERTIFICATE,
     PRIVATE_KEY,
     ROSTER_KEY,
-    Authority,
+    AuthorityState,
     check_place,
     link_roster,
     locked,
     read_authority,
     read_key,
     record,
+    server_kit,
     write_roster,
 )
 
@@ -62,18 +62,8 @@ class Act:
     """The acting user, as stated in the audit log."""
     now: datetime
     """The current time, UTC; certificates are valid from here."""
-    passphrase: str | None = None
+    passphrase: str | None = field(default=None, repr=False)
     """Decrypts the authority's key if it is encrypted."""
-
-
-@dataclass(frozen=True)
-class Listing:
-    """All members that ever had a certificate, and the server."""
-
-    authority: Authority
-    server: Subject | None
-    members: tuple[Member, ...]
-    """Members in the order of enrolment, including revoked and expired ones."""
 
 
 def initialise(act: Act, project: str) -> x509.Certificate:
@@ -177,7 +167,7 @@ def provision_member(
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
         _check_free(authority, name, public_bytes(asked.public_key))
-        addresses = _server_kit(authority).servers
+        addresses = server_kit(authority).servers
         certificate = issue_member(
             asked.public_key,
             name=name,
@@ -202,7 +192,7 @@ def renew(act: Act, name: str, *, validity: timedelta) -> KitFile:
     """
     with locked(act.folder):
         authority = read_authority(act.folder, now=act.now)
-        old = _server_kit(authority)
+        old = server_kit(authority)
         if name == SERVER_NAME:
             check_place(authority.server / KIT)
             public = _public(old.certificate)
@@ -241,7 +231,7 @@ def revoke(act: Act, name: str) -> Member:
         return replace(member, revoked_at=act.now)
 
 
-def sign_roster(act: Act) -> Authority:
+def sign_roster(act: Act) -> AuthorityState:
     """Creates a new roster key, and signs the current roster with it.
 
     For projects older than signed rosters, and for a lost or stolen key: a server that has seen the
@@ -265,27 +255,9 @@ def sign_roster(act: Act) -> Authority:
         return read_authority(act.folder, now=act.now)
 
 
-def listing(act: Act) -> Listing:
-    """Lists all members that ever had a certificate, and the server.
-
-    Raises:
-        FedcoreError: the authority can't be read.
-    """
-    with locked(act.folder):
-        authority = read_authority(act.folder, now=act.now)
-        server = None
-        if name_exists(authority.server / KIT):
-            where = str(authority.server / KIT)
-            certificate = parse_certificate(
-                _server_kit(authority).certificate.encode(), where=where
-            )
-            server = subject_of(certificate, authority.certificate, where=where)
-        return Listing(authority, server, tuple(authority.members.values()))
-
-
 def _certify_server(
     act: Act,
-    authority: Authority,
+    authority: AuthorityState,
     public: EllipticCurvePublicKey,
     addresses: tuple[str, ...],
     validity: timedelta,
@@ -304,7 +276,7 @@ def _certify_server(
 
 
 def _kit(
-    authority: Authority, addresses: tuple[str, ...], certificate: x509.Certificate
+    authority: AuthorityState, addresses: tuple[str, ...], certificate: x509.Certificate
 ) -> KitFile:
     return KitFile(
         servers=addresses,
@@ -325,7 +297,9 @@ def _public(certificate: str) -> EllipticCurvePublicKey:
     return public
 
 
-def _record(act: Act, action: str, certificate: x509.Certificate, authority: Authority) -> None:
+def _record(
+    act: Act, action: str, certificate: x509.Certificate, authority: AuthorityState
+) -> None:
     subject = subject_of(certificate, authority.certificate, where="certificate")
     role: Role = subject.role
     record(
@@ -341,23 +315,7 @@ def _record(act: Act, action: str, certificate: x509.Certificate, authority: Aut
     )
 
 
-def _server_kit(authority: Authority) -> KitFile:
-    path = authority.server / KIT
-    if not name_exists(path):
-        raise ConfigError(
-            f"{authority.folder}: there is no server yet, but a kit contains its address. No "
-            "certificate was issued; run `fedcore provision server HOST` first."
-        )
-    raw = read_bytes(
-        path,
-        max_bytes=MAX_KIT_BYTES,
-        what="the server's kit",
-        otherwise="Nothing was done; `fedcore provision server HOST --replace` creates it again.",
-    )
-    return parse_kit_file(raw, where=str(path))
-
-
-def _known(authority: Authority, name: str) -> tuple[RosterEntry, Member]:
+def _known(authority: AuthorityState, name: str) -> tuple[RosterEntry, Member]:
     if name == SERVER_NAME:
         raise ConfigError(
             f"{authority.folder}: the server is not a member, and devices have no list of "
@@ -374,7 +332,7 @@ def _known(authority: Authority, name: str) -> tuple[RosterEntry, Member]:
     return found
 
 
-def _check_free(authority: Authority, name: str, public: bytes) -> None:
+def _check_free(authority: AuthorityState, name: str, public: bytes) -> None:
     if name == SERVER_NAME or authority.find(name) is not None:
         _refuse(
             f"{name!r} is taken",
@@ -391,7 +349,7 @@ def _refuse(why: str, remedy: str) -> NoReturn:
     raise ConfigError(f"{why}. No certificate was issued; {remedy}.")
 
 
-def _change(authority: Authority, entry: RosterEntry, update: dict[str, object]) -> None:
+def _change(authority: AuthorityState, entry: RosterEntry, update: dict[str, object]) -> None:
     """Replaces some fields of a member's entry in the roster."""
     changed = RosterEntry.model_validate({**entry.model_dump(), **update})
     write_roster(

@@ -4,28 +4,26 @@ from __future__ import annotations
 
 import argparse
 import sys
+from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 from typing import Any
 
 from fedcore.cli import Command, show
-from fedcore.crypto.certificates import MAX_CERTIFICATE_BYTES, MemberRole, certificate_sha256
-from fedcore.crypto.issue import MEMBER_VALIDITY, SERVER_VALIDITY, make_request
-from fedcore.crypto.keys import fingerprint, new_key, save_key
-from fedcore.crypto.kit import KEY, KIT, KitFile, write_kit
+from fedcore.crypto.issue import MEMBER_VALIDITY, SERVER_VALIDITY
+from fedcore.crypto.keys import fingerprint
+from fedcore.crypto.kit import KEY, KIT
 from fedcore.crypto.roster import Member
-from fedcore.errors import ConfigError
-from fedcore.files import name_exists, read_bytes, write_atomic
+from fedcore.files import name_exists
 from fedcore.observability.foreign import say
-from server.provision.folder import check_place
-from server.provision.issue import SERVER_NAME, listing, provision_member, renew, revoke
+from server.provision.folder import SERVER
+from server.provision.issue import SERVER_NAME
+from server.provision.kits import IssuedKit, clock
 from server.provision.options import (
-    acting,
-    clock,
     days,
     described,
-    free,
     moment,
+    opened,
     out,
     place,
     show_server,
@@ -84,76 +82,45 @@ def _person_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _device(options: argparse.Namespace) -> int:
-    return _certify(options, "device", options.examples)
+    kit = opened(options, signs=True).add_device(
+        options.name,
+        options.request,
+        num_examples=options.examples,
+        days=options.days,
+        out=options.out,
+    )
+    return _show_kit(options, kit)
 
 
 def _operator(options: argparse.Namespace) -> int:
-    return _person(options, "operator")
+    return _person(options, opened(options, signs=True).add_operator)
 
 
 def _viewer(options: argparse.Namespace) -> int:
-    return _person(options, "viewer")
+    return _person(options, opened(options, signs=True).add_viewer)
 
 
-def _certify(options: argparse.Namespace, role: MemberRole, examples: int | None) -> int:
-    kit = free(options.out or Path(f"{options.name}.kit"))
-    where = str(options.request)
-    request = read_bytes(
-        options.request,
-        max_bytes=MAX_CERTIFICATE_BYTES,
-        what="a request",
-        otherwise=f"Nothing was issued; create one with `fedcore client enrol {options.name}`.",
-    )
-    file = provision_member(
-        acting(options, signs=True),
+def _person(options: argparse.Namespace, add: Callable[..., IssuedKit]) -> int:
+    kit = add(
         options.name,
-        role,
-        request,
-        where=where,
-        validity=options.days,
-        num_examples=examples,
+        request=options.request,
+        kit=options.kit,
+        days=options.days,
+        out=options.out,
     )
-    return _show_kit(options, file, kit)
+    if options.kit is None:
+        return _show_kit(options, kit)
+    text = f"{kit.role} {kit.name}: {kit.path}, valid until {moment(kit.not_after)}"
+    return show(options, text, {**described(kit), "folder": str(kit.path)})
 
 
-def _person(options: argparse.Namespace, role: MemberRole) -> int:
-    folder = options.kit
-    if folder is None:
-        return _certify(options, role, None)
-    if options.out is not None:
-        raise ConfigError("--out and --kit exclude each other. Nothing was written.")
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise ConfigError(
-            f"{folder}: expected an empty folder, or none. Nothing was written; choose another."
-        )
-    check_place(folder / KEY)
-    key = new_key()
-    file = provision_member(
-        acting(options, signs=True),
-        options.name,
-        role,
-        make_request(key, options.name),
-        where=options.name,
-        validity=options.days,
-        num_examples=None,
-    )
-    save_key(folder / KEY, key)
-    folder.chmod(0o700)
-    write_kit(folder, file)
-    said = described(file)
-    text = f"{role} {options.name}: {folder}, valid until {said['not_after']}"
-    return show(options, text, {**said, "folder": str(folder)})
-
-
-def _show_kit(options: argparse.Namespace, file: KitFile, kit: Path) -> int:
-    write_atomic(kit, file.to_bytes())
-    said = described(file)
+def _show_kit(options: argparse.Namespace, kit: IssuedKit) -> int:
     text = (
-        f"Kit:     {kit}, {said['role']} {said['name']}, valid until {said['not_after']}; it "
-        f"contains no secret\nNext:    fedcore client install {kit} --kit DIR --authority "
-        f"{said['authority_sha256']}"
+        f"Kit:     {kit.path}, {kit.role} {kit.name}, valid until {moment(kit.not_after)}; it "
+        f"contains no secret\nNext:    fedcore client install {kit.path} --kit DIR --authority "
+        f"{kit.authority_sha256}"
     )
-    return show(options, text, {**said, "kit": str(kit)})
+    return show(options, text, {**described(kit), "kit": str(kit.path)})
 
 
 def _renew_arguments(parser: argparse.ArgumentParser) -> None:
@@ -170,12 +137,8 @@ def _renew_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _renew(options: argparse.Namespace) -> int:
-    if options.name == SERVER_NAME:
-        lasts = options.days or SERVER_VALIDITY
-        return show_server(options, renew(acting(options, signs=True), SERVER_NAME, validity=lasts))
-    kit = free(options.out or Path(f"{options.name}.kit"))
-    lasts = options.days or MEMBER_VALIDITY
-    return _show_kit(options, renew(acting(options, signs=True), options.name, validity=lasts), kit)
+    kit = opened(options, signs=True).renew(options.name, days=options.days, out=options.out)
+    return (show_server if kit.role == "server" else _show_kit)(options, kit)
 
 
 def _revoke_arguments(parser: argparse.ArgumentParser) -> None:
@@ -184,7 +147,7 @@ def _revoke_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _revoke(options: argparse.Namespace) -> int:
-    member = revoke(acting(options), options.name)
+    member = opened(options).revoke(options.name)
     text = (
         f"{member.role} {member.name}: revoked. A server that reads this folder's roster refuses "
         "it from now on; copy roster.json to any other server."
@@ -193,13 +156,13 @@ def _revoke(options: argparse.Namespace) -> int:
 
 
 def _list(options: argparse.Namespace) -> int:
-    found, now = listing(acting(options)), clock()
+    found, now = opened(options).members(), clock()
     rows = [_row(member, now) for member in found.members]
     server = found.server
     value = {
-        "project": found.authority.project,
-        "authority_sha256": certificate_sha256(found.authority.certificate),
-        "not_after": moment(found.authority.certificate.not_valid_after_utc),
+        "project": found.project,
+        "authority_sha256": found.authority_sha256,
+        "not_after": moment(found.not_after),
         "server": server
         and {
             "serial": server.serial,
@@ -209,9 +172,10 @@ def _list(options: argparse.Namespace) -> int:
         "members": rows,
     }
     lines = [f"project {value['project']}, authority valid until {value['not_after']}"]
-    if server is None and name_exists(found.authority.server / KEY):
+    place_of_server = options.authority / SERVER
+    if server is None and name_exists(place_of_server / KEY):
         say(
-            f"warning: {found.authority.server}: the server's {KEY} is here, but its {KIT} is "
+            f"warning: {place_of_server}: the server's {KEY} is here, but its {KIT} is "
             "missing: restore it from a backup, or create both again with `fedcore provision "
             "server HOST --replace`",
             to=sys.stderr,

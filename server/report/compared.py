@@ -1,6 +1,6 @@
 """Runs in a folder of results, and how two of them differ: settings and final figures.
 
-Start with `find_runs` and `compare_runs`.
+`list_runs` and `compare_runs` are part of the Python API. Imports no torch.
 """
 
 from __future__ import annotations
@@ -9,12 +9,13 @@ import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from os import PathLike
 from pathlib import Path
 from typing import Any
 
 from fedcore.errors import ConfigError, DataError
 from fedcore.files import read_bytes
-from server.report.folder import CHECKPOINT, JOURNAL_FOLDER, MARK, SUMMARY
+from server.report.folder import CHECKPOINT, GLOBAL_MODEL, JOURNAL_FOLDER, MARK, SUMMARY
 from server.report.settings import by_dotted_name
 
 _MAX_BYTES = 64 << 20
@@ -33,7 +34,14 @@ _NO_FIGURES = (
 
 @dataclass(frozen=True)
 class FoundRun:
-    """One run in a folder of results."""
+    """One run in a folder of results, from `fedcore.list_runs`.
+
+    Example::
+
+        complete = [run for run in fedcore.list_runs() if run.state == "complete"]
+        best = max(complete, key=lambda run: run.figures["accuracy.released"])
+        best.settings["federation"]["rounds"]
+    """
 
     name: str
     folder: Path
@@ -51,7 +59,14 @@ class FoundRun:
 
 @dataclass(frozen=True)
 class ComparedRuns:
-    """Differences of two runs, each value first of the one and then of the other."""
+    """Differences of two runs, each value first of the one and then of the other.
+
+    Example::
+
+        found = fedcore.compare_runs("churn", "churn-2")
+        found.settings  # {"client.learning_rate": (0.1, 0.05)}
+        found.figures["accuracy.released"]
+    """
 
     names: tuple[str, str]
     settings: Mapping[str, tuple[Any, Any]]
@@ -72,19 +87,31 @@ class ComparedRuns:
         return True if one.get("sha256") else None
 
 
-def find_runs(runs: Path) -> list[FoundRun]:
-    """Returns the runs in a folder of results, the latest last.
+def list_runs(runs: str | PathLike[str] = "runs") -> list[FoundRun]:
+    """Lists the runs in a folder of results, the latest last.
+
+    Example::
+
+        for run in fedcore.list_runs("runs"):
+            print(run.name, run.state, run.figures)
+
+    Args:
+        runs: Parent folder of the results of simulations and of servers.
+
+    Returns:
+        All runs, ordered by the time of their last change; empty if there are none.
 
     Raises:
         ConfigError: there is no such folder.
         DataError: a run's files cannot be read.
     """
-    if not runs.is_dir():
+    folder = Path(runs)
+    if not folder.is_dir():
         raise ConfigError(
-            f"{runs}: there is no such folder. Nothing was read; pass the parent folder of the "
+            f"{folder}: there is no such folder. Nothing was read; pass the parent folder of the "
             "results with --runs."
         )
-    found = [read_run(one) for one in runs.iterdir() if (one / MARK).is_file()]
+    found = [read_run(one) for one in folder.iterdir() if (one / MARK).is_file()]
     return sorted(found, key=lambda one: (one.changed, one.name))
 
 
@@ -101,31 +128,69 @@ def read_run(folder: Path) -> FoundRun:
             "`fedcore runs list` shows the runs."
         )
     files = [path for name in (SUMMARY, CHECKPOINT, MARK) if (path := folder / name).is_file()]
-    unfinished = (folder / CHECKPOINT).is_file() or (folder / JOURNAL_FOLDER).is_dir()
-    complete = (folder / SUMMARY).is_file()
-    summary = _read(folder / SUMMARY) if complete else {}
+    live, settings = (folder / JOURNAL_FOLDER).is_dir(), _read(folder / MARK)
+    summary = _read(folder / SUMMARY) if (folder / SUMMARY).is_file() else {}
+    complete = bool(summary) or (live and _has_ended(folder, settings))
+    unfinished = live or (folder / CHECKPOINT).is_file()
     return FoundRun(
         name=folder.name,
         folder=folder,
         state="complete" if complete else "unfinished" if unfinished else "begun",
         changed=f"{datetime.fromtimestamp(files[0].stat().st_mtime, UTC):%Y-%m-%dT%H:%M:%SZ}",
-        settings=_read(folder / MARK),
+        settings=settings,
         figures=dict(_figures(summary)),
         task=found if isinstance(found := summary.get("task"), Mapping) else None,
     )
 
 
-def compare_runs(one: FoundRun, other: FoundRun) -> ComparedRuns:
-    """Returns the settings that differ between two runs, and the final figures of both."""
-    flat = dict(by_dotted_name(one.settings)), dict(by_dotted_name(other.settings))
+def _has_ended(folder: Path, settings: Mapping[str, Any]) -> bool:
+    """Returns whether a server's run that releases nothing has written its model, the last step."""
+    release = settings.get("release")
+    releases = isinstance(release, Mapping) and release.get("repository") is not None
+    return not releases and (folder / GLOBAL_MODEL).is_file()
+
+
+def compare_runs(
+    one: FoundRun | str | PathLike[str],
+    other: FoundRun | str | PathLike[str],
+    *,
+    runs: str | PathLike[str] = "runs",
+) -> ComparedRuns:
+    """Returns the settings that differ between two runs, and the final figures of both.
+
+    Example::
+
+        found = fedcore.compare_runs("churn", "churn-2", runs="runs")
+        for name, (before, after) in found.figures.items():
+            print(name, before, after)
+
+    Args:
+        one: A run: its name below ``runs``, its folder, or one from `fedcore.list_runs`.
+        other: The run to compare it with.
+        runs: Parent folder of the results, for names.
+
+    Raises:
+        ConfigError: a folder is not that of a run.
+        DataError: a run's files cannot be read.
+    """
+    first, second = _named(Path(runs), one), _named(Path(runs), other)
+    flat = dict(by_dotted_name(first.settings)), dict(by_dotted_name(second.settings))
     keys = [key for key in dict.fromkeys([*flat[0], *flat[1]]) if key != "name"]
-    names = dict.fromkeys([*one.figures, *other.figures])
+    names = dict.fromkeys([*first.figures, *second.figures])
     return ComparedRuns(
-        (one.name, other.name),
+        (first.name, second.name),
         {key: (a, b) for key in keys if (a := flat[0].get(key)) != (b := flat[1].get(key))},
-        {name: (one.figures.get(name), other.figures.get(name)) for name in names},
-        (one.task, other.task),
+        {name: (first.figures.get(name), second.figures.get(name)) for name in names},
+        (first.task, second.task),
     )
+
+
+def _named(runs: Path, name: FoundRun | str | PathLike[str]) -> FoundRun:
+    """Returns the run of a name below ``runs``, or in a folder."""
+    if isinstance(name, FoundRun):
+        return name
+    below = runs / name
+    return read_run(below if below.is_dir() or not Path(name).is_dir() else Path(name))
 
 
 def _figures(summary: Mapping[str, Any]) -> Iterator[tuple[str, float | None]]:

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 from flwr.app import Message
 
 from fedcore.privacy.ledger import Ledger
-from server.process.signals import Asked
+from server.process.signals import StopRequested
 from server.records import RoundRecord
 from server.report.folder import CHECKPOINT
 from server.rounds.checkpointing.progress import Progress
@@ -52,7 +52,7 @@ class FileCheckpointer:
         *,
         state: SimulationState,
         events: Sequence[StoredEvent],
-        stopping: Asked,
+        stopping: StopRequested,
         command: str,
         elapsed_s: float,
         clock: Callable[[], float] = time.monotonic,

@@ -56,7 +56,13 @@ class SignatureFault:
 
 @dataclass(frozen=True)
 class Evidence:
-    """What the signatures in a journal prove."""
+    """What the devices' signatures in a run's journal prove, from `fedcore.verify_run`.
+
+    Example::
+
+        evidence = fedcore.verify_run("runs/churn", "authority/server")
+        evidence.rounds, evidence.updates, evidence.faults
+    """
 
     rounds: int
     """Number of completed rounds."""
@@ -70,6 +76,7 @@ class Evidence:
     """Sound signatures that were accepted after their key was revoked, in phrases: the server got
     the member list with the revocation later."""
     faults: tuple[SignatureFault, ...] = ()
+    """What the journal does not prove."""
 
 
 @dataclass

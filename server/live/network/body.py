@@ -55,14 +55,14 @@ class BodyReader(asyncio.BufferedProtocol):
     def buffer_updated(self, nbytes: int) -> None:
         """Decrypts the first ``nbytes`` of the buffer and passes the plaintext to ``take``."""
         tls, encrypted = self._tls, self._buffers.encrypted[:nbytes]
-        fed, size, goes_on = 0, 0, True
-        while goes_on and fed < nbytes and self._reads():
+        fed, size, more = 0, 0, True
+        while more and fed < nbytes and self._reads():
             tls._incoming.write(encrypted[fed : fed + _FED_BYTES])
             fed = min(nbytes, fed + _FED_BYTES)
-            size, goes_on = self._decrypted(size)
+            size, more = self._decrypted(size)
         if size:
-            goes_on = self._take(self._buffers.plain[:size]) and goes_on
-        if not goes_on or not self._reads():
+            more = self._take(self._buffers.plain[:size]) and more
+        if not more or not self._reads():
             self._unread(encrypted[fed:])
         elif tls._outgoing.pending:  # TLS itself answers, for example a key update
             tls._process_outgoing()

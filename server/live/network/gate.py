@@ -29,11 +29,11 @@ from fedcore.errors import (
 from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, FileResponse, Route, call, upload_of
-from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, beginning_of
+from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, parse_request_head
 from fedcore.flower.fleet_bundle import PUSH_BUNDLE, read_bundle
 from fedcore.observability.foreign import foreign
 from fedcore.rpc.hello import BUNDLES, WAKE_PORT, Hello, check_hello, instance_of, next_request_s
-from server.live.network.limits import Limits, PeerLines, Rates, Refusals, Uploads
+from server.live.network.limits import Limits, PeerLog, Rates, Refusals, Uploads
 from server.live.network.peer import divert_of, key_of
 from server.live.network.presence import Presence
 
@@ -89,7 +89,7 @@ class Gate:
     wake_port: int
     """Port of the wake-up streams, which devices learn on activation."""
     refusals: Refusals
-    lines: PeerLines = field(default_factory=PeerLines)
+    lines: PeerLog = field(default_factory=PeerLog)
     operate: Operate | None = None
     """Handler for operators and viewers; None to reject them."""
 
@@ -200,7 +200,7 @@ class Gate:
 
     def _begin(self, caller: Caller, raw: bytes) -> ChunkUpload | None:
         """Returns the receiver of the large chunk that starts with ``raw``; None if none does."""
-        begun = beginning_of(raw)
+        begun = parse_request_head(raw)
         if begun is None:
             return None
         arrival = ChunkUpload(self.fleet, caller.node_id, caller.name, begun)

@@ -123,7 +123,7 @@ class Refusals:
         log.warning("refused %s: %d: %s%s", *shown)
 
 
-class PeerLines:
+class PeerLog:
     """Log of peers' actions, throttled per peer and action."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
@@ -150,7 +150,7 @@ class Streams:
 
 
 @dataclass
-class _Held:
+class _PendingUpload:
     node_id: int
     room_bytes: int
     progress: float
@@ -180,7 +180,7 @@ class Uploads:
         self._limits = limits
         self._abandon = abandon
         self._clock = clock
-        self._held: dict[str, _Held] = {}
+        self._held: dict[str, _PendingUpload] = {}
         self._of: defaultdict[int, set[str]] = defaultdict(set)
         """Message ids of each node's uploads."""
         self._held_bytes = 0
@@ -200,7 +200,9 @@ class Uploads:
                     self._evict()
                     if not self._freed.is_set():
                         await self._wait()
-                self._held[upload.message_id] = _Held(node_id, upload.max_bytes, self._clock())
+                self._held[upload.message_id] = _PendingUpload(
+                    node_id, upload.max_bytes, self._clock()
+                )
                 self._of[node_id].add(upload.message_id)
                 self._held_bytes += upload.max_bytes
                 return True

@@ -53,7 +53,7 @@ class _Session:
 
 
 @dataclass(frozen=True)
-class DeviceStatus:
+class DevicePresence:
     """State of a device that has called since the server started."""
 
     node_id: int
@@ -223,11 +223,11 @@ class Presence:
                 if one.name not in self._drained and self._left(one) is None and not one.owes
             ]
 
-    def devices(self) -> list[DeviceStatus]:
+    def devices(self) -> list[DevicePresence]:
         """Returns the state of all devices that have called, sorted by name."""
         with self._lock:
             found = [
-                DeviceStatus(
+                DevicePresence(
                     node_id, one.name, self._left(one) is None, one.stream is not None, one.owes
                 )
                 for node_id, one in self._sessions.items()

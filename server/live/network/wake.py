@@ -21,7 +21,7 @@ from fedcore.rpc.grpc_peer import peer_key
 from fedcore.rpc.wake_pb2 import DESCRIPTOR, Call, WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeServicer
 from server.live.network.connections import Connections
-from server.live.network.limits import STREAM_S, PeerLines, Refusals, Streams, Uploads
+from server.live.network.limits import STREAM_S, PeerLog, Refusals, Streams, Uploads
 from server.live.network.presence import Presence
 
 log = logging.getLogger("fedcore.server")
@@ -54,7 +54,7 @@ class Wakeups(WakeServicer):
     uploads: Uploads
     refusals: Refusals
     streams: Streams = field(default_factory=Streams)
-    lines: PeerLines = field(default_factory=PeerLines)
+    lines: PeerLog = field(default_factory=PeerLog)
 
     async def Watch(  # noqa: N802 - the name of the service's method
         self, request: WatchRequest, context: grpc.aio.ServicerContext[WatchRequest, Call]

@@ -28,6 +28,7 @@ from fedcore.observability.words import counted
 from server.live.journal.entries import Entries
 from server.live.journal.head import JOURNAL, RESTORED, write_head
 from server.live.journal.journal import VALUES, values_of
+from server.live.operators.protocol import BackedUp
 from server.report.folder import JOURNAL_FOLDER, results_around
 
 _LEFT_OUT = {JOURNAL_FOLDER, "incoming", "tensorboard"}
@@ -36,16 +37,6 @@ which can be drawn again."""
 _ATTEMPTS = 20
 """Attempts to link all values. Each keeps the earlier links, so few are needed even if commits are
 fast."""
-
-
-@dataclass(frozen=True)
-class BackedUp:
-    """Description of a backup: its path, number of files, size in bytes, and time (UTC)."""
-
-    file: str
-    files: int
-    bytes: int
-    created: str
 
 
 def check_place(file: Path) -> None:

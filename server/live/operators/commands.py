@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import argparse
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
+from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from fedcore.cli import Command, json_option
+from fedcore.cli import Command, json_option, show
 from fedcore.observability.foreign import say
 from fedcore.observability.words import counted, figure
 
-Shown = Callable[[Mapping[str, Any]], str]
+if TYPE_CHECKING:
+    from server.live.operators.protocol import Verb
+    from server.live.operators.server_client import RunState, ServerClient
+    from server.records import RoundRecord
 
 
 def _where(parser: argparse.ArgumentParser) -> None:
@@ -45,136 +49,119 @@ def _backup_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("file", type=Path, metavar="FILE", help="file to write, e.g. orchard.tar")
 
 
-def _send(options: argparse.Namespace, shown: Shown, **request: Any) -> int:
-    from server.live.operators.client import ask_local, ask_remote
+def _client(options: argparse.Namespace) -> ServerClient:
+    from server.live.operators.server_client import ServerClient
 
-    if options.kit is None:
-        answer = ask_local(options.identity, request)
-    else:
-        from fedcore.crypto.kit import load_kit
-
-        answer = ask_remote(load_kit(options.kit), request)
-    say(json.dumps(answer, indent=2) if options.json else shown(answer))
-    return 0
+    return ServerClient(options.identity, options.kit)
 
 
-def _status(options: argparse.Namespace) -> int:
-    return _send(options, _shown_status, verb="status")
+def _shown(verb: Verb, text: Callable[[ServerClient], str]) -> Callable[[argparse.Namespace], int]:
+    """Returns a command that prints text, or with ``--json`` the server's answer."""
 
-
-def _shown_status(answer: Mapping[str, Any]) -> str:
-    devices, last = answer["devices"], answer["last"]
-    rounds = counted(answer["rounds"], "round")
-    state = f"{answer['state']}: {answer['stage']}" if answer["stage"] else answer["state"]
-    listens = f"{answer['listens']}, wakes on {answer['wakes']}" if answer["listens"] else "no more"
-    lines = [
-        f"Run:     {answer['run']}, {state}; {answer['round']} of {rounds}",
-        f"Devices: {devices['there']} connected of {counted(devices['members'], 'member')}; "
-        f"{devices['drained']} drained",
-        f"Listens: {listens}; up {answer['up_s']:.0f} s",
-        f"Project: {answer['project']}, fedcore {answer['version']}; certificate until "
-        f"{answer['certificate_not_after'][:10]}, roster version {answer['roster']['version']}",
-    ]
-    if last:
-        lines.insert(1, f"Last:    {_shown_round(last)}")
-    if answer["waits"]:
-        lines.insert(1, f"Waits:   {answer['waits']}")
-    if answer["roster"]["damage"]:
-        lines.append(f"Roster:  could not be reloaded: {answer['roster']['damage']}")
-    return "\n".join([*lines, *(f"Note:    {note}" for note in answer["notes"])])
-
-
-def _shown_round(one: Mapping[str, Any]) -> str:
-    metrics = ", ".join(f"{name} {figure(value)}" for name, value in one["metrics"].items())
-    return (
-        f"round {one['round']}: {one['updates']} of {counted(one['cohort'], 'update')}, "
-        f"{one['failed']} failed, {one['seconds']:.2f} s{', ' if metrics else ''}{metrics}"
-    )
-
-
-def _rounds(options: argparse.Namespace) -> int:
-    return _send(
-        options,
-        lambda answer: (
-            "\n".join(map(_shown_round, answer["rounds"])) or "No round is complete yet."
-        ),
-        verb="rounds",
-    )
-
-
-def _devices(options: argparse.Namespace) -> int:
-    return _send(options, _shown_devices, verb="devices")
-
-
-def _shown_devices(answer: Mapping[str, Any]) -> str:
-    lines = []
-    for one in answer["devices"]:
-        there = "awake" if one["awake"] else "polls" if one["there"] else "away"
-        drained = ", drained" if one["drained"] else ""
-        drained += ", owes a reply: left out until it calls" if one["owes"] else ""
-        until = one["certificate_not_after"][:10]
-        lines.append(f"{one['name']:<24} {there}{drained}; certificate until {until}")
-    return "\n".join(lines) or "The project has no devices yet."
-
-
-def _steer(verb: str) -> Callable[[argparse.Namespace], int]:
     def run(options: argparse.Namespace) -> int:
-        return _send(options, lambda answer: f"{answer['run']}: {answer['state']}", verb=verb)
+        client = _client(options)
+        say(json.dumps(client.ask(verb), indent=2) if options.json else text(client))
+        return 0
 
     return run
 
 
-def _drain(options: argparse.Namespace) -> int:
-    return _send(
-        options,
-        lambda answer: (
-            f"{answer['device']}: {'drained' if answer['drained'] else 'selected again'}"
-        ),
-        verb="drain",
-        device=options.device,
-        undo=options.undo,
+def _status(client: ServerClient) -> str:
+    found = client.status()
+    state = f"{found.state}: {found.stage}" if found.stage else found.state
+    listens = f"{found.listens}, wakes on {found.wakes}" if found.listens else "no more"
+    rounds, members = counted(found.rounds, "round"), counted(found.devices.members, "member")
+    lines = [
+        f"Run:     {found.run}, {state}; {found.round} of {rounds}",
+        f"Devices: {found.devices.there} connected of {members}; {found.devices.drained} drained",
+        f"Listens: {listens}; up {found.up_s:.0f} s",
+        f"Project: {found.project}, fedcore {found.version}; certificate until "
+        f"{found.certificate_not_after:%Y-%m-%d}, roster version {found.roster.version}",
+    ]
+    if found.last:
+        lines.insert(1, f"Last:    {_round(found.last)}")
+    if found.waits:
+        lines.insert(1, f"Waits:   {found.waits}")
+    if found.roster.damage:
+        lines.append(f"Roster:  could not be reloaded: {found.roster.damage}")
+    return "\n".join([*lines, *(f"Note:    {note}" for note in found.notes)])
+
+
+def _round(one: RoundRecord) -> str:
+    metrics = ", ".join(f"{name} {figure(value)}" for name, value in one.metrics.items())
+    return (
+        f"round {one.round}: {one.updates} of {counted(one.cohort, 'update')}, "
+        f"{one.failed} failed, {one.seconds:.2f} s{', ' if metrics else ''}{metrics}"
     )
+
+
+def _rounds(client: ServerClient) -> str:
+    return "\n".join(map(_round, client.rounds())) or "No round is complete yet."
+
+
+def _devices(client: ServerClient) -> str:
+    lines = []
+    for one in client.devices():
+        there = "awake" if one.awake else "polls" if one.there else "away"
+        drained = ", drained" if one.drained else ""
+        drained += ", owes a reply: left out until it calls" if one.owes else ""
+        until = f"{one.certificate_not_after:%Y-%m-%d}"
+        lines.append(f"{one.name:<24} {there}{drained}; certificate until {until}")
+    return "\n".join(lines) or "The project has no devices yet."
+
+
+def _state(found: RunState) -> str:
+    return f"{found.run}: {found.state}"
+
+
+def _drain(options: argparse.Namespace) -> int:
+    drained = _client(options).drain(options.device, undo=options.undo)
+    text = f"{options.device}: {'drained' if drained else 'selected again'}"
+    return show(options, text, {"device": options.device, "drained": drained})
 
 
 def _backup(options: argparse.Namespace) -> int:
-    return _send(
-        options,
-        lambda answer: (
-            f"Backup: {answer['file']}, {counted(answer['files'], 'file')}, {answer['bytes']} bytes"
-        ),
-        verb="backup",
-        file=str(options.file.absolute()),
-    )
+    done = _client(options).backup(options.file)
+    text = f"Backup: {done.file}, {counted(done.files, 'file')}, {done.bytes} bytes"
+    return show(options, text, asdict(done))
 
 
 OPERATOR_VERBS = {
     "status": Command(
-        "Show the state of a running server.", _where, _status, "fedcore server status --json"
+        "Show the state of a running server.",
+        _where,
+        _shown("status", _status),
+        "fedcore server status --json",
     ),
     "rounds": Command(
         "List the completed rounds, the last 1000.",
         _where,
-        _rounds,
+        _shown("rounds", _rounds),
         "fedcore server rounds --kit anna",
     ),
     "devices": Command(
         "List the project's devices, and which are connected or drained.",
         _where,
-        _devices,
+        _shown("devices", _devices),
         "fedcore server devices",
     ),
     "pause": Command(
         "Pause after the current round.",
         _where,
-        _steer("pause"),
+        _shown("pause", lambda client: _state(client.pause())),
         "fedcore server pause",
     ),
-    "resume": Command("Continue after a pause.", _where, _steer("resume"), "fedcore server resume"),
+    "resume": Command(
+        "Continue after a pause.",
+        _where,
+        _shown("resume", lambda client: _state(client.resume())),
+        "fedcore server resume",
+    ),
     "stop": Command(
         "Stop the server after the current round, or during the steps after the rounds; the "
         "run can be resumed.",
         _where,
-        _steer("stop"),
+        _shown("stop", lambda client: _state(client.stop())),
         "fedcore server stop --kit anna",
     ),
     "drain": Command(

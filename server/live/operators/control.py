@@ -22,8 +22,8 @@ from server.live.network.serve import Listening
 from server.live.operators.backup import back_up, check_place, check_wanted
 from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
 from server.live.operators.protocol import READING, OperatorRequest, Requester, named, parse_request
+from server.live.operators.recent_events import RecentEvents
 from server.live.operators.status import devices_answer, status_answer
-from server.live.operators.watched import Watched
 from server.live.rounds.steered import SteeredCheckpointer
 from server.operator_log import AUDIT, Audit
 from server.rounds.checkpointing.checkpointer import RoundCheckpointer
@@ -71,7 +71,7 @@ class Control:
         self._run, self._folder, self._results = run, identity, results
         Audit(identity / AUDIT).close()  # fails early if the audit log is not writable
         self._changed = threading.Condition()
-        self._watched = Watched()
+        self._recent = RecentEvents()
         self._state: _State = "waiting"
         self._pause = self._stop = False
         self._hold = False
@@ -98,12 +98,12 @@ class Control:
     @property
     def last_round(self) -> int:
         """Number of the last completed round; 0 before the first."""
-        return self._watched.rounds[-1]["round"] if self._watched.rounds else 0
+        return self._recent.rounds[-1]["round"] if self._recent.rounds else 0
 
     def sink(self, event: Event) -> None:
         """Records an event, to be shown by ``status`` and ``rounds``."""
         with self._changed:
-            self._watched.record(event)
+            self._recent.record(event)
 
     def open(self, identity: ServerIdentity, listening: Listening | None) -> None:
         """Starts to accept requests, and logs that to the audit log.
@@ -117,7 +117,7 @@ class Control:
         if listening is not None:
             listening.presence.drain(self._drained)
         else:
-            action, self._watched.stage, self._state = "finish", "preparing", "finishing"
+            action, self._recent.stage, self._state = "finish", "preparing", "finishing"
         audit.record(by="server", action=action, outcome="done", run=self._run.name)
 
     def close(self) -> None:
@@ -135,9 +135,11 @@ class Control:
 
     def steered(self, checkpointer: RoundCheckpointer) -> RoundCheckpointer:
         """Wraps ``checkpointer`` so that it pauses or stops between rounds on request."""
-        return SteeredCheckpointer(checkpointer, self._block_while_paused, self.lacks_devices)
+        return SteeredCheckpointer(
+            checkpointer, self._block_while_paused, self.allow_requests_while_waiting
+        )
 
-    def lacks_devices(self) -> None:
+    def allow_requests_while_waiting(self) -> None:
         """Lets a stop or a backup proceed; called repeatedly while a round waits for devices.
 
         Blocks while a backup is being taken.
@@ -206,7 +208,7 @@ class Control:
         if request.verb == "devices":
             return {"devices": devices_answer(site.roster, self._drained, site.listening)}
         with self._changed:
-            rounds = list(self._watched.rounds)
+            rounds = list(self._recent.rounds)
         if request.verb == "rounds":
             return {"run": self._run.name, "rounds": rounds}
         return self._status(site, rounds)
@@ -218,10 +220,10 @@ class Control:
             site.roster,
             site.listening,
             state=self._described(),
-            stage=self._watched.stage,
-            waits=self._watched.waits if self._state in ("waiting", "running") else "",
+            stage=self._recent.stage,
+            waits=self._recent.waits if self._state in ("waiting", "running") else "",
             rounds=rounds,
-            notes=self._watched.notes,
+            notes=self._recent.notes,
             drained=self._drained,
             up_s=time.monotonic() - self._started,
         )
@@ -264,7 +266,7 @@ class Control:
         if request.verb != "stop":
             raise ConfigError(
                 f"{request.verb}: the rounds of {self._run.name!r} are complete, devices take no "
-                f"further part, and its model is being finished ({self._watched.stage}). Nothing "
+                f"further part, and its model is being finished ({self._recent.stage}). Nothing "
                 "was done; `fedcore server stop` interrupts that, and --resume continues it."
             )
 
@@ -295,7 +297,7 @@ class Control:
             )
         if not request.undo:
             with self._changed:
-                last = self._watched.rounds[-1] if self._watched.rounds else None
+                last = self._recent.rounds[-1] if self._recent.rounds else None
             needed = self._run.federation.cohort or (last["cohort"] if last else 1)
             connected = [one.name for one in listening.presence.devices() if one.online]
             check_enough(self._run.name, connected, self._drained | {name}, needed=needed)

@@ -44,6 +44,25 @@ class Requester:
     """Whether the request came from the server's own machine."""
 
 
+@dataclass(frozen=True)
+class BackedUp:
+    """A backup of a run's folder, from `fedcore.ServerClient.backup`.
+
+    Example::
+
+        done = fedcore.ServerClient("authority/server").backup("orchard.tar")
+        done.file, done.bytes
+    """
+
+    file: str
+    """Absolute path, on the server's machine."""
+    files: int
+    """Number of files in it."""
+    bytes: int
+    created: str
+    """Time of the backup, UTC, ISO 8601."""
+
+
 def parse_request(raw: bytes) -> OperatorRequest:
     """Parses and validates a request.
 

@@ -18,7 +18,7 @@ from fedcore.flower.grid import ForwardingGrid, reply_batches
 from fedcore.observability.patience import Reminder
 from fedcore.updates.messages import DECLINES, REFUSED
 from server.live.journal.journal import Journal
-from server.live.rounds.waiting import Awaited, OnWait, so_far, some
+from server.live.rounds.waiting import Awaited, OnWait, elapsed_text, names_text
 from server.records import RoundRecord
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort, Draw
@@ -142,7 +142,7 @@ class JournalCheckpointer:
                 time.sleep(_POLL_S)
             except RoundFailed as error:
                 why, missing = str(error).partition(". ")[0], self._missing()
-                named = f" Missing: {some(missing)}." if missing else ""
+                named = f" Missing: {names_text(missing)}." if missing else ""
                 patient = max(began + self._grace_s, self._rejoin_until)
                 short = self._short(draw, final=not missing or time.monotonic() >= patient)
                 if short is not None:
@@ -151,7 +151,7 @@ class JournalCheckpointer:
                 if time.monotonic() > end:
                     raise
                 if (lasted_s := reminder.due()) is not None:
-                    self._on_wait(f"{why}: {so_far(lasted_s, end)}.{named}")
+                    self._on_wait(f"{why}: {elapsed_text(lasted_s, end)}.{named}")
                 time.sleep(_POLL_S)
 
     def _short(self, draw: Draw, *, final: bool) -> Cohort | None:
@@ -317,9 +317,9 @@ class JournalGrid(ForwardingGrid):
             why = "no reply came by federation.deadline_s"
         if lost:
             self._on_note(
-                f"round {self._journal.round + 1} ({kind}) goes on without {some(lost)}: {why}. "
-                "Look whether the process still runs: a task may hang or have ended it, and the "
-                "device's own log says more."
+                f"round {self._journal.round + 1} ({kind}) goes on without {names_text(lost)}: "
+                f"{why}. Look whether the process still runs: a task may hang or have ended it, "
+                "and the device's own log says more."
             )
 
     def _remind(self) -> None:

@@ -21,7 +21,7 @@ class SteeredCheckpointer:
     """Checkpointer that all calls are forwarded to."""
     block_while_paused: Callable[[Progress], None]
     """Called between rounds; blocks while the run is paused or a backup is taken."""
-    lacks_devices: Callable[[], None]
+    allow_requests_while_waiting: Callable[[], None]
     """Called before each further attempt of a round that has found too few devices."""
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
@@ -40,7 +40,7 @@ class SteeredCheckpointer:
             nonlocal draws
             draws += not short
             if draws > 1 and not short:  # the previous draw found too few devices
-                self.lacks_devices()
+                self.allow_requests_while_waiting()
             return draw(short=short)
 
         return self.checkpointer.cohort(kind, again)

@@ -56,18 +56,18 @@ class Awaited:
         on_wait(
             f"round {self.round} ({self.kind}) waits for {', '.join(named)}{others}: "
             f"{self.selected - len(self.nodes)} of {self.selected} have answered, "
-            f"{so_far(lasted_s, self.end)}"
+            f"{elapsed_text(lasted_s, self.end)}"
         )
 
 
-def some(names: Sequence[str]) -> str:
+def names_text(names: Sequence[str]) -> str:
     """Lists the first names, and how many more there are."""
     more = len(names) - _NAMED
     others = f" and {counted(more, 'other')}" if more > 0 else ""
     return ", ".join(names[:_NAMED]) + others
 
 
-def so_far(lasted_s: float, end: float) -> str:
+def elapsed_text(lasted_s: float, end: float) -> str:
     """Formats the elapsed time and the time left until ``end``, in monotonic seconds."""
     left_s = max(end - time.monotonic(), 0.0)
     remaining = f", {seconds_text(left_s)} left" if left_s < float("inf") else ""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import logging
 import os
 import signal
@@ -15,6 +14,7 @@ import pytest
 import edge_client.agent.loop as loop
 import edge_client.doctor
 from fedcore.crypto.kit import Kit, load_kit, parse_kit_file, write_kit
+from fedcore.doctor import Checkup
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.rpc.hello import hello_of
 from tests.e2e.live.asking import status, wait_for
@@ -107,7 +107,7 @@ def test_the_address_that_led_to_the_server_stays_the_first_one(
                 *kit.servers[:2],
             ]
             with stranger(project, tmp_path, host=ELSEWHERE) as seen:
-                link.beat(1.0)
+                link.heartbeat(1.0)
             assert seen == []
         finally:
             link.close()
@@ -119,7 +119,7 @@ def test_the_doctor_looks_at_each_address(
     kit = several(project, "edge-0", ELSEWHERE, "127.0.0.1")
 
     def servers() -> list[tuple[str, str]]:
-        found = edge_client.doctor.examine(argparse.Namespace(kit=kit.folder, store=None))
+        found = edge_client.doctor.examine(Checkup(kit=kit.folder))
         return [(one.verdict, one.detail) for one in found if one.check in ("server", "proxy")]
 
     _, *nobody = servers()

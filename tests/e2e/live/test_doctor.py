@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import socket
@@ -14,16 +13,16 @@ import pytest
 
 import edge_client.doctor
 import server.doctor
-from fedcore.doctor import Finding
+from fedcore.doctor import Checkup, Finding
 
 
 def device(folder: Path) -> dict[str, Finding]:
-    options = argparse.Namespace(kit=folder, store=None)
+    options = Checkup(kit=folder)
     return {one.check: one for one in edge_client.doctor.examine(options)}
 
 
 def server_side(project: Any) -> dict[str, Finding]:
-    options = argparse.Namespace(identity=project.root / "server", runs=project.root / "runs")
+    options = Checkup(identity=project.root / "server", runs=project.root / "runs")
     return {one.check: one for one in server.doctor.examine(options)}
 
 

@@ -13,6 +13,7 @@ import pytest
 
 from edge_client.doctor import examine
 from fedcore.crypto.kit import load_kit
+from fedcore.doctor import Checkup
 from fedcore.errors import ResourceError
 from server.live.operators.client import ask_remote
 from tests.e2e.live.asking import status, wait_for
@@ -111,7 +112,7 @@ def test_operators_and_the_doctor_go_through_it_too(
     project.device("edge-0")
     monkeypatch.setenv("https_proxy", proxy.url)
     assert ask_remote(anna, {"verb": "status"})["run"] == "trial"
-    findings = {one.check: one for one in examine(type("O", (), {"kit": folder, "store": None})())}
+    findings = {one.check: one for one in examine(Checkup(kit=folder))}
     assert proxy.url.removeprefix("http://") in findings["proxy"].detail
     assert findings["server"].verdict == "ok"
     assert findings["clock"].verdict == "ok"
@@ -119,7 +120,7 @@ def test_operators_and_the_doctor_go_through_it_too(
     proxy.close()
     with pytest.raises(ResourceError, match="cannot reach the server"):
         ask_remote(load_kit(project.root / "anna"), {"verb": "status"})
-    findings = {one.check: one for one in examine(type("O", (), {"kit": folder, "store": None})())}
+    findings = {one.check: one for one in examine(Checkup(kit=folder))}
     assert findings["server"].verdict == "fail"
     assert "through 127.0.0.1" in findings["server"].detail
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import argparse
 import signal
 import time
 from typing import Any
 
 import server.doctor
 from fedcore.crypto.roster_seen import SEEN, seen_version
+from fedcore.doctor import Checkup
 
 
 def test_a_server_does_not_start_with_an_older_roster(
@@ -35,7 +35,7 @@ def test_a_server_does_not_start_with_an_older_roster(
     said = f"version {project.version - 1}, but version {project.version} was in force"
     assert said in again.log.read_text()
     assert "listening on" not in again.log.read_text()
-    options = argparse.Namespace(identity=folder, runs=project.root / "runs")
+    options = Checkup(identity=folder, runs=project.root / "runs")
     found = {one.check: one for one in server.doctor.examine(options)}
     assert found["roster"].verdict == "fail"
     assert said in found["roster"].detail

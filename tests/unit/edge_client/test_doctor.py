@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import fedcore
 from edge_client.delivery.clock import TimeFloor, write_floor
 from edge_client.doctor import _releases_clock, examine
 from fedcore import doctor
@@ -43,7 +44,7 @@ def test_the_clock_is_compared_with_what_was_signed(
 def test_a_damaged_floor_is_a_finding(tmp_path: Path) -> None:
     (tmp_path / "trust").mkdir()
     (tmp_path / "trust" / "clock.json").write_text("{")
-    found = list(examine(argparse.Namespace(kit=None, store=tmp_path)))
+    found = list(examine(doctor.Checkup(store=tmp_path)))
     assert [(one.check, one.verdict) for one in found] == [("store", "fail"), ("disk", "ok")]
 
 
@@ -74,3 +75,15 @@ def test_a_side_has_to_be_named(sides: list[str]) -> None:
     doctor.doctor.arguments(parser)
     with pytest.raises(ConfigError, match=r"doctor: .*Nothing was checked"):
         doctor.doctor.run(parser.parse_args(sides))
+
+
+def test_a_diagnosis_is_a_list_of_findings(tmp_path: Path) -> None:
+    found = fedcore.diagnose(store=tmp_path / "store", task=tmp_path / "task.py")
+    by_check = {one.check: one for one in found}
+    assert {"versions", "store", "disk", "gpu", "onnxruntime"} <= set(by_check)
+    assert by_check["task"].verdict == "fail", "there is no such file"
+    with pytest.raises(ConfigError, match="got none"):
+        fedcore.diagnose()
+    for device in ({"kit": tmp_path}, {"store": tmp_path}):
+        with pytest.raises(ConfigError, match="is for a device"):
+            fedcore.diagnose(identity=tmp_path, **device)

@@ -11,7 +11,7 @@ import pytest
 from cryptography.hazmat.primitives.hashes import SHA256
 
 from edge_client.client_commands import client
-from edge_client.enrol import enrol, install
+from edge_client.enrol import enrol, install_kit
 from fedcore.crypto.certificates import MemberRole, certificate_sha256, pem
 from fedcore.crypto.issue import issue_authority, issue_member, issue_server, read_request
 from fedcore.crypto.keys import fingerprint, load_key, new_key, public_bytes, save_key
@@ -63,7 +63,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def put(folder: Path, file: Path, sha256: str | None = None) -> Any:
-    return install(folder, file, authority_sha256=sha256, now=NOW)
+    return install_kit(folder, file, authority_sha256=sha256, now=NOW)
 
 
 def test_the_key_is_made_here_and_only_the_request_leaves(tmp_path: Path) -> None:
@@ -145,7 +145,7 @@ def test_a_renewed_kit_takes_the_place_of_an_expired_one(folder: Path) -> None:
     put(folder, old)
     later = NOW + timedelta(days=200)
     renewed = answer(folder, now=later)
-    install(folder, renewed, authority_sha256=None, now=later)
+    install_kit(folder, renewed, authority_sha256=None, now=later)
     assert load_kit(folder, now=later).not_after == later + timedelta(days=90)
 
 

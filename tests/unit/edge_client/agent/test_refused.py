@@ -28,7 +28,7 @@ from fedcore.crypto.kit import Kit, load_identity, load_kit, restrict
 from fedcore.errors import DataError, DeviceError, FedcoreError, TrustError
 from fedcore.flower import fleet_pull
 from fedcore.flower.fleet_client import FleetLink
-from fedcore.flower.fleet_errors import Refused, Unreachable
+from fedcore.flower.fleet_errors import DeviceRejected, Unreachable
 from fedcore.task.definition import load_task
 from tests.unit.fedcore.crypto.conftest import Project
 from tests.unit.fedcore.rpc.serving import answer_of, answering
@@ -160,7 +160,8 @@ def test_a_refusal_after_a_long_outage_is_the_first_one(monkeypatch: pytest.Monk
         return 0.0
 
     monkeypatch.setattr(loop, "spread_s", spread)
-    errors: list[Exception] = [Unreachable("gone")] * 30 + [Refused("no")] * 2 + [Unreachable("x")]
+    errors: list[Exception] = [Unreachable("gone")] * 30
+    errors += [*[DeviceRejected("no")] * 2, Unreachable("x")]
     left = iter(errors)
 
     def work() -> None:

@@ -124,7 +124,7 @@ def test_a_device_without_a_port_for_streams_asks_at_its_own_pace(
 ) -> None:
     monkeypatch.setattr(wake, "_SLOW_S", 0.4)
     asked: list[float] = []
-    link = SimpleNamespace(wake_port=0, node_id=1, beat=asked.append)
+    link = SimpleNamespace(wake_port=0, node_id=1, heartbeat=asked.append)
     wake.keep_stream_open("a", link, stopped_after(2.0), None)  # type: ignore[arg-type]
     assert 4 <= len(asked) <= 2.0 / 0.2 + 1
     assert all(0.2 <= again_s <= 0.4 for again_s in asked)
@@ -198,7 +198,7 @@ def test_a_server_that_ends_each_stream_gets_few_of_them(
             node_id=1,
             renew=lambda: None,
             address=lambda tries: "",
-            beat=lambda again_s: None,
+            heartbeat=lambda again_s: None,
         )
         wake.keep_stream_open("a", link, signals, counted.append)  # type: ignore[arg-type]
     assert 3 <= len(tried) <= 3 + 4.0 / wake.STREAM_S + 1
@@ -234,12 +234,12 @@ def test_a_server_that_knows_nobody_and_lets_all_in_is_asked_at_a_rate(
     asked: list[float] = []
     signals = stopped_after(2.0)
 
-    def beat(again_s: float) -> None:
+    def heartbeat(again_s: float) -> None:
         asked.append(again_s)
         signals.reconnect.set()  # the main thread was let in again at once
         raise NotActivated("who?")
 
-    link = SimpleNamespace(wake_port=0, node_id=1, beat=beat)
+    link = SimpleNamespace(wake_port=0, node_id=1, heartbeat=heartbeat)
     wake.keep_stream_open("a", link, signals, None)  # type: ignore[arg-type]
     assert 5 <= len(asked) <= 5 + 2.0 / wake.ASK_S + 2
 

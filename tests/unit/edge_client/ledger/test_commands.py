@@ -81,7 +81,7 @@ def test_where_a_result_goes_is_looked_at_before_any_work(
     def work(*_: Any) -> Any:
         raise AssertionError("the ledger was read")
 
-    monkeypatch.setattr(ledger_commands, "_find", work)
+    monkeypatch.setattr("edge_client.ledger.reading.read_ledger_files", work)
     (site.root / "folder.png").mkdir()
     for where, said in ((site.root / "folder.png", "a folder"), (made / "in.png", "is a file")):
         with pytest.raises(ResourceError, match=said):

@@ -17,7 +17,7 @@ from flwr.supercore.inflatable.inflatable_object import (
 
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, call
-from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, beginning_of
+from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, parse_request_head
 from fedcore.flower.fleet_bundle import PUSH_BUNDLE, packed_reply
 
 
@@ -52,7 +52,7 @@ def answer_whole(fleet: Fleet, key: bytes, reply: Message, *, to_file: bool = Fa
             session_id=answer.session_id,
         )
         raw = request.SerializeToString()
-        if to_file and (beginning := beginning_of(raw[:BEGINNING_BYTES])) is not None:
+        if to_file and (beginning := parse_request_head(raw[:BEGINNING_BYTES])) is not None:
             chunk = ChunkUpload(fleet, caller.node_id, caller.name, beginning)
             chunk.write(raw[beginning.body_at :])
             assert chunk.finish().stored

@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from fedcore.errors import DataError, InvalidUpdate, TrustError
 from fedcore.flower.fleet import Fleet, node_id_of
 from fedcore.flower.fleet_api import ROUTES, Caller, call
-from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, beginning_of
+from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, parse_request_head
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import weights_record
 from fedcore.updates.piece_digests import CUT_BYTES, cut_head, cuts_of
@@ -99,14 +99,14 @@ class Sender:
 
     def arrival(self, raw: bytes, *, node: int | None = None) -> tuple[ChunkUpload, bytes]:
         """One that has begun, and what is to follow."""
-        begun = beginning_of(raw[:BEGINNING_BYTES])
+        begun = parse_request_head(raw[:BEGINNING_BYTES])
         assert begun is not None
         one = ChunkUpload(self.fleet, node or self.caller.node_id, self.caller.name, begun)
         return one, raw[begun.body_at :]
 
     def push(self, raw: bytes, *, step: int = 2**16) -> bool:
         """Pushes an object as the network does; whether it was stored."""
-        if beginning_of(raw[:BEGINNING_BYTES]) is None:
+        if parse_request_head(raw[:BEGINNING_BYTES]) is None:
             call(self.fleet, self.caller, ROUTES["/v1/fleet/push-object"], raw)
             return True
         one, rest = self.arrival(raw)
@@ -382,7 +382,7 @@ def test_a_chunk_where_the_tree_has_none_is_refused(fleet: Fleet) -> None:
 
 @given(st.binary(max_size=300))
 def test_no_beginning_raises(raw: bytes) -> None:
-    begun = beginning_of(raw)
+    begun = parse_request_head(raw)
     assert begun is None or raw[: len(begun.fields)] == begun.fields
 
 
@@ -390,10 +390,10 @@ def test_no_beginning_raises(raw: bytes) -> None:
 def test_what_is_small_or_larger_than_a_cut_is_read_as_a_whole(body: int) -> None:
     content = b"ArrayChunk  %d\0" % body + bytes(body)
     raw = PushObjectRequest(run_id=1, object_id="a" * 64, object_content=content)
-    assert beginning_of(raw.SerializeToString()[:BEGINNING_BYTES]) is None
+    assert parse_request_head(raw.SerializeToString()[:BEGINNING_BYTES]) is None
 
 
 def test_a_head_that_counts_wrongly_is_none(fleet: Fleet) -> None:
     content = b"ArrayChunk  %d\0" % 100_001 + bytes(100_000)
     raw = PushObjectRequest(run_id=1, object_id="a" * 64, object_content=content)
-    assert beginning_of(raw.SerializeToString()[:BEGINNING_BYTES]) is None
+    assert parse_request_head(raw.SerializeToString()[:BEGINNING_BYTES]) is None

@@ -51,7 +51,7 @@ def test_a_disk_that_hangs_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.M
         asked.append((start, count))
         return -1
 
-    monkeypatch.setattr(writeback, "_ask_of_system", lambda: ask)
+    monkeypatch.setattr(writeback, "_find_writeback_call", lambda: ask)
     one = Writeback()
     descriptors = [opened(tmp_path / str(each)) for each in range(100)]
     for place, each in enumerate(descriptors):
@@ -67,7 +67,7 @@ def test_a_disk_that_hangs_holds_up_nobody(tmp_path: Path, monkeypatch: pytest.M
 def test_where_the_system_knows_no_such_thing_nothing_is_asked(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(writeback, "_ask_of_system", lambda: None)
+    monkeypatch.setattr(writeback, "_find_writeback_call", lambda: None)
     one, descriptor = Writeback(), opened(tmp_path / "a")
     one.begin(descriptor, 0, 1)
     assert is_closed(descriptor)

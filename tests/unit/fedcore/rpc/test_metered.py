@@ -14,7 +14,7 @@ from typing import Any
 import httpx
 import pytest
 
-from fedcore.flower.fleet_errors import is_distrust
+from fedcore.flower.fleet_errors import is_certificate_error
 from fedcore.rpc.metered import Meter, TooLarge, Traffic, metered
 from tests.unit.fedcore.rpc.serving import Behave, answer_of, answering, contexts, endless
 
@@ -156,4 +156,4 @@ def test_a_certificate_of_another_authority_is_refused(secured: Any, tmp_path: P
         pytest.raises(httpx.ConnectError, match="CERTIFICATE_VERIFY_FAILED") as caught,
     ):
         ask(traffic(), b"")
-    assert is_distrust(caught.value)
+    assert is_certificate_error(caught.value)

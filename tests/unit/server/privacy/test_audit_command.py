@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+import fedcore
 from fedcore.errors import ConfigError, DiskFull, PrivacyError, ResourceError
 from fedcore.observability.words import epsilon_text
 from fedcore.privacy.accounting import Charge, epsilon_of
@@ -58,7 +59,7 @@ def quick(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(
         auditing.audit, "__kwdefaults__", {**auditing.audit.__kwdefaults__, "effort": QUICK}
     )
-    monkeypatch.setattr("server.privacy.audit_command._PICTURES", 1)
+    monkeypatch.setattr("server.privacy.auditing._PICTURES", 1)
 
 
 @pytest.fixture
@@ -215,3 +216,22 @@ def test_counts_have_bounds(words: list[str], capsys: pytest.CaptureFixture[str]
     with pytest.raises(SystemExit):
         run(*words)
     assert f"{words[0]}: expected a whole number from 1 to " in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("quick")
+def test_an_audit_is_one_call(config: Path, tmp_path: Path) -> None:
+    events: list[object] = []
+    found = fedcore.audit_privacy(config, examples=30, seeds=1, progress=events.append, seed=4)
+    (statement,) = found.statements
+    assert statement.statement.plan.charge.noise_multiplier == 2.0
+    assert not found.refuted
+    assert events
+    found.require_sound()
+    assert str(found).startswith("one step with every example: noise multiplier 2")
+    found.write_report(tmp_path / "audit")
+    assert (tmp_path / "audit" / "report.html").is_file()
+    with pytest.raises(ConfigError, match="states no epsilon"):
+        fedcore.audit_privacy(config, examples=30, privacy={"unit": "none"})
+    for wrong in ({"seeds": 0}, {"examples": 30}, {"seed": 4}):
+        with pytest.raises(ConfigError, match="Nothing was audited"):
+            fedcore.audit_privacy(**wrong)

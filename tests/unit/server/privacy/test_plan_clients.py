@@ -8,6 +8,7 @@ from pathlib import Path
 
 import pytest
 
+import fedcore
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, PrivacyError
 from server.privacy.plan_clients import plan_clients
@@ -46,6 +47,15 @@ def test_it_is_what_the_rounds_would_spend(mechanism: str) -> None:
         assert spent == epsilon(run, protection, rounds=number)
     assert found.lasts == 20
     assert (found.separation is None) == (mechanism == "gaussian")
+
+
+def test_a_plan_is_one_call_with_a_runs_settings() -> None:
+    sections = {"rounds": 20, "cohort": 50}, {"client": {"accountant": "rdp"}}
+    found = fedcore.plan_client_privacy(500, federation=sections[0], privacy=sections[1])
+    assert found == fedcore.plan_client_privacy(500, run_of()) == plan_clients(run_of(), 500)
+    assert str(found).startswith("Client-level privacy of 500 clients, 50 a round")
+    with pytest.raises(ConfigError, match="plan_example_privacy"):
+        fedcore.plan_client_privacy(500, privacy={"unit": "example"})
 
 
 def test_a_fixed_noise_shows_how_long_the_budget_lasts() -> None:

@@ -26,7 +26,8 @@ from server.live.operators.drained import read_drained, write_drained
 from server.live.operators.endpoint import server_lock
 from server.operator_log import Audit, verify_audit
 from server.provision.backup import backup, restore
-from server.provision.issue import Act, listing, revoke, sign_roster
+from server.provision.issue import Act, revoke, sign_roster
+from server.provision.membership import listing
 
 PASSPHRASE = "five random words are good"
 

@@ -24,7 +24,8 @@ from fedcore.errors import (
     TrustError,
 )
 from server.provision.folder import read_authority, read_key
-from server.provision.issue import Act, initialise, listing, renew, revoke
+from server.provision.issue import Act, initialise, renew, revoke
+from server.provision.membership import listing
 
 PASSPHRASE = "five random words are good"
 

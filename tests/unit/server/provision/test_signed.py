@@ -14,7 +14,8 @@ from fedcore.errors import CertificateRefused, DataError, RollbackRefused, Signa
 from server.doctor import _log, _roster
 from server.operator_log import verify_audit
 from server.provision.folder import read_authority
-from server.provision.issue import listing, revoke, sign_roster
+from server.provision.issue import revoke, sign_roster
+from server.provision.membership import listing
 
 
 @pytest.fixture

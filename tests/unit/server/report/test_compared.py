@@ -13,7 +13,7 @@ from fedcore.cli import Command
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from server.commands.runs_command import runs as command
-from server.report.compared import compare_runs, find_runs, read_run
+from server.report.compared import compare_runs, list_runs, read_run
 from server.report.folder import config_json
 
 
@@ -45,6 +45,19 @@ def call(*words: str) -> int:
     return command.run(parser.parse_args(words))
 
 
+def test_a_servers_run_is_complete_with_its_last_step(tmp_path: Path) -> None:
+    (make_run(tmp_path, "live") / "journal").mkdir()
+    releasing = make_run(tmp_path, "releasing", release={"repository": "r", "keys": "k"})
+    for folder in (make_run(tmp_path, "served"), releasing):
+        (folder / "journal").mkdir()
+        (folder / "global.safetensors").write_bytes(b"")
+    assert {one.name: one.state for one in list_runs(tmp_path)} == {
+        "live": "unfinished",
+        "served": "complete",
+        "releasing": "unfinished",
+    }
+
+
 def test_runs_are_listed_with_their_state_and_figures(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
@@ -52,7 +65,7 @@ def test_runs_are_listed_with_their_state_and_figures(
     (make_run(tmp_path, "stopped") / "checkpoint.safetensors").write_bytes(b"")
     make_run(tmp_path, "begun")
     (tmp_path / "other").mkdir()
-    assert {one.name: one.state for one in find_runs(tmp_path)} == {
+    assert {one.name: one.state for one in list_runs(tmp_path)} == {
         "done": "complete",
         "stopped": "unfinished",
         "begun": "begun",
@@ -74,7 +87,8 @@ def test_two_runs_differ_in_settings_and_figures(
     make_run(tmp_path, "a", figures(0.75))
     schedule = {"learning_rate": "cosine"}
     make_run(tmp_path, "b", figures(0.875), client={"epochs": 3, "schedule": schedule})
-    found = compare_runs(read_run(tmp_path / "a"), read_run(tmp_path / "b"))
+    found = compare_runs("a", "b", runs=tmp_path)
+    assert found == compare_runs(read_run(tmp_path / "a"), tmp_path / "b", runs=tmp_path / "none")
     assert found.settings["client.epochs"] == (1, 3)
     assert found.settings["client.schedule.learning_rate.kind"] == (None, "cosine")
     assert "client.batch_size" not in found.settings
@@ -109,10 +123,10 @@ def test_what_is_no_run_is_named(tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"nobody: it has no run.json"):
         call("compare", "nobody", "nobody", "--runs", str(tmp_path))
     with pytest.raises(ConfigError, match="there is no such folder"):
-        find_runs(tmp_path / "none")
+        list_runs(tmp_path / "none")
     (make_run(tmp_path, "broken") / "summary.json").write_text("[]")
     with pytest.raises(DataError, match=r"broken/summary.json: not the file that a run writes"):
-        find_runs(tmp_path)
+        list_runs(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from server.live.network.limits import (
     STREAM_BURST,
     STREAM_S,
     Limits,
-    PeerLines,
+    PeerLog,
     Rates,
     Refusals,
     Streams,
@@ -224,7 +224,7 @@ def test_a_device_that_is_gone_leaves_its_room() -> None:
 
 def test_what_a_peer_does_over_and_over_takes_few_lines(caplog: pytest.LogCaptureFixture) -> None:
     clock = Clock()
-    lines = PeerLines(clock)
+    lines = PeerLog(clock)
     with caplog.at_level(logging.INFO, "fedcore.server"):
         for _ in range(1000):
             lines.tell("edge-0", "stream open")

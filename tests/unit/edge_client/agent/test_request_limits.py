@@ -5,7 +5,7 @@ import time
 import pytest
 from torch import nn
 
-from edge_client.agent.demands import GONE_S, message_limit_bytes, reason_to_stop
+from edge_client.agent.request_limits import GONE_S, message_limit_bytes, reason_to_stop
 from edge_client.agent.wake import Signals
 from fedcore.config.owner import OwnerPolicy
 from tests.unit.fedcore.clients import make_run, make_task

@@ -21,7 +21,7 @@ _STAGES = {"finetune": "fine-tuning", "compress": "compression"}
 
 
 @dataclass
-class Watched:
+class RecentEvents:
     """The latest events of a run. The caller holds a lock."""
 
     rounds: deque[dict[str, Any]] = field(default_factory=lambda: deque(maxlen=_ROUNDS_SHOWN))

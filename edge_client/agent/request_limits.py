@@ -1,4 +1,4 @@
-"""Limits on a server's demands: the size of a message, and when to abort work on one."""
+"""Limits on a server's requests: the size of a message, and when to abort work on one."""
 
 from __future__ import annotations
 
