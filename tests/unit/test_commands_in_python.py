@@ -15,6 +15,7 @@ CALLS = {
     "client start": "start_client",
     "device bench": "",
     "device infer": "EdgeModel.predict",
+    "device serve": "",
     "device status": "",
     "device update": "update_model",
     "doctor": "diagnose",
@@ -41,6 +42,7 @@ CALLS = {
     "release refresh": "refresh_repository",
     "release rollback": "roll_back",
     "release rotate": "rotate_keys",
+    "release serve": "",
     "runs compare": "compare_runs",
     "runs list": "list_runs",
     "server backup": "ServerClient.backup",
@@ -57,7 +59,8 @@ CALLS = {
     "simulate": "simulate",
 }
 """The public call of each command."""
-NOT_YET = {"device bench", "device status"}
+NOT_YET = {"device bench", "device status", "device serve", "release serve"}
+"""Commands without one. A new command belongs here only for good reason."""
 
 
 def leaves(parser: argparse.ArgumentParser, words: tuple[str, ...] = ()) -> Iterator[str]:
