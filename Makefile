@@ -18,6 +18,10 @@ SOURCES := $(shell find fedcore edge_client server -type f -not -name '*.pyc')
 # each other lose a lot where the cores are shared, by test workers or by another program.
 demo test test-gpu test-device test-flower campaign coverage: export OMP_NUM_THREADS := 1
 
+# Where bytecode is kept, processes that tests start need not compile the sources, nor pytest rewrite
+# the assertions of its last run.
+test test-gpu test-device test-flower campaign coverage: export PYTHONDONTWRITEBYTECODE :=
+
 # The first interpreter that runs and is new enough; a shim that fails when called is passed over.
 FIND_PYTHON := for python in $(PYTHON) python3.11 python3; do \
 	if $$python -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; \
