@@ -13,6 +13,7 @@ from edge_client.inference.answers import answer_lines, answers
 from edge_client.inference.bench import bench
 from edge_client.inference.confined import MAX_RUNS, predict
 from edge_client.inference.inputs import parse_inputs, read_text
+from edge_client.inference.tuning import remembered
 from edge_client.options import (
     limits_of,
     limits_options,
@@ -80,6 +81,7 @@ def _row(store: Path, model: str) -> dict[str, Any]:
     except (DeviceError, DigestMismatch) as error:
         return {"model": model, "version": None, "damage": str(error)}
     manifest = version.manifest
+    tuned = version.tuning and remembered(version.tuning, manifest.onnx.sha256)
     return {
         "model": model,
         "version": manifest.version,
@@ -89,16 +91,24 @@ def _row(store: Path, model: str) -> dict[str, Any]:
         "sha256": manifest.onnx.sha256,
         "epsilon": manifest.privacy.epsilon,
         "damage": version.damage,
+        "tuned": tuned and tuned.model_dump(),
     }
 
 
 def _line(row: dict[str, Any]) -> str:
     if row["version"] is None:
         return f"{row['model']}: no version can be served: {row['damage']}"
+    tuned = row["tuned"]
+    how = (
+        f"\n  fastest here: {counted(tuned['threads'], 'thread')} on {tuned['provider']}, "
+        f"{tuned['p50_us']:.1f} us"
+        if tuned
+        else ""
+    )
     damaged = f"\n  the active version cannot be served: {row['damage']}" if row["damage"] else ""
     return (
         f"{row['model']}: version {row['version']} of {row['created']} serves, {row['candidate']}, "
-        f"{row['bytes']} bytes, sha256 {row['sha256']}{damaged}"
+        f"{row['bytes']} bytes, sha256 {row['sha256']}{how}{damaged}"
     )
 
 

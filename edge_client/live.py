@@ -16,7 +16,6 @@ from edge_client.delivery.store import Record, read_record, serving
 from edge_client.inference.process import ModelLimits
 from edge_client.model import EdgeModel
 from fedcore.artifacts.golden import AnyArray
-from fedcore.config.run import Serving
 from fedcore.errors import FedcoreError
 
 POLL_S = 0.5
@@ -26,7 +25,13 @@ _RETRY_S = 5.0
 
 @dataclass(frozen=True)
 class VersionedOutputs:
-    """An answer, and the version of the model that gave all of it."""
+    """An answer, and the version of the model that gave all of it.
+
+    Example::
+
+        answer = fedcore.follow_model("device-store", "digits").run({"input": batch})
+        answer.version, answer.outputs["output"]
+    """
 
     version: int
     outputs: Mapping[str, AnyArray] = field(repr=False)
@@ -51,14 +56,14 @@ class LiveModel:
     """
 
     def __init__(
-        self, store: Path, name: str, *, threads: int, limits: ModelLimits, rows: int = 1
+        self, store: Path, name: str, *, threads: int | None, limits: ModelLimits, rows: int = 1
     ) -> None:
         """Opens and loads the version that serves now.
 
         Args:
             store: The store that updates install to.
             name: The model's name.
-            threads: Threads of one inference.
+            threads: Threads of one inference; None for what is fastest on this machine.
             limits: Time and memory of a call to a model that runs in a process with limits.
             rows: Most rows of a call that run as one batch, where rows don't affect each other (see
                 `edge_client.inference.engine.Engine.warm_up`).
@@ -154,17 +159,22 @@ def follow_model(
     store: str | PathLike[str],
     name: str,
     *,
-    threads: int = Serving().threads,
+    threads: int | None = None,
     limits: ModelLimits | None = None,
 ) -> LiveModel:
     """Opens an installed model, to be answered by whichever version is active.
 
     Needs only the base package: imports neither torch nor Flower.
 
+    Example::
+
+        with fedcore.follow_model("device-store", "digits") as live:
+            live.current.predict(x)
+
     Args:
         store: The store that `fedcore.update_model` installs to.
         name: The model's name.
-        threads: Threads of one inference.
+        threads: Threads of one inference; None for what is fastest on this machine.
         limits: Time and memory that one call may use in a process with limits; when None, 120
             seconds, and memory by the size of the model.
 

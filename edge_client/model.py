@@ -50,8 +50,8 @@ class EdgeModel:
     """
 
     installed: Installed = field(repr=False)
-    threads: int = field(default=Serving().threads, repr=False)
-    """Threads of one inference."""
+    threads: int | None = field(default=None, repr=False)
+    """Threads of one inference; None for what is fastest on this machine."""
     limits: ModelLimits = field(default_factory=ModelLimits, repr=False)
     """Time and memory that one call may use in a process with limits."""
     engine: Engine = field(init=False, repr=False, compare=False)
@@ -65,6 +65,7 @@ class EdgeModel:
             installed.golden,
             threads=self.threads,
             limits=self.limits,
+            tuning=installed.tuning,
         )
         object.__setattr__(self, "engine", engine)
 
@@ -218,7 +219,7 @@ def open_model(
     store: str | PathLike[str],
     name: str,
     *,
-    threads: int = Serving().threads,
+    threads: int | None = None,
     limits: ModelLimits | None = None,
 ) -> EdgeModel:
     """Opens an installed model, after checking every byte of it.
@@ -233,7 +234,9 @@ def open_model(
     Args:
         store: The store that `fedcore.update_model` installs to.
         name: The model's name.
-        threads: Threads of one inference.
+        threads: Threads of one inference. When None, the first call measures for about a second
+            what is fastest on this machine, and the store remembers it; a model that answers within
+            100 microseconds gets one thread at once.
         limits: Time and memory that one call may use; when None, 120 seconds, and memory by the
             size of the model.
 

@@ -8,6 +8,7 @@
     models/MODEL/previous    the version that served before: the fallback
     incoming/                unfinished fetches
     trust/                   trusted state (`edge_client.delivery.trust`)
+    tuning/                  settings measured here (`edge_client.inference.tuning`)
 
 A version is complete before ``active`` names it, and ``active`` is replaced atomically.
 """
@@ -76,6 +77,8 @@ class Installed:
     golden: bytes = field(repr=False)
     damage: str | None = None
     """Why this older version serves in place of the active one; None if it is the active one."""
+    tuning: Path | None = None
+    """The store's folder of settings that were measured here; None to measure none."""
 
 
 def check_name(model: str) -> None:
@@ -176,7 +179,7 @@ def read(store: Path, model: str, slot: Slot) -> Installed:
     onnx = folder / "model.onnx"
     _read_file(onnx, manifest.onnx, MAX_MODEL_BYTES)  # only checked: the child process reads it
     golden = _read_file(folder / "golden.safetensors", manifest.golden, MAX_GOLDEN_BYTES)
-    return Installed(manifest, record, onnx, golden)
+    return Installed(manifest, record, onnx, golden, tuning=store / "tuning")
 
 
 @contextmanager

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from edge_client.inference.session import open_session
+from edge_client.inference.session import SessionSettings, open_session
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38  # prctl.h
 _WARM_UP_RUNS = 50
@@ -49,7 +49,7 @@ def main() -> None:
     _confine(start["memory_bytes"])
     _allow_processor(start["processor_s"])
     try:
-        session = open_session(onnx, threads=start["threads"])
+        session = open_session(onnx, SessionSettings(start["threads"]))
     except Exception as error:  # onnxruntime's errors have no common base class
         _end(_fault("load", error))
     del onnx

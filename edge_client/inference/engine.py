@@ -9,7 +9,7 @@ to be so runs in a process with limits that stays warm (`edge_client.inference.p
 from __future__ import annotations
 
 import threading
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +23,8 @@ from edge_client.inference.inputs import demand_finite
 from edge_client.inference.process import ModelLimits, ModelProcess, named
 from edge_client.inference.responses import Interface, TensorInfo
 from edge_client.inference.selftest import compared
-from edge_client.inference.session import open_session
+from edge_client.inference.session import SessionSettings, open_session
+from edge_client.inference.tuning import TunedSettings, remember, remembered, tuned_session
 from fedcore.artifacts.golden import AnyArray, Golden, parse_golden
 from fedcore.artifacts.manifest import Manifest
 from fedcore.errors import DataError, DeviceError, FedcoreError
@@ -68,8 +69,9 @@ class Engine:
         onnx: Path,
         golden: bytes,
         *,
-        threads: int = 1,
+        threads: int | None = None,
         limits: ModelLimits | None = None,
+        tuning: Path | None = None,
     ) -> None:
         """Describes the engine; loads nothing.
 
@@ -77,12 +79,16 @@ class Engine:
             manifest: The model's manifest.
             onnx: The model's file; run only if it has the manifest's digest.
             golden: The release's golden file; a model without golden inputs stays confined.
-            threads: Threads of one inference.
+            threads: Threads of one inference. None: what is fastest on this machine, if there is a
+                folder to remember it in, and 1 otherwise.
             limits: Time and memory of a call in a process with limits.
+            tuning: Folder of the settings that were measured (see `edge_client.inference.tuning`).
         """
         self.manifest = manifest
         self._onnx, self._golden, self._threads = onnx, golden, threads
-        self._limits = limits or ModelLimits()
+        self._limits, self._tuning = limits or ModelLimits(), tuning
+        self.tuned: TunedSettings | None = None
+        """The measured settings, once the model is loaded; None if none were."""
         self._lock = threading.Lock()
         self._opened: _Opened | None = None
         self._rows_together = 1
@@ -211,31 +217,70 @@ class Engine:
         process = self._process()
         try:
             interface = process.interface()
-            raw = b""
-            why = self._why_unproven(process, interface)
-            if not why:
-                raw = self._onnx.read_bytes()
-                if sha256_hex(raw) != self.manifest.onnx.sha256:
-                    raise _changed(self.manifest)
-                why = why_unbounded(raw)
-        except OSError:
-            process.close()
-            raise _changed(self.manifest) from None
+            raw = self._read()
+            why = why_unbounded(raw) or self._why_unproven(process, interface)
         except BaseException:
             process.close()
             raise
         if why:
             return _Opened(interface, why, process, None, None)
         process.close()
-        session = open_session(raw, threads=self._threads)
-        row = _row_call(session, named(self.manifest), self._golden_inputs)
-        return _Opened(interface, "", process, session, row)
+        session = self._session(raw)
+        return _Opened(interface, "", process, session, self._row_call(session))
+
+    def _read(self) -> bytes:
+        raw = self._onnx.read_bytes() if self._onnx.exists() else b""
+        if sha256_hex(raw) != self.manifest.onnx.sha256:
+            raise DeviceError(
+                f"{named(self.manifest)}: its file has just changed; an update may have replaced "
+                "it. Nothing was answered; run again."
+            )
+        return raw
+
+    def _session(self, raw: bytes) -> Any:
+        """Opens a proven model in this process, with the settings that are best on this machine."""
+        if self._threads is not None or self._tuning is None:
+            return open_session(raw, SessionSettings(self._threads or 1))
+        sha256 = self.manifest.onnx.sha256
+        known = remembered(self._tuning, sha256)
+        if known is not None and (session := self._reopened(raw, known)) is not None:
+            self.tuned = known
+            return session
+        first = open_session(raw, SessionSettings())
+        session, self.tuned = tuned_session(raw, first, self._timed)
+        remember(self._tuning, sha256, self.tuned)
+        return session
+
+    def _reopened(self, raw: bytes, known: TunedSettings) -> Any:
+        """Opens a session as measured before; None if the model no longer answers rightly so."""
+        try:
+            session = open_session(raw, known.settings)
+            self._timed(session)
+        except Exception:  # of a provider, which may raise anything: the trial will name it
+            return None
+        return session
+
+    def _timed(self, session: Any) -> Callable[[], object]:
+        """Returns one inference to be timed, after a session has answered the golden inputs."""
+        assert self._stored is not None
+        name = session.get_inputs()[0].name
+        inputs = self._stored.inputs
+        rows = [session.run(None, {name: inputs[at : at + 1]})[0] for at in range(len(inputs))]
+        compared(self.manifest, self._stored, np.concatenate(rows))
+        row, example = self._row_call(session), np.ascontiguousarray(inputs[0])
+        return lambda: row(example)
+
+    def _row_call(self, session: Any) -> RowCall:
+        inputs = self._golden_inputs
+        name = session.get_inputs()[0].name
+        output = session.run(None, {name: inputs[:1]})[0][0]
+        return bound_call(session, named(self.manifest), np.ascontiguousarray(inputs[0]), output)
 
     def _process(self) -> ModelProcess:
         return ModelProcess(
             self.manifest,
             self._onnx,
-            threads=self._threads,
+            threads=self._threads or 1,
             limits=self._limits,
             input_bytes=_MOST_ROWS * self._golden_inputs[:1].nbytes,
         )
@@ -263,8 +308,7 @@ class Engine:
 
     def _tried_together(self, rows: int) -> int:
         """Returns the largest power of two up to ``rows`` that may run together."""
-        raw = self._onnx.read_bytes() if self._onnx.exists() else b""
-        if sha256_hex(raw) != self.manifest.onnx.sha256 or couples_rows(raw):
+        if couples_rows(self._read()):
             return 1
         golden, most = self._golden_inputs, 1
         with self._process() as process:
@@ -303,12 +347,6 @@ class Engine:
         return [np.concatenate(of_one) for of_one in zip(*found, strict=True)]
 
 
-def _row_call(session: Any, of: str, inputs: AnyArray) -> RowCall:
-    name = session.get_inputs()[0].name
-    example = np.ascontiguousarray(inputs[0])
-    return bound_call(session, of, example, session.run(None, {name: inputs[:1]})[0][0])
-
-
 def _checked_rows(
     inputs: Mapping[str, AnyArray], expected: tuple[TensorInfo, ...], manifest: Manifest
 ) -> int:
@@ -339,10 +377,3 @@ def _checked_rows(
             )
         demand_finite(array, array, manifest, f"input {each.name!r}: expected numbers")
     return rows
-
-
-def _changed(manifest: Manifest) -> DeviceError:
-    return DeviceError(
-        f"{named(manifest)}: its file has just changed; an update may have replaced it. Nothing "
-        "was answered; run again."
-    )
