@@ -37,6 +37,7 @@ from fedcore.training.bounds import Bounds, bounds_of
 from fedcore.training.client import Client, learn, local_data, log_skipped, model_of
 from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, measure
+from fedcore.training.evaluate_private import check_evaluates, evaluate_privately
 from fedcore.updates.evaluation import evaluation_content
 from fedcore.updates.local import read_local, write_local
 from fedcore.updates.messages import (
@@ -119,7 +120,11 @@ def client_app(
 
     @app.evaluate()
     def on_evaluate(message: Message, context: Context) -> Message:
-        return _answer(_evaluate, client, message, context)
+        def work(client: Client, name: str, message: Message, context: Context) -> RecordDict:
+            commit = durable.commit if durable else None
+            return evaluate_client(client, name, message, context, commit)
+
+        return _answer(work, client, message, context)
 
     @app.query("statistics")
     def on_statistics(message: Message, context: Context) -> Message:
@@ -224,18 +229,55 @@ def train_client(
     return update_content(update)
 
 
-def _evaluate(client: Client, name: str, message: Message, context: Context) -> RecordDict:
+def evaluate_client(
+    client: Client,
+    name: str,
+    message: Message,
+    context: Context,
+    commit: Callable[[], None] | None = None,
+) -> RecordDict:
+    """Evaluates a model on one client's held-out data as a message requests.
+
+    Under example-level privacy the reply has the primary metric's sums alone, with noise.
+
+    Args:
+        client: The task with its limits.
+        name: The client whose held-out data are used.
+        message: The server's instruction.
+        context: The node's context, whose state contains the ledger and the local layers.
+        commit: Called under privacy once the state contains the charge, before examples are read.
+    """
     instruction, bounds = read_instruction(message.content), client.bounds()
     if client.run.private:
-        raise InvalidUpdate(
-            "evaluation: this client trains with example-level privacy and releases no metrics."
-        )
+        check_evaluates(client.run)
     _, held_out = local_data(client, name)
     if not size_of(held_out):
         raise InvalidUpdate("evaluation: this client has no held-out data; set federation.holdout.")
-    model = model_of(client, instruction, read_local(context))
+    local = read_local(context)
+    model = model_of(client, instruction, local)
     model = model.to(available(client.run.client.device))
-    return evaluation_content(measure(model, held_out, client.task.metrics, between=bounds.check))
+    if not client.run.private:
+        metrics = client.task.metrics
+        return evaluation_content(measure(model, held_out, metrics, between=bounds.check))
+    ledger = read_ledger(context)
+
+    def on_spend(spent: Ledger) -> None:
+        write_ledger(context, spent)
+        if commit is not None:
+            commit()
+
+    measured = evaluate_privately(
+        client,
+        name,
+        model,
+        instruction,
+        held_out,
+        ledger,
+        initial=not local,
+        on_spend=on_spend,
+        between=partial(bounds.check, memory=False),  # memory use may depend on the examples
+    )
+    return evaluation_content(measured)
 
 
 def _statistics(client: Client, name: str, message: Message, context: Context) -> RecordDict:

@@ -24,14 +24,14 @@ from fedcore.config.run import IN_MEMORY, RunConfig
 from fedcore.errors import FedcoreError
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.observability.events import Noted, Sink, StageAdvanced, StageFinished, StageStarted
-from fedcore.observability.words import counted, figure
+from fedcore.observability.words import figure
 from fedcore.task.definition import Task
-from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, checkpoint_bytes
 from server.cloud import CloudData
 from server.compression.compress import Compressed, compress
 from server.compression.draft import draft_of
 from server.final_scores import ModelOf, answers_of_chosen, client_tests, final_scores
+from server.finetune.gate_note import gate_note
 from server.finetune.launch import Finetuned, fine_tune
 from server.origin import origin_of
 from server.records import (
@@ -188,7 +188,11 @@ def after_rounds(
     kept = tuned is None or tuned.kept
     compressed = _compressed(run, task, cloud, model, kept, trained, folder, story, steps)
 
-    origin = origin_of(run, outcome, trained.clients, parent, noise=trained.noise)
+    asked = 2 * bool(tuned and trained.judge)  # models: before and after fine-tuning
+    asked += len(compressed.files) * bool(trained.measure_onnx)
+    origin = origin_of(
+        run, outcome, trained.clients, parent, noise=trained.noise, evaluations=asked
+    )
     if origin.privacy.before == "not known":
         story.note(_STARTED_PRIVATE)
     tested = _tested(run, task, test, trained, tuned, compressed, story)
@@ -386,18 +390,3 @@ def counted_steps(emit: Sink, stage: str) -> Callable[[str], None]:
     """Returns a callback that emits a numbered progress event for each step of a stage."""
     count = itertools.count(1)
     return lambda text: emit(StageAdvanced(stage, next(count), text))
-
-
-def gate_note(tuned: Finetuned, primary: Metric) -> str:
-    """Describes the gate's measurements of the fine-tuned model, and its verdict."""
-    verdict = "kept" if tuned.kept else "not kept"
-    cloud = f"on held-out cloud data {tuned.before:.4g} before, {tuned.after:.4g} after"
-    if tuned.unjudged:
-        return f"{primary.name} {cloud}; no client evaluated it ({tuned.unjudged}): {verdict}"
-    if (asked := tuned.clients) is None:
-        return f"{primary.name} {cloud}: {verdict}"
-    return (
-        f"{primary.name} on held-out data of {counted(asked.clients, 'client')} "
-        f"{asked.before:.4g} before, {asked.after:.4g} after (to {asked.margin:.2g}); {cloud}: "
-        f"{verdict}"
-    )

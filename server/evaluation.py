@@ -14,11 +14,11 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
-from fedcore.observability.words import counted, figure
+from fedcore.observability.words import counted, epsilon_text, figure
 from fedcore.task.definition import Part
 from fedcore.task.measured import Measured, value_of_sums
 from fedcore.task.metrics import Metric
-from fedcore.task.statistics import FloatVector, exact_sum
+from fedcore.task.statistics import FloatVector, SumLimits, exact_sum
 
 PARTS: Mapping[Part, str] = {
     "heldout": "examples that clients hold back from training",
@@ -50,9 +50,26 @@ class ClientScores:
     """Sums that metrics are computed from, by metric, for the value over several clients."""
 
     @classmethod
-    def of(cls, client: str, measured: Measured, metrics: Sequence[Metric]) -> ClientScores:
-        """Returns the scores of a client from what was measured on its data."""
+    def of(
+        cls,
+        client: str,
+        measured: Measured,
+        metrics: Sequence[Metric],
+        limits: SumLimits | None = None,
+    ) -> ClientScores:
+        """Returns the scores of a client from what was measured on its data.
+
+        Args:
+            client: Name of the client.
+            measured: What it measured.
+            metrics: The metrics in it.
+            limits: Limits of sums with noise, if they have noise.
+        """
         judged = {metric.name: measured.judged(metric) for metric in metrics}
+        if limits is not None:
+            (metric,) = metrics
+            sums, examples = measured.sums[metric.name], measured.examples
+            judged = {metric.name: noised_value(metric, sums, limits, examples)}
         return cls(
             client,
             measured.examples,
@@ -98,6 +115,39 @@ class MetricSpread:
 
 
 @dataclass(frozen=True)
+class NoiseStatement:
+    """The noise in clients' sums under example-level privacy, and what this evaluation cost."""
+
+    noise_multiplier: float
+    """Its deviation, over what one example can move the sums by."""
+    epsilon: float
+    """What one evaluation alone spends of each held-out example's budget."""
+    target_delta: float
+    limits: SumLimits = field(repr=False, compare=False)
+    """Limits of the sums, and the noise's deviation."""
+
+    def __str__(self) -> str:
+        """Returns the statement as a line of text."""
+        return (
+            f"noise   multiplier {self.noise_multiplier:.4g} on each client's sums; epsilon "
+            f"{epsilon_text(self.epsilon)} at delta {self.target_delta:g} for each held-out example"
+        )
+
+
+def noised_value(
+    metric: Metric, sums: FloatVector, limits: SumLimits, examples: int
+) -> tuple[float, str]:
+    """Returns a metric's value for sums with noise, with the reason if it is undefined.
+
+    Sums that noise has moved to where no examples have theirs are brought back to the limits.
+    """
+    value, why = value_of_sums(metric, sums)
+    if not why:
+        return value, why
+    return value_of_sums(metric, np.clip(sums, limits.low * examples, limits.high * examples))
+
+
+@dataclass(frozen=True)
 class Evaluation:
     """One model, evaluated on the data of each client.
 
@@ -122,6 +172,8 @@ class Evaluation:
     """Reason by client, for clients that could not evaluate the model."""
     known: int
     """Number of clients that the task has; more than were asked if some were drawn."""
+    noise: NoiseStatement | None = None
+    """The noise in each client's sums; None where they are exact."""
 
     @property
     def primary(self) -> Metric:
@@ -144,7 +196,11 @@ class Evaluation:
         rows = [each.sums[metric] for each in self.clients if metric in each.sums]
         if of is None or not rows:
             return None
-        value, why = value_of_sums(of, exact_sum(rows))
+        total = exact_sum(rows)
+        value, why = value_of_sums(of, total)
+        if self.noise is not None:
+            examples = sum(each.examples for each in self.clients)
+            value, why = noised_value(of, total, self.noise.limits, examples)
         return None if why else value
 
     def worst(self, count: int = _WORST) -> tuple[ClientScores, ...]:
@@ -181,6 +237,13 @@ class Evaluation:
                 for each in self.clients
             ],
             "failed": dict(self.failed),
+            "noise": None
+            if self.noise is None
+            else {
+                "noise_multiplier": self.noise.noise_multiplier,
+                "epsilon": self.noise.epsilon,
+                "target_delta": self.noise.target_delta,
+            },
         }
 
     def __str__(self) -> str:
@@ -192,6 +255,7 @@ class Evaluation:
         lines = [
             f"model   {self.model} (sha256 {self.sha256[:12]})",
             f"data    {counted(examples, 'example')} of {whom}{drawn}: {PARTS[self.part]}",
+            *([str(self.noise)] if self.noise else []),
             "",
             *_aligned([_HEADINGS, *map(self._row, self.metrics)]),
         ]

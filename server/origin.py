@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Literal
 
-from fedcore.artifacts.manifest import ClientStatement, PrivacyStatement
+from fedcore.artifacts.manifest import ClientStatement, EvaluationStatement, PrivacyStatement
 from fedcore.config.run import RunConfig
 from fedcore.files import read_if_exists, sha256_hex
+from fedcore.privacy.evaluation_noise import evaluation_charge
+from fedcore.privacy.ledger import Ledger
 from fedcore.task.model import MAX_CHECKPOINT_BYTES
 from server.records import ClientRecord, epsilon_spent
 from server.release.publish import Origin
@@ -23,6 +26,7 @@ def origin_of(
     parent: bytes,
     *,
     noise: Literal["none", "simulated", "system"],
+    evaluations: int = 0,
 ) -> Origin:
     """Returns the provenance of a run's model.
 
@@ -35,6 +39,7 @@ def origin_of(
         clients: Records of its clients; empty for devices.
         parent: The checkpoint of the best model.
         noise: Source of the privacy noise.
+        evaluations: Number of models that clients were asked to evaluate after the rounds.
     """
     initial, warm = None, run.federation.initial
     if warm is not None:
@@ -54,6 +59,7 @@ def origin_of(
             noise=noise,
             before="not known" if warm and run.privacy.unit != "none" else "nothing",
             client=_client_statement(run, outcome),
+            evaluation=_evaluation_statement(run, evaluations),
         ),
         initial_sha256=initial or None,
     )
@@ -69,6 +75,20 @@ def _epsilon(run: RunConfig, outcome: Outcome, clients: Sequence[ClientRecord]) 
         clients,
         budget=budget,
         dropped=over < run.federation.rounds and not stopped,  # spent budgets ended the run
+    )
+
+
+def _evaluation_statement(run: RunConfig, evaluations: int) -> EvaluationStatement | None:
+    """Returns the guarantee of held-out examples; None if they are not protected or used."""
+    if not (run.evaluates_privately and evaluations):
+        return None
+    one = evaluation_charge(run, round=0, split="")
+    spent = Ledger((replace(one, steps=evaluations),)).epsilon(run.privacy)
+    return EvaluationStatement(
+        epsilon=min(spent, run.privacy.max_epsilon),  # a client declines what exceeds its budget
+        target_delta=run.privacy.target_delta,
+        noise_multiplier=one.noise_multiplier,
+        evaluations=evaluations,
     )
 
 

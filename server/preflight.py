@@ -27,6 +27,7 @@ from fedcore.task.definition import (
 )
 from fedcore.task.model import FullModel, build_model, warm_start
 from fedcore.training.device import available
+from fedcore.training.evaluate import output_shape
 from fedcore.training.per_example.trial import choose_method
 from fedcore.training.state import check_integers
 from fedcore.updates.pack import layout_of, pack
@@ -35,6 +36,7 @@ from server.release.final_test import FinalTest, read_final_test
 from server.release.publish import check_publishable
 from server.report.folder import check_outside
 from server.rounds.client_privacy.mechanism import protect
+from server.rounds.expected import evaluation_of
 from server.rounds.strategies.algorithm import dry_run
 from server.rounds.strategies.feddf import FEDDF
 from server.rounds.strategies.flower import choose_strategy
@@ -125,6 +127,8 @@ def check_rounds(
         warm_start(run, model)
     if run.private:
         choose_method(task, model)
+    if run.federation.evaluate_cohort:
+        evaluation_of(run, task.metrics, output_shape(model, task.example_input))
     if run.client_private:
         check_integers(task, model)
     check_strategy(run, model, clients=clients, strategy=strategy)
@@ -140,12 +144,16 @@ def refuse_patience(run: RunConfig, task: Task) -> None:
     if run.client.local:
         unjudged = "layers stay on clients (client.local)"
     judged = task.cloud_data is not None and not run.client.local
-    if settings.patience and not settings.evaluate_cohort and not judged:
+    asked = settings.evaluate_cohort and not run.private
+    if settings.patience and not asked and not judged:
+        silent = "federation.evaluate_cohort is 0"
+        if run.private:
+            silent = "clients evaluate no rounds under privacy"
         raise ConfigError(
             f"federation.patience = {settings.patience}: it waits for a round that is better, and "
-            f"no data judge the rounds: {unjudged}, and "
-            "federation.evaluate_cohort is 0. Nothing was run; have clients hold data back "
-            "(federation.evaluate_cohort and federation.holdout), or leave patience out."
+            f"no data judge the rounds: {unjudged}, and {silent}. Nothing was run; have clients "
+            "hold data back (federation.evaluate_cohort and federation.holdout, without privacy), "
+            "or leave patience out."
         )
 
 

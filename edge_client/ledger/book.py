@@ -47,6 +47,9 @@ class StoredCharge(Section):
     noise_multiplier: Annotated[float, Field(gt=0)]
     sample_rate: Annotated[float, Field(gt=0, le=1)]
     steps: Annotated[int, Field(ge=0)]
+    part: Annotated[str, Field(pattern=r"^([0-9a-f]{16}/(train|heldout))?$")] = ""
+    """Label of the examples that it is about (see `fedcore.privacy.accounting.Charge`); empty for
+    all, also in old ledgers."""
     target_delta: Fraction
     """The run's delta when the charge was made."""
     data: str
@@ -58,7 +61,7 @@ class StoredCharge(Section):
     @property
     def charge(self) -> Charge:
         """The part that an accountant composes."""
-        return Charge(self.round, self.noise_multiplier, self.sample_rate, self.steps)
+        return Charge(self.round, self.noise_multiplier, self.sample_rate, self.steps, self.part)
 
 
 class LedgerFile(Section):

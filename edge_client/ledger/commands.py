@@ -138,6 +138,7 @@ def _lines(run: RunView) -> Iterator[str]:
         yield (
             f"  {one.round:>5}   {one.steps:>5}   {one.sample_rate:>11.4g}   "
             f"{one.noise_multiplier:<7.4g}   {epsilon_text(line.epsilon)}"
+            f"{'   evaluation on held-out data' if one.charge.evaluates else ''}"
         )
 
 

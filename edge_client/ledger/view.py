@@ -324,7 +324,9 @@ def _run(
     left = None
     if limit is not None and not found.problems:
         budget = _privacy(accountant, _delta(there, owner), limit)
-        left = remaining_charges([one.charge for one in there], spent[-1].charge, budget)
+        rounds = [one.charge for one in spent if not one.charge.evaluates]
+        if rounds:
+            left = remaining_charges([one.charge for one in there], rounds[-1], budget)
     return RunView(name, delta, lines, left)
 
 

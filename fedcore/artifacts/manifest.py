@@ -91,6 +91,19 @@ class ClientStatement(_Part):
     accountant: Literal["rdp", "prv"]
 
 
+class EvaluationStatement(_Part):
+    """Evaluations of models by clients on held-out examples, by sums with noise."""
+
+    epsilon: float
+    """Epsilon of each held-out example: of as many evaluations as any client can have made. Such
+    examples are not trained on, so it does not add to the epsilon of training."""
+    target_delta: float
+    noise_multiplier: float
+    """Deviation of the noise on sums, over the most that one example moves them by."""
+    evaluations: Annotated[int, Field(ge=1)]
+    """Models that clients were asked to evaluate."""
+
+
 class PrivacyStatement(_Part):
     """Privacy guarantee of the training for the owners of its data."""
 
@@ -106,6 +119,9 @@ class PrivacyStatement(_Part):
     run alone; where the earlier spending is not known, a device's ledger may have more."""
     client: ClientStatement | None = None
     """Guarantee of each client; None if clients are not protected."""
+    evaluation: EvaluationStatement | None = None
+    """Guarantee of the examples that clients hold back; None if they evaluated nothing, or without
+    protection of examples."""
 
 
 class Parity(_Part):
@@ -194,6 +210,8 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         del values["lineage"]["initial_sha256"]
     if manifest.privacy.before == "nothing":
         del values["privacy"]["before"]
+    if manifest.privacy.evaluation is None:
+        del values["privacy"]["evaluation"]
     if manifest.missing is None:
         del values["missing"]
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()

@@ -196,8 +196,14 @@ def tighten(run: RunConfig, owner: OwnerPolicy) -> RunConfig:
             "server. The device does not take part and nothing was trained; the server must set "
             "privacy.unit to 'example' or 'both', or the owner must remove the budget."
         )
+    noise = run.privacy.evaluation_noise_multiplier
+    if run.evaluates_privately:  # by the run's budget, on all clients and the server alike
+        from fedcore.privacy.evaluation_noise import evaluation_noise  # loads SciPy
+
+        noise = evaluation_noise(run)
     privacy = run.privacy.model_copy(
         update={
+            "evaluation_noise_multiplier": noise,
             "max_epsilon": min(run.privacy.max_epsilon, owner.max_epsilon or float("inf")),
             "target_delta": min(run.privacy.target_delta, owner.target_delta or 1.0),
         }

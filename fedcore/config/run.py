@@ -11,6 +11,7 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import Field, model_validator
 
+from fedcore.config.client_privacy import ClientPrivacy
 from fedcore.config.contradictions import contradictions
 from fedcore.config.finetune import Finetune
 from fedcore.config.patterns import NAME
@@ -81,7 +82,8 @@ class FederationConfig(Section):
     deadline_s: Seconds = 3600.0
     """After this time a round continues with the updates that have arrived."""
     evaluate_cohort: Annotated[int, Field(ge=0, le=MAX_CLIENTS)] = 0
-    """How many clients report metrics on held-back data in each round; 0 for none."""
+    """How many clients report metrics on held-back data in each round; 0 for none. Under
+    example-level privacy they evaluate only the models after the rounds."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
     """The share of a client's data that is held back from training to evaluate on."""
     patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
@@ -139,31 +141,6 @@ class ClientConfig(Section):
         return self.epochs if self.steps is None else self.steps / max(steps_per_pass, 1)
 
 
-class ClientPrivacy(Section):
-    """``[privacy.client]``: client-level differential privacy, whose noise the server adds."""
-
-    max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
-    """Budget of the whole run, which ends before a round that would exceed it."""
-    target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
-    """The delta of the epsilon budget; at most a tenth of one over the number of clients."""
-    clip_norm: ClipNorm | Literal["adaptive"] = 1.0
-    """L2 bound of one client's update, the difference to the weights that the client received;
-    ``adaptive`` follows the median of the updates' norms from round to round."""
-    noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
-    """Deviation of the noise on the sum of updates, over ``clip_norm``; ``auto`` uses the least
-    that keeps ``federation.rounds`` rounds within ``max_epsilon``."""
-    mechanism: Literal["gaussian", "matrix"] = "gaussian"
-    """``gaussian``: the server draws each client independently, ``federation.cohort`` of them in
-    expectation, and keeps the draw secret; epsilon relies on that. ``matrix``: each round selects
-    exactly ``federation.cohort`` clients, participation need not be secret, and noise is correlated
-    over rounds so that much of it cancels in the model."""
-    separation: Rounds | None = None
-    """For ``matrix``: a client is selected at most once in this many consecutive rounds. Larger
-    values need less noise. Unset: the number of clients divided by the cohort."""
-    accountant: Literal["rdp", "prv"] = "prv"
-    """How charges add up: ``prv`` or ``rdp``, see ``accountant`` in ``[privacy]``."""
-
-
 class Privacy(Section):
     """``[privacy]``: differential privacy; these settings protect single examples, by DP-SGD."""
 
@@ -189,6 +166,20 @@ class Privacy(Section):
     accountant: Literal["rdp", "prv"] = "prv"
     """How charges add up. Both give an upper bound on epsilon: ``prv`` by the distribution of
     privacy losses, which needs 4 to 12 % less noise; ``rdp`` by Renyi divergences."""
+    evaluation_noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
+    """Noise on the sums of one evaluation by a client (``federation.evaluate_cohort``), over what
+    one held-out example can add to them; ``auto`` uses the least that keeps ``evaluations`` within
+    ``max_epsilon``. Held-out examples are never trained on, so evaluations take nothing from the
+    budget of training."""
+    evaluations: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
+    """Evaluations by one client that ``auto`` plans for; when unset, two by the gate after
+    fine-tuning, and one of each candidate. A client declines those that exceed the budget."""
+    evaluation_limits: Annotated[
+        dict[str, Annotated[float, Field(gt=0, le=1e9)]], Field(max_length=64)
+    ] = Field(default_factory=dict)
+    """By metric, the most that one example may add to any of its sums; larger contributions are
+    cut off. Needed for a primary metric without limits of its own: ``{ rmse = 25.0 }`` counts
+    errors above 5 as 5, squared."""
     client: ClientPrivacy = Field(default_factory=ClientPrivacy)
     """Settings of client-level privacy."""
 
@@ -339,6 +330,11 @@ class RunConfig(Section):
     def private(self) -> bool:
         """Whether clients train with example-level differential privacy."""
         return self.privacy.of_examples
+
+    @property
+    def evaluates_privately(self) -> bool:
+        """Whether clients evaluate models after the rounds by sums with noise."""
+        return self.private and self.federation.evaluate_cohort > 0
 
     @property
     def client_private(self) -> bool:

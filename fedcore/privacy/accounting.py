@@ -30,7 +30,15 @@ Settings that change within one ledger:
     ledger whose end was fixed beforehand; if a server stopped because of what it saw, the budget is
     the guarantee.
 
-    Source: Rogers et al. 2016, arXiv:1605.08294 (filters, and why fixed settings matter); Feldman,
+Training data and held-out data:
+    A run that evaluates on held-out data splits a client's examples in two parts, by number alone.
+    An example is in one of them, so its epsilon is that of the charges to its part. A ledger whose
+    charges name the two parts of a single split has the larger of both epsilons, as each part has a
+    filter of its own (parallel composition). Charges to different splits, which an example may have
+    been in both parts of, all add up.
+
+    Source: McSherry 2009, 10.1145/1559845.1559850 (parallel composition);
+    Rogers et al. 2016, arXiv:1605.08294 (filters, and why fixed settings matter); Feldman,
     Zrnic 2021, arXiv:2008.11193 (Renyi filter); Smith, Thakurta 2022, arXiv:2210.17520 (Gaussian
     filter); Whitehouse et al. 2023, arXiv:2203.05481 (fully adaptive composition).
 """
@@ -71,10 +79,20 @@ _ENOUGH_NOISE = 1e9  # higher noise counts as this much, so that squares stay wi
 History = tuple[MechanismSteps, ...]
 
 
+TRAIN, HELD_OUT = "train", "heldout"
+"""Names of the parts of a split: the examples to train on, and those held back to evaluate on."""
+
+
+def part_of_split(split: str, part: str) -> str:
+    """Returns the label of one part of a split, for `Charge.part`."""
+    return f"{split}/{part}"
+
+
 @dataclass(frozen=True)
 class Charge:
-    """The privacy cost of one local training run: steps of DP-SGD with Poisson sampling.
+    """The privacy cost of one release: steps of the Gaussian mechanism with Poisson sampling.
 
+    They are a round's steps of DP-SGD, or one evaluation: a single step on all held-out examples.
     It protects one example under zero-out adjacency: a null record could be in its place.
     """
 
@@ -84,6 +102,13 @@ class Charge:
     sample_rate: float
     """Probability of each example to be in a step's batch."""
     steps: int
+    part: str = ""
+    """Label of the only examples that it is about, from `part_of_split`; empty for all examples."""
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether it is an evaluation on held-out examples."""
+        return self.part.endswith(f"/{HELD_OUT}")
 
     def __post_init__(self) -> None:
         if not (
@@ -128,6 +153,20 @@ def epsilon_of(
             f"target_delta = {target_delta}: expected a probability between 0 and 1. No epsilon "
             "was computed; set it well below one over the number of examples."
         )
+    return max(_epsilon_of(some, target_delta, accountant, settings) for some in _by_part(charges))
+
+
+def _by_part(charges: Sequence[Charge]) -> list[Sequence[Charge]]:
+    """Returns the charges that an example of each part may have; all of them for several splits."""
+    parts = sorted({charge.part for charge in charges if charge.part})
+    if len(parts) < 2 or len({part.partition("/")[0] for part in parts}) > 1:
+        return [charges]
+    return [[charge for charge in charges if charge.part in ("", part)] for part in parts]
+
+
+def _epsilon_of(
+    charges: Sequence[Charge], target_delta: float, accountant: Accountant, settings: Settings
+) -> float:
     history = _history(charges)
     if not history:
         return 0.0

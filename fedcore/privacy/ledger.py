@@ -148,9 +148,10 @@ def remaining_rounds(
     others: OtherRuns = NO_OTHER_RUNS,
 ) -> RemainingRounds | None:
     """Returns how many more rounds like the latest fit into all budgets; None before the first."""
-    if not ledger.charges:
+    new = next((one for one in reversed(ledger.charges) if not one.evaluates), None)
+    if new is None:
         return None
-    new, found = ledger.charges[-1], remaining_charges(ledger.charges, ledger.charges[-1], privacy)
+    found = remaining_charges(ledger.charges, new, privacy)
     whole = owners_budget(privacy, owner, others)
     if whole is not None:
         over_all = remaining_charges((*others.charges, *ledger.charges), new, whole)
@@ -162,12 +163,15 @@ def remaining_charges(charges: Sequence[Charge], new: Charge, privacy: Privacy) 
     """Returns how many more charges like ``new`` fit into ``privacy.max_epsilon``."""
     if not new.steps:
         return RemainingRounds(_MAX_ROUNDS, exact=False)
-    made_by: dict[tuple[float, float], int] = {}  # merged by mechanism: few, however many charges
+    # Merged by mechanism: few, however many charges.
+    made_by: dict[tuple[float, float, str], int] = {}
     for one in charges:
-        mechanism = (one.noise_multiplier, one.sample_rate)
+        mechanism = (one.noise_multiplier, one.sample_rate, one.part)
         made_by[mechanism] = made_by.get(mechanism, 0) + one.steps
-    made = -(-made_by.pop((new.noise_multiplier, new.sample_rate), 0) // new.steps)
-    other = tuple(Charge(0, *mechanism, steps) for mechanism, steps in made_by.items())
+    made = -(-made_by.pop((new.noise_multiplier, new.sample_rate, new.part), 0) // new.steps)
+    other = tuple(
+        Charge(0, noise, rate, steps, part) for (noise, rate, part), steps in made_by.items()
+    )
     most = _most(other, replace(new, round=0), privacy.model_copy(update={"accountant": "rdp"}))
     exact = privacy.accountant == "rdp" and most < _MAX_ROUNDS
     if not exact and most - made <= _NEAR_ROUNDS and most * new.steps <= _MAX_STEPS:

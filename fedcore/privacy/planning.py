@@ -35,6 +35,7 @@ def plan(
     participations: int,
     epochs_in_all: int | None = None,
     max_delta_share: float = MAX_DELTA_SHARE,
+    part: str = "",
 ) -> PrivatePlan:
     """Returns the noise and the steps for a client, which depend only on its number of examples.
 
@@ -48,6 +49,7 @@ def plan(
         participations=participations,
         epochs_in_all=epochs_in_all,
         max_delta_share=max_delta_share,
+        part=part,
     )
 
 
@@ -60,6 +62,7 @@ def plan_for(
     participations: int,
     epochs_in_all: int | None = None,
     max_delta_share: float = MAX_DELTA_SHARE,
+    part: str = "",
 ) -> PrivatePlan:
     """Returns the noise and the steps for a client of ``count`` examples.
 
@@ -77,6 +80,7 @@ def plan_for(
             each round has those of ``client``.
         max_delta_share: Maximum of ``target_delta * count``. A mechanism that publishes one
             example, chosen at random, has a delta of ``1 / count``.
+        part: Label of the examples, for the charge; empty if the client holds none back.
 
     Raises:
         PrivacyError: The client has no examples or more than `MAX_EXAMPLES`, the delta is too large
@@ -115,7 +119,7 @@ def plan_for(
             else steps_per_epoch * epochs_in_all,
             accountant=privacy.accountant,
         )
-    return PrivatePlan(Charge(round, noise, sample_rate, steps), privacy.clip_norm)
+    return PrivatePlan(Charge(round, noise, sample_rate, steps, part), privacy.clip_norm)
 
 
 def expected_batch_size(examples: int, plan: PrivatePlan) -> int:

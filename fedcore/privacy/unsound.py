@@ -25,11 +25,12 @@ def _leaks(run: RunConfig) -> list[str]:
     """Returns the settings that would bypass the noise."""
     federation, unit, found = run.federation, run.privacy.unit, list[str]()
     leaves = "leave each device without noise" if run.private else "be released without noise"
-    if federation.evaluate_cohort:
+    if federation.evaluate_cohort and run.client_private:
         found.append(
             f"federation.evaluate_cohort = {federation.evaluate_cohort} contradicts privacy.unit = "
-            f"{unit!r}: metrics would {leaves}. Set evaluate_cohort to 0 "
-            "(rounds are then judged on the cloud's held-out data), or privacy.unit to 'none'."
+            f"{unit!r}: noise covers one example of a client's metrics, and not the client. Set "
+            "evaluate_cohort to 0 (rounds are then judged on the cloud's held-out data), or "
+            "privacy.unit to 'example' or 'none'."
         )
     if federation.normalisation == "federated":
         found.append(

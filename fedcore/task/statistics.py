@@ -33,6 +33,8 @@ class SumLimits:
     """Largest contribution to each sum, shape ``(K,)``."""
     total: float
     """Largest contribution to all sums together, by magnitude; infinite if nothing limits it."""
+    noise: FloatVector | None = field(default=None, repr=False)
+    """Standard deviation of the noise on each sum, shape ``(K,)``; None for exact sums."""
 
     @property
     def bounded(self) -> bool:

@@ -18,6 +18,7 @@ from fedcore.config.run import ClientConfig as Settings
 from fedcore.config.run import RunConfig
 from fedcore.errors import DataError, FedcoreError, InvalidUpdate, TaskError, TrainingDiverged
 from fedcore.observability.words import counted
+from fedcore.privacy.accounting import TRAIN, part_of_split
 from fedcore.privacy.client_level import bounded
 from fedcore.privacy.ledger import NO_OTHER_RUNS, Ledger, OtherRuns, charge
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size, plan
@@ -36,6 +37,7 @@ from fedcore.training.per_example.trial import choose_method
 from fedcore.training.private import MEMORY_BYTES, train_private
 from fedcore.training.resident import Resident
 from fedcore.training.server_numbers import check_instruction
+from fedcore.training.split_label import split_label
 from fedcore.updates.frozen import check_unchanged, frozen_parameters
 from fedcore.updates.local import local_state
 from fedcore.updates.messages import EPSILON, TRAIN_LOSS, Instruction, Update
@@ -307,6 +309,7 @@ def spend(
     """
     run = client.run
     participations = run.privacy.participations or run.federation.rounds
+    part = part_of_split(split_of(client, examples), TRAIN) if run.federation.holdout else ""
     planned = plan(
         examples,
         settings,
@@ -315,6 +318,7 @@ def spend(
         participations=participations,
         epochs_in_all=planned_epochs(run, participations),
         max_delta_share=client.owner.max_delta_share,
+        part=part,
     )
     after = charge(
         ledger,
@@ -325,6 +329,11 @@ def spend(
         others=client.others,
     )
     return planned, after
+
+
+def split_of(client: Client, examples: Examples) -> str:
+    """Returns the label of the split that ``examples`` are a part of (see `split_label`)."""
+    return split_label(examples, client.run.federation.holdout, read=client.is_real)
 
 
 def local_data(client: Client, name: str) -> tuple[Examples, Examples]:

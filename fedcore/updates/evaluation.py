@@ -27,6 +27,7 @@ UNDEFINED = "undefined"
 _MAX_REASON = 200  # characters shown of a reason
 _SLACK = 1e-9  # relative: a client adds up its examples in any order
 _NOT_USED = "It was not used"
+_MOST_NOISE = 10.0  # deviations: a device's normal numbers end at 9.3
 
 
 def evaluation_content(measured: Measured) -> RecordDict:
@@ -85,6 +86,8 @@ def check_sums(
         InvalidUpdate: a sum, or all together, is beyond what that many examples add up to.
     """
     low, high = _scaled(limits.low, examples), _scaled(limits.high, examples)
+    if limits.noise is not None:
+        low, high = low - _MOST_NOISE * limits.noise, high + _MOST_NOISE * limits.noise
     beyond = (sums < low - _SLACK * np.abs(low)) | (sums > high + _SLACK * np.abs(high))
     if beyond.any():
         place = int(beyond.argmax())

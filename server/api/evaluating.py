@@ -15,18 +15,22 @@ from fedcore.flower.quiet import quiet
 from fedcore.observability.console import shown
 from fedcore.observability.events import Sink, StageAdvanced
 from fedcore.observability.words import counted
+from fedcore.privacy.contributions import noised_limits
+from fedcore.privacy.evaluation_noise import evaluation_charge
+from fedcore.privacy.ledger import Ledger
 from fedcore.seeds import numpy_rng
 from fedcore.task.definition import Part, Task, data_folder
 from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_preprocess
+from fedcore.training.evaluate import output_shape
 from fedcore.updates.frozen import load_frozen
 from fedcore.updates.pack import unpack
 from server.after_rounds import StageLog
 from server.api.arguments import AnyModel, AnyRun, AnyTask, configured, loaded, model_of
-from server.evaluation import ClientScores, Evaluation
+from server.evaluation import ClientScores, Evaluation, NoiseStatement
 from server.preflight import clients_of
 from server.report.folder import CHECKPOINT
 from server.simulation.checkpoint import read_checkpoint
-from server.simulation.evaluating import Unmeasured, answers_of, measure_clients
+from server.simulation.evaluating import Unmeasured, VirtualClients
 
 _MAX_CLIENTS = 1000
 """Clients that are evaluated unless the caller says otherwise; a task may have millions."""
@@ -45,6 +49,9 @@ def evaluate(
     **settings: Any,
 ) -> Evaluation:
     """Evaluates a model on the data of each simulated client, which stays where it is.
+
+    Under example-level privacy each client gives the primary metric's sums over held-out data, with
+    noise.
 
     Example::
 
@@ -73,29 +80,30 @@ def evaluate(
 
     Raises:
         ConfigError: the task has no client of that name, or no such data.
-        PrivacyError: the run protects examples or clients, and a client's exact metrics would tell
-            of them.
+        PrivacyError: the run protects clients, or examples other than those held back: no noise
+            covers what metrics tell of them.
         DataError: the model can't be read, doesn't belong to the task, or no client could evaluate
             it.
     """
     config = configured(task, run, settings)
     found = loaded(task, config)
-    refuse_private(config, owner)
+    refuse_private(config, owner, data)
     quiet()
     part = _part(found, config, data)
     known = clients_of(found, config, data_folder())
     names = _names(found, known, clients, seed=config.seed)
     of, raw, taken = _model(model, found, config)
-    answer = answers_of(taken, threads=config.serving.threads)
+    noise = _noise(found, config, taken)
+    limits, metrics = (noise.limits, found.metrics[:1]) if noise else (None, found.metrics)
+    virtual = VirtualClients(config, found, owner)
     scores, failed = list[ClientScores](), dict[str, str]()
     with shown(progress) as emit, StageLog(emit).stage("evaluate", len(names)) as said:
         step = -(-len(names) // _STEPS)
-        each_client = measure_clients(config, found, owner, names, answer, part)
-        for done, each in enumerate(each_client, start=1):
+        for done, each in enumerate(virtual.measure(taken, names, part), start=1):
             if isinstance(each, Unmeasured):
                 failed[each.client] = each.reason
             else:
-                scores.append(each)
+                scores.append(ClientScores.of(*each, metrics, limits))
             if done % step == 0:
                 emit(StageAdvanced("evaluate", done, ""))
         _refuse_none(found, scores, failed)
@@ -104,22 +112,46 @@ def evaluate(
         model=of,
         sha256=sha256_hex(raw),
         part=part,
-        metrics=found.metrics,
+        metrics=metrics,
         clients=tuple(sorted(scores, key=lambda each: each.client)),
         failed=failed,
         known=len(known),
+        noise=noise,
     )
 
 
-def refuse_private(run: RunConfig, owner: OwnerPolicy) -> None:
-    """Rejects an evaluation by client of a run whose clients or examples are protected.
+def _noise(task: Task, run: RunConfig, model: FullModel | bytes) -> NoiseStatement | None:
+    """Returns what noise clients add; None without privacy."""
+    if not run.private:
+        return None
+    of = model if isinstance(model, FullModel) else build_model(task, run)
+    limits = noised_limits(run, task.primary, output_shape(of, task.example_input))
+    one, privacy = evaluation_charge(run, round=0, split=""), run.privacy
+    epsilon = Ledger((one,)).epsilon(privacy)
+    return NoiseStatement(one.noise_multiplier, epsilon, privacy.target_delta, limits)
+
+
+def refuse_private(run: RunConfig, owner: OwnerPolicy, data: Part | None) -> None:
+    """Rejects an evaluation that noise does not cover.
+
+    Under example-level privacy clients add noise to the sums over their held-out data.
 
     Raises:
-        PrivacyError: the run, or the owner's policy, asks for privacy.
+        PrivacyError: the run, or the owner's policy, protects clients; or it protects examples, and
+            other data than those held back are asked for, or none are.
     """
-    unit = tighten(run, owner).privacy.unit
+    run = tighten(run, owner)
+    unit = run.privacy.unit
     if unit == "none":
         return
+    if not run.client_private and data in (None, "heldout"):
+        if run.evaluates_privately:
+            return
+        raise PrivacyError(
+            f"privacy.unit = {unit!r}: clients evaluate with noise on data that they hold back, "
+            "and this run has none. Nothing was evaluated; run it with federation.evaluate_cohort "
+            "and federation.holdout, so that training leaves them out."
+        )
     raise PrivacyError(
         f"privacy.unit = {unit!r}: a client's exact metrics tell of its examples, and no noise "
         "covers them. Nothing was evaluated; evaluate on data that need no protection "

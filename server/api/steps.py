@@ -17,7 +17,7 @@ from fedcore.observability.console import shown
 from fedcore.observability.events import Sink
 from fedcore.task.definition import Task, check_inputs, data_folder
 from fedcore.task.model import checkpoint_bytes
-from server.after_rounds import StageLog, counted_steps, gate_note
+from server.after_rounds import StageLog, counted_steps
 from server.api.arguments import (
     AnyModel,
     AnyRun,
@@ -33,6 +33,7 @@ from server.compression.compress import Compressed
 from server.compression.compress import compress as make_candidates
 from server.compression.draft import draft_of
 from server.final_scores import answers_of_chosen, final_scores
+from server.finetune.gate_note import gate_note
 from server.finetune.launch import Finetuned, fine_tune
 from server.preflight import clients_of
 from server.release.final_test import (
@@ -45,6 +46,7 @@ from server.release.final_test import (
 from server.release.publish import check_publishable
 from server.release.publish import publish as sign_and_publish
 from server.rounds.evaluation.judging import clients_judge
+from server.simulation.evaluating import VirtualClients
 from server.simulation.judging import judge_in_simulation, measure_onnx_in_simulation
 
 
@@ -105,7 +107,8 @@ def finetune(
         judge = None
         if clients_judge(config):
             clients = clients_of(found, config, data_folder())
-            judge = judge_in_simulation(config, found, owner, clients, story.note)
+            virtual = VirtualClients(config, found, owner)
+            judge = judge_in_simulation(virtual, clients, story.note)
         with story.stage("finetune") as said:
             tuned = fine_tune(found, config, start, cloud, judge)
             said.append(gate_note(tuned, found.primary))
@@ -161,7 +164,8 @@ def compress(
         measure_onnx = None
         if clients_judge(config):
             clients = clients_of(found, config, data_folder())
-            measure_onnx = measure_onnx_in_simulation(config, found, owner, clients, story.note)
+            virtual = VirtualClients(config, found, owner)
+            measure_onnx = measure_onnx_in_simulation(virtual, clients, story.note)
         with story.stage("compress") as said:
             steps = counted_steps(emit, "compress")
             done = make_candidates(

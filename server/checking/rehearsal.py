@@ -43,6 +43,7 @@ from server.checking.looking import DataFault
 from server.checking.state import CheckState, Fault, StepOutcome
 from server.preflight import check_strategy, refuse_patience, refuse_tuning
 from server.rounds.client_privacy.mechanism import protect
+from server.rounds.expected import evaluation_of
 from server.simulation.batched.trainer import Trainer, find_trainer, train_in_groups
 from server.simulation.batched.work import LocalWork
 
@@ -276,6 +277,8 @@ def try_strategy(state: CheckState) -> StepOutcome:
     model = build_model(state.task, run)
     if run.federation.initial is not None:
         warm_start(run, model)
+    if run.federation.evaluate_cohort:
+        evaluation_of(run, state.task.metrics, tuple(state.output_shape))
     if run.client_private:
         check_integers(state.task, model)
         if state.place == "simulation":

@@ -35,7 +35,8 @@ from server.compression.confidence import (
 from server.compression.runtime import answer, open_session
 from server.compression.timing import CandidateTiming
 from server.records import CandidateRecord
-from server.rounds.evaluation.judging import drop_of
+from server.rounds.evaluation.judgement import drop_of
+from server.rounds.evaluation.pooling import EvaluationAnswer
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -50,8 +51,8 @@ class Evaluated:
     targets: Tensor | None
     """Targets of the held-out data."""
     metric: float
-    clients: Mapping[str, tuple[int, float]] | None
-    """Measurements by clients; None if clients weren't asked."""
+    clients: Mapping[str, EvaluationAnswer] | None
+    """Measurements by clients, by name; None if clients weren't asked."""
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,8 @@ from server.finetune.job import Job, remember_by_start, trained
 from server.finetune.loop import device_of, is_consequence, train_start, unknown_failure
 from server.finetune.worker import work
 from server.process.spawn import main_script_hidden
-from server.rounds.evaluation.judging import Judge, Judgement
+from server.rounds.evaluation.judgement import Judgement
+from server.rounds.evaluation.judging import Judge
 
 _LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
 """Loggers that print a traceback per failed or stopped process; the error file replaces them."""

@@ -42,7 +42,8 @@ from server.records import CandidateRecord
 from server.release.publish import Draft, history, publish
 from server.report.folder import write_results
 from server.rounds.app import Outcome
-from server.rounds.evaluation.judging import Judge, Judgement, MeasureOnnx
+from server.rounds.evaluation.judgement import Judgement
+from server.rounds.evaluation.judging import Judge, MeasureOnnx
 
 _MAX_BYTES = 16 << 20
 _FINETUNE, _COMPRESS, _PUBLISH = "finetune.json", "compress.json", "publish.json"

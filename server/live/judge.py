@@ -16,7 +16,8 @@ from fedcore.task.model import FullModel
 from server.live.deployment import LiveRun
 from server.live.network.serve import listen, run_beside
 from server.live.rounds.journaled import REJOIN_S
-from server.rounds.evaluation.judging import Judgement, judging_app
+from server.rounds.evaluation.judgement import Judgement
+from server.rounds.evaluation.judging import judging_app
 from server.rounds.peers import Peers
 
 _POLL_S = 0.2

@@ -30,7 +30,7 @@ from server.cloud import CloudData
 from server.records import RoundRecord
 from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpointer
 from server.rounds.checkpointing.progress import Start
-from server.rounds.expected import evaluation_spec
+from server.rounds.expected import evaluation_of
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
@@ -150,7 +150,7 @@ def server_app(
             peers=peers or NumberedPeers(),
             live=peers is not None,
             tuner=tuner,
-            outputs=_outputs(task, model) if run.federation.evaluate_cohort else (),
+            outputs=_outputs(task, model, run) if run.federation.evaluate_cohort else (),
             clients=max(_count(grid), awaited()) if run.client_private else 0,
         )
         federated = run_rounds(federation, model)
@@ -160,14 +160,15 @@ def server_app(
     return app
 
 
-def _outputs(task: Task, model: FullModel) -> tuple[int, ...]:
+def _outputs(task: Task, model: FullModel, run: RunConfig) -> tuple[int, ...]:
     """Returns the shape of the model's outputs for one example, which all metrics fit.
 
     Raises:
+        ConfigError: no noise fits the primary metric, under privacy.
         TaskError: a metric's limits do not fit it.
     """
     found = output_shape(model, task.example_input)
-    evaluation_spec(task.metrics, found)
+    evaluation_of(run, task.metrics, found)
     return found
 
 

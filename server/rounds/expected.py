@@ -8,6 +8,7 @@ from flwr.app import MessageType
 
 from fedcore.config.run import RunConfig
 from fedcore.errors import TaskError
+from fedcore.privacy.contributions import noised_limits
 from fedcore.task.metrics import Metric
 from fedcore.task.statistics import MAX_SUMS
 from fedcore.updates.messages import EPSILON, MODEL, STATISTICS, TRAIN_LOSS, UNCLIPPED
@@ -35,6 +36,28 @@ def update_spec(run: RunConfig, layout: Layout) -> ReplySpec:
         metrics[_NORM_BIT] = Range(0.0, 1.0)
     weights = {MODEL: ArraySpec("float32", (layout.size,), layout.whole)}
     return ReplySpec(MessageType.TRAIN, metrics, weights)
+
+
+def evaluation_of(run: RunConfig, metrics: Sequence[Metric], outputs: tuple[int, ...]) -> ReplySpec:
+    """Returns the specification of an evaluation reply in a run.
+
+    It is `evaluation_spec`; under example-level privacy only the primary metric's sums are allowed,
+    with noise.
+
+    Args:
+        run: The run.
+        metrics: Those of the task.
+        outputs: Shape of the model's outputs for one example.
+
+    Raises:
+        ConfigError: no noise fits the primary metric.
+        TaskError: the limits of a metric's sums are not usable, or there are too many sums.
+    """
+    if not run.private:
+        return evaluation_spec(metrics, outputs)
+    primary = metrics[0]
+    noised = {primary.name: noised_limits(run, primary, outputs)}
+    return ReplySpec(MessageType.EVALUATE, sums=noised)
 
 
 def evaluation_spec(metrics: Sequence[Metric], outputs: tuple[int, ...]) -> ReplySpec:

@@ -5,21 +5,17 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from types import MappingProxyType
 
-from fedcore.config.owner import OwnerPolicy
-from fedcore.config.run import RunConfig
-from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
-from server.evaluation import ClientScores
-from server.rounds.evaluation.judging import Judge, Judgement, MeasureOnnx, draw_judges, judging_app
-from server.simulation.evaluating import Unmeasured, answers_of, measure_clients
+from server.rounds.evaluation.judgement import Judgement
+from server.rounds.evaluation.judging import Judge, MeasureOnnx, draw_judges, judging_app
+from server.rounds.evaluation.pooling import EvaluationAnswer
+from server.simulation.evaluating import Unmeasured, VirtualClients
 from server.simulation.federate import federate
 from server.simulation.virtual.state import SimulationState
 
 
 def judge_in_simulation(
-    run: RunConfig,
-    task: Task,
-    owner: OwnerPolicy,
+    virtual: VirtualClients,
     clients: Sequence[str],
     on_note: Callable[[str], None],
     *,
@@ -33,14 +29,16 @@ def judge_in_simulation(
 
     def judge(before: FullModel, after: FullModel) -> Judgement:
         found: list[Judgement] = []
-        app = judging_app(task, run, (before, after), on_note=on_note, on_end=found.append)
+        app = judging_app(
+            virtual.task, virtual.run, (before, after), on_note=on_note, on_end=found.append
+        )
         federate(
             app,
-            task,
-            run,
-            owner,
+            virtual.task,
+            virtual.run,
+            virtual.owner,
             clients,
-            state=SimulationState(locals=dict(locals)),
+            state=SimulationState(virtual.ledgers, locals=dict(locals)),
             fleet=None,
             on_choice=lambda choice, workers: None,
         )
@@ -50,32 +48,32 @@ def judge_in_simulation(
 
 
 def measure_onnx_in_simulation(
-    run: RunConfig,
-    task: Task,
-    owner: OwnerPolicy,
-    clients: Sequence[str],
-    on_note: Callable[[str], None],
+    virtual: VirtualClients, clients: Sequence[str], on_note: Callable[[str], None]
 ) -> MeasureOnnx:
     """Returns a function that has virtual clients measure an ONNX file on their held-out data.
 
     It runs the file as devices do. A client that fails is noted once, and left out.
     """
+    run, primary = virtual.run, virtual.task.primary.name
     names = [clients[place] for place in draw_judges(run, range(len(clients)))]
-    noted, primary = set[str](), task.primary.name
+    noted = set[str]()
 
-    def measure_onnx(onnx: bytes) -> Mapping[str, tuple[int, float]]:
-        answer, found = answers_of(onnx, threads=run.serving.threads), {}
-        for each in measure_clients(run, task, owner, names, answer, "heldout"):
-            if isinstance(each, ClientScores) and primary in each.metrics:
-                found[each.client] = (each.examples, each.metrics[primary])
+    def left_out(client: str, why: str) -> None:
+        if client not in noted:
+            on_note(f"client {client!r} did not measure a candidate: {why}")
+        noted.add(client)
+
+    def measure_onnx(onnx: bytes) -> Mapping[str, EvaluationAnswer]:
+        found: dict[str, EvaluationAnswer] = {}
+        for each in virtual.measure(onnx, names, "heldout"):
+            if isinstance(each, Unmeasured):
+                left_out(each.client, each.reason)
                 continue
-            if each.client not in noted:
-                if isinstance(each, Unmeasured):
-                    why = each.reason
-                else:
-                    why = f"its {primary} is undefined ({each.undefined[primary]})"
-                on_note(f"client {each.client!r} did not measure a candidate: {why}")
-            noted.add(each.client)
+            name, measured = each
+            if why := measured.undefined.get(primary):
+                left_out(name, f"its {primary} is undefined ({why})")
+                continue
+            found[name] = EvaluationAnswer(name, measured.examples, measured)
         return found
 
     return measure_onnx

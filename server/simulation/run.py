@@ -34,6 +34,7 @@ from server.rounds.evaluation.judging import clients_judge
 from server.simulation.checkpoint import Checkpoint, StoredEvent
 from server.simulation.checkpointer import FileCheckpointer
 from server.simulation.clients import client_records, own_model
+from server.simulation.evaluating import VirtualClients
 from server.simulation.federate import federate
 from server.simulation.judging import judge_in_simulation, measure_onnx_in_simulation
 from server.simulation.virtual.devices import read_fleet
@@ -89,7 +90,7 @@ def run_pipeline(
         of_client=partial(own_model, model, done.state) if run.client.local else None,
     )
     if clients_judge(run):
-        arguments = (run, task, owner, prepared.clients, story.note)
+        arguments = (VirtualClients(run, task, owner), prepared.clients, story.note)
         trained = replace(
             trained,
             judge=judge_in_simulation(*arguments, locals=done.state.locals),

@@ -72,9 +72,9 @@ def replace(path: Path, old: str, new: str) -> None:
         ("[federation]\nrounds = 0\n", [], "federation.rounds = 0: it should be greater than"),
         ("[client]\nlearning_rate = nan\n", [], "client.learning_rate = nan: it should be a fini"),
         (
-            "[federation]\nevaluate_cohort = 2\nholdout = 0.2\n[privacy]\nunit = 'example'\n",
+            "[federation]\nevaluate_cohort = 2\nholdout = 0.2\n[privacy]\nunit = 'both'\n",
             [],
-            "federation.evaluate_cohort = 2 contradicts privacy.unit = 'example'",
+            "federation.evaluate_cohort = 2 contradicts privacy.unit = 'both'",
         ),
         (
             "[release]\nkeys = 'keys'\n",

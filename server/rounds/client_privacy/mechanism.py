@@ -17,7 +17,8 @@ import numpy as np
 import torch
 
 from fedcore.artifacts.manifest import ClientStatement
-from fedcore.config.run import ClientPrivacy, RunConfig
+from fedcore.config.client_privacy import ClientPrivacy
+from fedcore.config.run import RunConfig
 from fedcore.errors import BudgetExhausted, PrivacyError, RoundFailed
 from fedcore.observability.words import counted, epsilon_text, is_or_are
 from fedcore.privacy.accounting import Charge, epsilon_of, noise_for

@@ -24,7 +24,7 @@ from server.rounds.checkpointing.checkpointer import RoundCheckpointer
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.cohort import Cohort, select
 from server.rounds.evaluation.pooling import EvaluationAnswer, Pooled, answer_of, pool
-from server.rounds.expected import evaluation_spec
+from server.rounds.expected import evaluation_of
 from server.rounds.inbound import Intake, Tally, accepted
 from server.rounds.instructions import carries_frozen
 from server.rounds.peers import Peers
@@ -54,7 +54,7 @@ def evaluate_round(
 ) -> RoundEvaluation:
     """Evaluates ``weights``, the result of the round after ``progress``."""
     size = federation.run.federation.evaluate_cohort
-    if size:
+    if size and not federation.run.private:  # noise would hide differences between rounds
         return _evaluate_on_clients(federation, weights, layout, progress, size)
     # A client's own layers stay on the client, so the cloud cannot judge what clients use.
     if federation.evaluate_on_cloud and not federation.run.client.local:
@@ -87,7 +87,7 @@ def _evaluate_on_clients(
         nodes = select(connected, min(size, len(connected)), seed=run.seed, words=words)
         return Cohort(nodes, federation.peers.weights(nodes))
 
-    spec = evaluation_spec(federation.metrics, federation.outputs)
+    spec = evaluation_of(run, federation.metrics, federation.outputs)
     answers = ask_to_evaluate(
         federation.grid,
         federation.checkpointer.cohort(MessageType.EVALUATE, draw),

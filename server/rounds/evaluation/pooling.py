@@ -143,14 +143,14 @@ def _unbounded_sums(
 def _over(metric: Metric, answers: Sequence[EvaluationAnswer]) -> tuple[float, str]:
     """Returns the metric over all answers, with the reason if it is undefined."""
     if metric.statistics is not None:
-        return value_of_sums(metric, exact_sum([_weighted(metric, each) for each in answers]))
+        return value_of_sums(metric, exact_sum([weighted_sums(metric, each) for each in answers]))
     # Exact sums: the result must not depend on the order of the replies.
     total = sum(each.weight for each in answers)
     terms = (each.measured.values[metric.name] * each.weight for each in answers)
     return math.fsum(terms) / total, ""
 
 
-def _weighted(metric: Metric, answer: EvaluationAnswer) -> FloatVector:
-    """Returns a client's sums, as those of as many examples as it weighs."""
+def weighted_sums(metric: Metric, answer: EvaluationAnswer) -> FloatVector:
+    """Returns a client's sums ``(K,)`` of a metric, as those of as many examples as it weighs."""
     sums, examples = answer.measured.sums[metric.name], answer.measured.examples
     return sums if answer.weight == examples else sums * (answer.weight / examples)

@@ -25,7 +25,7 @@ from server.live.operators.control import Control
 from server.live.operators.drained import write_drained
 from server.live.rounds.settings import device_settings
 from server.report.folder import JOURNAL_FOLDER
-from server.rounds.evaluation.judging import Judgement, judgement
+from server.rounds.evaluation.judgement import Judgement, judgement
 
 
 @pytest.fixture

@@ -163,8 +163,8 @@ def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
     ("text", "said"),
     [
         (
-            "[privacy]\nunit = 'example'\n[federation]\nevaluate_cohort = 2\nholdout = 0.1",
-            "federation.evaluate_cohort = 2 contradicts privacy.unit = 'example'",
+            "[privacy]\nunit = 'both'\n[federation]\nevaluate_cohort = 2\nholdout = 0.1",
+            "federation.evaluate_cohort = 2 contradicts privacy.unit = 'both'",
         ),
         (
             "[privacy]\nunit = 'example'\n[federation]\nnormalisation = 'federated'",
@@ -176,7 +176,7 @@ def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
         ),
         (
             "[privacy]\nunit = 'client'\n[federation]\nevaluate_cohort = 2\nholdout = 0.1",
-            "privacy.unit = 'client': metrics would be released without noise",
+            "privacy.unit = 'client': noise covers one example of a client's metrics, and not the",
         ),
         (
             "[privacy]\nunit = 'both'\n[federation]\nnormalisation = 'federated'",

@@ -89,6 +89,26 @@ def test_a_metric_that_is_undefined_leaves_the_others() -> None:
     assert found.spread("accuracy") is not None
 
 
+def test_under_privacy_clients_give_the_primary_metrics_sums_with_noise() -> None:
+    task, run, model = of(metrics=(fedcore.ACCURACY, fedcore.metrics.F1))
+    private = {"unit": "example", "target_delta": 1e-3, "evaluation_noise_multiplier": 0.7}
+    exact = fedcore.evaluate(task, run, model, progress=False)
+    found = fedcore.evaluate(task, run, model, progress=False, privacy=private)
+    onnx = export_onnx(model, torch.zeros(2, 6), labels=(), kind="classification")
+    again = fedcore.evaluate(task, run, onnx, progress=False, privacy=private)
+    for noised in (found, again):
+        assert [metric.name for metric in noised.metrics] == ["accuracy"]
+        for one, other in zip(noised.clients, exact.clients, strict=True):
+            gap = one.sums["accuracy"] - other.sums["accuracy"]
+            assert 0 < float(abs(gap).max()) < 6 * 0.7
+            assert 0 <= one.metrics["accuracy"] <= 1
+        assert noised.noise is not None
+        assert "noise   multiplier 0.7 on each client's sums; epsilon 4.9" in str(noised)
+        assert noised.as_json()["noise"]["noise_multiplier"] == 0.7
+    # Two models that answer alike have noise of their own: else comparing them would cancel it.
+    assert found.clients[0].sums["accuracy"].tolist() != again.clients[0].sums["accuracy"].tolist()
+
+
 @pytest.mark.parametrize(
     ("changed", "kind", "said"),
     [
@@ -112,6 +132,19 @@ def test_a_metric_that_is_undefined_leaves_the_others() -> None:
             },
             PrivacyError,
             "exact metrics",
+        ),
+        (
+            {"privacy": {"unit": "example", "target_delta": 1e-3}, "data": "all"},
+            PrivacyError,
+            "exact metrics",
+        ),
+        (
+            {
+                "privacy": {"unit": "example", "target_delta": 1e-3},
+                "federation": {"holdout": 0.0, "evaluate_cohort": 0},
+            },
+            PrivacyError,
+            "clients evaluate with noise on data that they hold back",
         ),
     ],
 )

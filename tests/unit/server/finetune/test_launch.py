@@ -20,7 +20,8 @@ from fedcore.task.model import FullModel, build_model
 from fedcore.updates.pack import pack
 from server.cloud import CloudData, read_cloud_data
 from server.finetune.launch import Finetuned, fine_tune, passes
-from server.rounds.evaluation.judging import Judge, Judgement
+from server.rounds.evaluation.judgement import Judgement
+from server.rounds.evaluation.judging import Judge
 
 pytestmark = pytest.mark.slow
 

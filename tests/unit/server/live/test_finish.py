@@ -35,7 +35,8 @@ from server.release import final_test
 from server.release.publish import history, initialise, publish
 from server.report.folder import is_complete
 from server.rounds.app import Outcome
-from server.rounds.evaluation.judging import Judge, Judgement
+from server.rounds.evaluation.judgement import Judgement
+from server.rounds.evaluation.judging import Judge
 from server.rounds.loop import Federated
 
 NOW = datetime.now(UTC)

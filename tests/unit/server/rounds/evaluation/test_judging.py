@@ -9,12 +9,17 @@ import numpy as np
 import pytest
 import torch
 
+import fedcore
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import RunConfig
+from fedcore.task.measured import Measured
 from fedcore.task.metrics import ACCURACY, RMSE, Metric
 from fedcore.task.model import FullModel, build_model
 from fedcore.updates.pack import pack
-from server.rounds.evaluation.judging import Judgement, clients_judge, drop_of, judgement
+from server.rounds.evaluation.judgement import Judgement, compared, drop_of, judgement
+from server.rounds.evaluation.judging import clients_judge
+from server.rounds.evaluation.pooling import EvaluationAnswer
+from server.simulation.evaluating import Unmeasured, VirtualClients
 from server.simulation.judging import judge_in_simulation
 from tests.unit.fedcore.clients import make_task
 
@@ -60,13 +65,72 @@ def test_of_models_that_are_a_limit_worse_few_are_let_through() -> None:
     assert through / 2000 < 0.07
 
 
+def answers(right: dict[str, float]) -> dict[str, EvaluationAnswer]:
+    """Ten examples of each client, of which a share is decided right."""
+    return {
+        name: EvaluationAnswer(
+            name, 10, Measured(10, {"accuracy": np.array([10 * share, 10 - 10 * share])})
+        )
+        for name, share in right.items()
+    }
+
+
 def test_a_file_that_no_client_measured_beside_the_other_may_be_any_worse() -> None:
-    base = {"anna": (10, 0.9), "ben": (10, 0.8), "carl": (10, 0.7)}
-    assert drop_of(ACCURACY, base, {"dora": (10, 0.9)}) == math.inf
+    shares = {"anna": 0.9, "ben": 0.8, "carl": 0.7}
+    base = answers(shares)
+    assert drop_of(ACCURACY, base, answers({"dora": 0.9})) == math.inf
     assert drop_of(ACCURACY, base, {}) == math.inf
     assert drop_of(ACCURACY, base, base) == 0.0
-    worse = {name: (count, value - 0.1) for name, (count, value) in base.items()}
-    assert drop_of(ACCURACY, base, worse | {"dora": (10, 1.0)}) == pytest.approx(0.1)
+    worse = answers({name: share - 0.1 for name, share in shares.items()} | {"dora": 1.0})
+    assert drop_of(ACCURACY, base, worse) == pytest.approx(0.1)
+
+
+def test_a_metric_of_sums_is_that_of_all_examples_and_not_the_clients_mean() -> None:
+    """Two clients of very different size and error, by RMSE: the mean of values says 1 to 1.5."""
+
+    def sums(errors: list[tuple[int, float]]) -> list[EvaluationAnswer]:
+        return [
+            EvaluationAnswer(str(place), n, Measured(n, {"rmse": np.array([n * e**2, n])}))
+            for place, (n, e) in enumerate(errors)
+        ]
+
+    before, after = sums([(10, 1.0), (990, 1.0), (10, 1.0)]), sums([(10, 3.0), (990, 1.0), (10, 3)])
+    found = compared(RMSE, list(zip(before, after, strict=True)))
+    assert (found.clients, found.examples, found.before) == (3, 1010, 1.0)
+    assert found.after == pytest.approx(math.sqrt((20 * 9 + 990) / 1010))
+    assert found.margin > 0
+
+
+def test_a_client_without_a_value_of_its_own_counts_for_the_metric_of_all() -> None:
+    """One class alone has no AUC; with the other client's rows its histograms have one."""
+    auc = fedcore.metrics.auc(2)
+    of = [np.array([3.0, 1, 0, 0]), np.array([0.0, 0, 1, 3]), np.array([1.0, 1, 1, 2])]
+    pairs = [
+        (
+            EvaluationAnswer(str(n), 4, one := Measured(4, {"auc": sums})),
+            EvaluationAnswer("", 4, one),
+        )
+        for n, sums in enumerate(of)
+    ]
+    found = compared(auc, pairs)
+    assert found.before == found.after == pytest.approx(auc.statistics.value_of(sum(of)))
+    assert found.margin == 0.0
+
+
+def test_few_worse_models_pass_in_spite_of_noise_on_the_sums() -> None:
+    """At most 5 % by the interval, whose width covers the noise; 8 % leaves room for 600 draws."""
+    rng, through, noise = np.random.default_rng(5), 0, 5.0
+
+    def noised(right: int) -> EvaluationAnswer:
+        sums = np.array([right, 40.0 - right]) + noise * rng.normal(size=2)
+        return EvaluationAnswer("", 40, Measured(40, {"accuracy": sums}))
+
+    for _ in range(600):
+        pairs = [(noised(36), noised(36 - n % 2 * 4)) for n in range(20)]  # 0.05 worse in truth
+        found = compared(ACCURACY, pairs)
+        through += found.worsening(ACCURACY) <= 0.05
+        assert found.margin > 0.02
+    assert through / 600 < 0.08
 
 
 def test_clients_judge_where_they_hold_data_back_unless_the_cloud_is_asked() -> None:
@@ -104,7 +168,9 @@ def test_virtual_clients_measure_both_models_and_the_same_again() -> None:
 
     def judged() -> Judgement:
         notes: list[str] = []
-        found = judge_in_simulation(run, task, OPEN_POLICY, CLIENTS, notes.append)(before, after)
+        found = judge_in_simulation(VirtualClients(run, task, OPEN_POLICY), CLIENTS, notes.append)(
+            before, after
+        )
         assert notes == []
         return found
 
@@ -113,6 +179,31 @@ def test_virtual_clients_measure_both_models_and_the_same_again() -> None:
     assert found.clients == 4
     assert found.before != found.after
     assert (pack(before.model).tobytes(), pack(after.model).tobytes()) == held
+
+
+def test_under_privacy_virtual_clients_charge_each_model_and_decline_beyond_their_budget() -> None:
+    task, notes = make_task(), list[str]()
+    values = {
+        "name": "trial",
+        "task": "task.py",
+        "federation": {"rounds": 1, "evaluate_cohort": 4, "holdout": 0.3},
+        "privacy": {"unit": "example", "target_delta": 1e-3, "evaluations": 3},
+    }
+    run = RunConfig.model_validate(values)
+    virtual = VirtualClients(run, task, OPEN_POLICY)
+    before, after = build_model(task, run).eval(), worse(build_model(task, run).eval())
+    found = judge_in_simulation(virtual, CLIENTS, notes.append)(before, after)
+    assert found.clients == 4
+    assert math.isfinite(found.margin)
+    asked = [name for name, ledger in virtual.ledgers.items() if len(ledger.charges) == 2]
+    assert len(asked) == 4
+    assert notes == []
+    measured = list(virtual.measure(before, asked, "heldout"))
+    assert not any(isinstance(one, Unmeasured) for one in measured)
+    declined = list(virtual.measure(after, asked, "heldout"))
+    assert all(
+        isinstance(one, Unmeasured) and "has spent epsilon" in one.reason for one in declined
+    )
 
 
 def worse(model: FullModel) -> FullModel:
