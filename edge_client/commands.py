@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_client.delivery import store as installed
+from edge_client.delivery.clock import stale_since
 from edge_client.delivery.store import Installed
 from edge_client.inference.answers import answer_lines, answers
 from edge_client.inference.bench import bench
@@ -22,7 +23,7 @@ from edge_client.options import (
     threads_option,
 )
 from edge_client.serving.commands import serve_command
-from edge_client.update_commands import update
+from edge_client.update_commands import run, update
 from fedcore.artifacts.golden import parse_golden
 from fedcore.cli import Command, group, show
 from fedcore.errors import DeviceError, DigestMismatch
@@ -92,6 +93,7 @@ def _row(store: Path, model: str) -> dict[str, Any]:
         "epsilon": manifest.privacy.epsilon,
         "damage": version.damage,
         "tuned": tuned and tuned.model_dump(),
+        "stale_since": stale_since(store / "trust"),
     }
 
 
@@ -106,6 +108,8 @@ def _line(row: dict[str, Any]) -> str:
         else ""
     )
     damaged = f"\n  the active version cannot be served: {row['damage']}" if row["damage"] else ""
+    if row["stale_since"]:
+        damaged += f"\n  stale: not confirmed as the newest since {row['stale_since']}"
     return (
         f"{row['model']}: version {row['version']} of {row['created']} serves, {row['candidate']}, "
         f"{row['bytes']} bytes, sha256 {row['sha256']}{how}{damaged}"
@@ -161,6 +165,7 @@ def _serving(store: Path, model: str) -> Installed:
 device = group(
     {
         "update": update,
+        "run": run,
         "infer": Command(
             "Answer inputs with the installed model.",
             _infer_arguments,

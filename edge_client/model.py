@@ -262,6 +262,7 @@ def update_model(
     root: str | PathLike[str] | None = None,
     threads: int = Serving().threads,
     limits: ModelLimits | None = None,
+    again: bool = False,
 ) -> UpdateResult:
     """Installs the current release of a model: fetched, verified, self-tested and activated.
 
@@ -289,6 +290,7 @@ def update_model(
         threads: Threads of one inference in the self-test.
         limits: Time and memory for the self-test; when None, 120 seconds, and memory by the size of
             the model.
+        again: Whether to install the newest version even if this device returned from it before.
 
     Returns:
         The version that is active now, whether it changed, and what is wrong with the device's
@@ -304,9 +306,7 @@ def update_model(
         DeviceError: another update of this store is running.
         ResourceError: the store cannot be written, or (`DiskFull`) has no room.
     """
-    trusted = None
-    if root is not None:
-        trusted = read_bytes(Path(root), max_bytes=MAX_ROOT_BYTES, what="a root")
+    trusted = read_root(root)
     place = ReleasePlace(
         None if repository is None else os.fspath(repository),
         server,
@@ -314,5 +314,22 @@ def update_model(
     )
     with opened_place(place) as source:
         return update(
-            source, store=Path(store), model=name, root=trusted, threads=threads, limits=limits
+            source,
+            store=Path(store),
+            model=name,
+            root=trusted,
+            threads=threads,
+            limits=limits,
+            respect=() if again else ("returned",),
         )
+
+
+def read_root(path: str | PathLike[str] | None) -> bytes | None:
+    """Reads the root that an owner gives; None if none is given.
+
+    Raises:
+        DataError: the file is missing, unreadable or too large.
+    """
+    if path is None:
+        return None
+    return read_bytes(Path(path), max_bytes=MAX_ROOT_BYTES, what="a root")

@@ -179,6 +179,16 @@ def forgotten(root: Root) -> TimeFloor:
     return TimeFloor(signed=signed_at(root.unrecognized_fields))
 
 
+def stale_since(trust: Path, now: datetime | None = None) -> str | None:
+    """Returns until when the newest verified metadata was valid, if that is over.
+
+    A device keeps serving then. Either nobody signed the repository again, or newer releases do not
+    reach the device.
+    """
+    until = read_floor(trust).until
+    return shown(until) if until is not None and until < (now or datetime.now(UTC)) else None
+
+
 def shown(moment: datetime) -> str:
     """Formats a moment in UTC, for errors and findings."""
     return f"{moment.astimezone(UTC):%Y-%m-%d %H:%M} UTC"

@@ -6,6 +6,7 @@
     models/MODEL/EPOCH.VERSION/...    the same files, if the epoch is not 0
     models/MODEL/active      the version that serves, and the digest of its manifest
     models/MODEL/previous    the version that served before: the fallback
+    models/MODEL/held        a version that is not to be installed (`edge_client.delivery.held`)
     incoming/                unfinished fetches
     trust/                   trusted state (`edge_client.delivery.trust`)
     tuning/                  settings measured here (`edge_client.inference.tuning`)
@@ -231,12 +232,21 @@ def activate(store: Path, model: str, folder: Path, record: Record, before: Reco
     folder.rename(final)
     sync_folder(place)
     if before is not None:
-        write_json(_slot(store, model, "previous"), before.model_dump(exclude_defaults=True))
-    write_json(_slot(store, model, "active"), record.model_dump(exclude_defaults=True))
+        write_slot(store, model, "previous", before)
+    write_slot(store, model, "active", record)
     keep = {kept.folder for kept in (record, before) if kept}
     for path in place.iterdir():
         if path.is_dir() and path.name not in keep:
             remove(path)
+
+
+def write_slot(store: Path, model: str, slot: Slot, record: Record) -> None:
+    """Names the version of a slot, durably. The version is complete, and the store locked.
+
+    Raises:
+        DiskFull: there was no room; the slot is unchanged.
+    """
+    write_json(_slot(store, model, slot), record.model_dump(exclude_defaults=True))
 
 
 def _read_file(path: Path, entry: FileEntry, max_bytes: int) -> bytes:

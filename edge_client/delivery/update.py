@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -9,13 +10,21 @@ from pathlib import Path
 from edge_client.delivery import store as installed
 from edge_client.delivery.fetch import fetch
 from edge_client.delivery.floor import read_versions, write_versions
+from edge_client.delivery.held import hold, read_held, release_held
 from edge_client.delivery.roots import anchor
 from edge_client.delivery.source import Source
 from edge_client.delivery.store import Record
 from edge_client.delivery.trust import current_offer
 from edge_client.inference.process import ModelLimits
 from edge_client.inference.selftest import self_test
-from fedcore.errors import DataError, DeviceError, DigestMismatch, RollbackRefused
+from fedcore.artifacts.manifest import Manifest
+from fedcore.errors import (
+    DataError,
+    DeviceError,
+    DigestMismatch,
+    RollbackRefused,
+    SelfTestFailed,
+)
 from fedcore.files import disk_errors, remove, sha256_hex
 
 
@@ -41,6 +50,8 @@ class UpdateResult:
     """What is wrong with this device's clock; None if no fault is known."""
     damage: str | None = None
     """What is damaged in the version that was active before; None if nothing is."""
+    held: str | None = None
+    """Why the newest version is not installed; None if it is."""
 
 
 def update(
@@ -52,6 +63,7 @@ def update(
     threads: int,
     limits: ModelLimits | None = None,
     now: datetime | None = None,
+    respect: Collection[str] = ("returned",),
 ) -> UpdateResult:
     """Fetches the current release of a model, verifies it, tests it, and activates it.
 
@@ -66,6 +78,9 @@ def update(
         threads: Threads of one inference in the self-test.
         limits: Time and memory for the self-test; `ModelLimits()` when None.
         now: Time to judge expiry by; the device's clock when None.
+        respect: Outcomes of earlier attempts that keep a version from being tried again:
+            ``returned`` for one that this device left, ``refused`` for one that failed its
+            self-test.
 
     Raises:
         ConfigError: the name is not valid, or no root is trusted yet.
@@ -101,6 +116,17 @@ def update(
                 clock=offer.clock,
                 damage=damage,
             )
+        held = read_held(store, model)
+        if before and held and held.record == record and held.outcome in respect:
+            return UpdateResult(
+                model,
+                before.version,
+                None,
+                changed=False,
+                golden_error=None,
+                clock=offer.clock,
+                held=f"version {record.version} was {held.outcome}: {held.reason}",
+            )
         _refuse_older(record, _active(store, model) or before, model)
         least = read_versions(trust).models.get(model, (0, 0))
         if (record.epoch, record.version) < least:
@@ -111,16 +137,11 @@ def update(
             for entry in (offer.manifest.onnx, offer.manifest.golden)
         )
         with installed.staged(store, model, offer.manifest_raw, onnx, golden) as folder:
-            golden_error = self_test(
-                offer.manifest,
-                folder / "model.onnx",
-                (folder / "golden.safetensors").read_bytes(),
-                threads=threads,
-                limits=limits or ModelLimits(),
-            )
+            golden_error = _tested(store, offer.manifest, folder, record, threads, limits)
             floor = read_versions(trust).with_model(model, record.epoch, record.version)
             write_versions(trust, floor)  # before what it protects is in force
             installed.activate(store, model, folder, record, before)
+            release_held(store, model)
         for unfinished in incoming.iterdir():
             remove(unfinished)
         previous = before.version if before else None
@@ -133,6 +154,25 @@ def update(
             clock=offer.clock,
             damage=damage,
         )
+
+
+def _tested(
+    store: Path,
+    manifest: Manifest,
+    folder: Path,
+    record: Record,
+    threads: int,
+    limits: ModelLimits | None,
+) -> float:
+    """Runs the self-test of a staged version, and holds the version back if it fails."""
+    golden = (folder / "golden.safetensors").read_bytes()
+    try:
+        return self_test(
+            manifest, folder / "model.onnx", golden, threads=threads, limits=limits or ModelLimits()
+        )
+    except SelfTestFailed as error:
+        hold(store, manifest.model, record, "refused", str(error))
+        raise
 
 
 def _serving_version(store: Path, model: str) -> tuple[Record | None, str | None]:

@@ -112,6 +112,7 @@ async def serve_releases(
         yield port
     finally:
         following.cancel()
+        deliveries.watchers.end_all()
         await server.stop(grace=1.0)
 
 

@@ -79,6 +79,11 @@ class Watchers:
         if self._streams.get(public) is stream:
             del self._streams[public]
 
+    def end_all(self) -> None:
+        """Ends all streams: the server stops."""
+        for stream in self._streams.values():
+            stream.end()
+
     async def follow(self) -> None:
         """Tells all streams of each change, and ends those of former members, forever."""
         version, expiry_s = self._roster.version, self._clock()

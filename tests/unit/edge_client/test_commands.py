@@ -52,6 +52,7 @@ def test_update_says_what_it_did(
         "golden_error": 0.0,
         "clock": None,
         "damage": None,
+        "held": None,
     }
 
 
