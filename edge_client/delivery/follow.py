@@ -29,7 +29,7 @@ from edge_client.delivery.health import (
 from edge_client.delivery.held import finish_return, read_held, return_to_previous
 from edge_client.delivery.outbox import PendingReport, put_report, send_reports
 from edge_client.delivery.places import ReleasePlace, linked, opened_place
-from edge_client.delivery.store import Installed
+from edge_client.delivery.store import Installed, Record
 from edge_client.delivery.update import update
 from edge_client.inference.process import ModelLimits
 from fedcore.errors import (
@@ -80,8 +80,8 @@ class AgentState:
     """Seconds over which the server wants devices to spread."""
     strikes: dict[str, int] = field(default_factory=dict)
     """Failed health checks in a row, by model."""
-    served: dict[str, tuple[int, int]] = field(default_factory=dict)
-    """Requests and errors at the last check, by model."""
+    served: dict[str, tuple[Record, tuple[int, int]]] = field(default_factory=dict)
+    """Version, and its requests and errors, at the last check, by model."""
 
 
 def follow(following: Following, state: AgentState) -> None:
@@ -184,9 +184,7 @@ def _check(following: Following, state: AgentState, model: str) -> None:
     if baseline is None:  # it passed its self-test, and fails since
         baseline = HealthBaseline(record=version.record, golden_error=0.0, p50_us=float("inf"))
     before = _previous(store, model, version)
-    served, last = read_served(store, model, version.record), state.served.get(model, (0, 0))
-    state.served[model] = served
-    since = served if served[0] < last[0] else (served[0] - last[0], served[1] - last[1])
+    since = _served_since(state, model, version.record, read_served(store, model, version.record))
     why = reason_to_return(baseline, found, None, since)
     if why is not None and before is not None and not found.failure:
         why = reason_to_return(baseline, found, _checked(following, before), since)
@@ -210,6 +208,19 @@ def _check(following: Following, state: AgentState, model: str) -> None:
             p50_us=found.p50_us,
         ),
     )
+
+
+def _served_since(
+    state: AgentState, model: str, record: Record, served: tuple[int, int]
+) -> tuple[int, int]:
+    """Returns a version's requests and errors since the last check; zeros at its first."""
+    before, last = state.served.get(model, (record, served))
+    state.served[model] = (record, served)
+    if before != record:
+        return 0, 0
+    if served[0] < last[0]:  # the server was started again
+        return served
+    return served[0] - last[0], served[1] - last[1]
 
 
 def _checked(following: Following, version: Installed) -> HealthCheck:

@@ -4,14 +4,16 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from edge_client.delivery.health import ServedCounts, write_served
 from edge_client.delivery.store import Record, check_name, models, read_record
 from edge_client.serving.batching import Batcher, QueueLimits, ServedVersion
 from edge_client.serving.messages import ModelDescription, ModelStatus
 from edge_client.serving.metrics import ModelMetrics
-from fedcore.errors import ConfigError, DataError, FedcoreError, RequestRefused
+from fedcore.errors import ConfigError, DataError, FedcoreError, RequestRefused, ResourceError
 from fedcore.observability.foreign import foreign
 
 MAX_MODELS = 256
@@ -31,6 +33,8 @@ class Served:
     batcher: Batcher | None = None
     fault: str = ""
     """Why the active version does not answer; empty if it does."""
+    told: int = 0
+    """Requests that the agent on this device has been told of."""
     unloaded: bool = False
     """Whether an operator has taken the model out of service."""
 
@@ -89,6 +93,21 @@ class Models:
     def refresh(self) -> list[str]:
         """Opens what has been activated since the last call; returns a line for each change."""
         return [line for name in self._wanted() if (line := self.refresh_one(name))]
+
+    def tell(self) -> None:
+        """Tells the agent on this device how requests went; it returns from versions that fail.
+
+        A store that this user may not write is left as it is: then nobody is told.
+        """
+        for served in self.served():
+            totals = served.metrics.totals()
+            asked = totals["requests"] + totals["failed"]
+            if served.record is None or asked == served.told:
+                continue
+            counts = ServedCounts(record=served.record, requests=asked, errors=totals["failed"])
+            with suppress(ResourceError):
+                write_served(self.store, served.name, counts)
+            served.told = asked
 
     def refresh_one(self, name: str) -> str:
         """Opens the model's active version if it is another one than what answers.

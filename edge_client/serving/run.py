@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import itertools
 import logging
 import signal
 import socket
@@ -28,6 +29,8 @@ log = logging.getLogger("fedcore.serving")
 _HANDSHAKE_S = 10.0
 LOOK_S = 0.5
 """How often the store is looked at for a newly activated version, in seconds."""
+_TELL_LOOKS = 20
+"""After so many looks the agent on this device is told of requests and failures."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -190,10 +193,12 @@ def _credentials(access: Access) -> Any:
 
 async def _watch(models: Models) -> None:
     """Follows the store: what an update activates answers from then on."""
-    while True:
+    for look in itertools.count(1):
         await asyncio.sleep(LOOK_S)
         for line in await asyncio.to_thread(models.refresh):
             log.info("serve: %s", line)
+        if look % _TELL_LOOKS == 0:
+            await asyncio.to_thread(models.tell)
 
 
 def described(models: Models) -> list[dict[str, Any]]:

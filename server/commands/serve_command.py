@@ -51,7 +51,12 @@ def _serve(options: argparse.Namespace) -> int:
     require_tls_1_3()
     silence_grpc_core()
     from fedcore.observability.lines import log_lines
-    from server.delivery.serve import DeliveryAddress, default_port, serve_until_stopped
+    from server.delivery.serve import (
+        DeliveryAddress,
+        default_port,
+        log_report,
+        serve_until_stopped,
+    )
 
     log_lines(options.log or sys.stderr)
     identity = load_server_identity(options.identity)
@@ -67,7 +72,7 @@ def _serve(options: argparse.Namespace) -> int:
         identity,
         options.repository,
         address,
-        on_report=lambda member, report: None,
+        on_report=log_report,
         started=started,
     )
     return 0

@@ -44,6 +44,13 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
         help="port on which devices are woken, e.g. --wake-port 9093 (default: the next port)",
     )
     parser.add_argument(
+        "--delivery-port",
+        type=int,
+        metavar="PORT",
+        help="also deliver what release.repository holds to devices, during the rounds, on this "
+        "port, e.g. --delivery-port 9094; `fedcore release serve` delivers at any time",
+    )
+    parser.add_argument(
         "--runs",
         type=Path,
         default=Path("runs"),
@@ -76,6 +83,11 @@ def _start(options: argparse.Namespace) -> int:
             f"--wake-port {options.wake_port}: expected a port from 1 to 65535, or 0 to let the "
             "system choose. Nothing was started."
         )
+    if options.delivery_port is not None and not 1 <= options.delivery_port < 2**16:
+        raise ConfigError(
+            f"--delivery-port {options.delivery_port}: expected a port from 1 to 65535. Nothing "
+            "was started."
+        )
     check_server_folder(options.identity)
     require_tls_1_3()  # gRPC reads this when it is imported, and Flower imports it
     silence_grpc_core()
@@ -96,6 +108,7 @@ def _start(options: argparse.Namespace) -> int:
         host=host,
         port=port,
         wake_port=options.wake_port,
+        delivery_port=options.delivery_port,
         runs=options.runs,
         json=options.json,
         resume=options.resume,
@@ -134,7 +147,7 @@ def _resume_command(options: argparse.Namespace) -> str:
     for override in options.overrides:
         words += ["--set", override]
     words += ["--identity", str(options.identity), "--runs", str(options.runs)]
-    for name in ("listen", "wake_port", "log"):
+    for name in ("listen", "wake_port", "delivery_port", "log"):
         if getattr(options, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     return shlex.join([*words, *(["--json"] if options.json else []), "--resume"])

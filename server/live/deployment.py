@@ -12,6 +12,7 @@ from fedcore.errors import ConfigError
 from fedcore.observability.events import Sink, StageAdvanced
 from fedcore.rpc.hello import Hello
 from fedcore.seeds import Randomness
+from server.delivery.serve import DeliveryAddress
 from server.live.inputs import Inputs
 from server.live.journal.journal import Journal
 from server.live.network.serve import Address
@@ -38,6 +39,8 @@ class Deployment:
     """Resume an unfinished run; start a new one if there is none."""
     fresh: bool = False
     """Start a new run, and drop an unfinished one."""
+    delivery_port: int | None = None
+    """Port on which devices get releases of the run's repository; None to deliver none."""
 
     def address(self, identity: ServerIdentity) -> Address:
         """Returns the address to listen on.
@@ -53,6 +56,13 @@ class Deployment:
             )
         wake_port = (port + 1 if port else 0) if self.wake_port is None else self.wake_port
         return Address(self.host, port, wake_port)
+
+    @property
+    def delivery(self) -> DeliveryAddress | None:
+        """Where devices get releases; None if the run has no repository, or no port is set."""
+        if self.delivery_port is None or self.run.release.repository is None:
+            return None
+        return DeliveryAddress(self.host, self.delivery_port)
 
 
 @dataclass(frozen=True)
@@ -76,6 +86,8 @@ class LiveRun:
     """Callback with each event."""
     randomness: Randomness
     """Source of the server's randomness."""
+    delivery: DeliveryAddress | None = None
+    """Where devices get releases while the rounds run; None if they don't."""
 
     @property
     def spool(self) -> Path:

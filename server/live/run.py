@@ -10,8 +10,8 @@ its devices before that. The thread of the rounds imports what they need.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import AsyncIterator, Iterator
+from contextlib import asynccontextmanager, contextmanager, nullcontext
 from dataclasses import asdict
 from functools import partial
 from typing import TYPE_CHECKING, TextIO
@@ -25,6 +25,7 @@ from fedcore.observability.jsonl import json_lines
 from fedcore.observability.patience import FIRST_STEP, note_if_slow
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
+from server.delivery.serve import log_report, serve_releases
 from server.live.deployment import Deployment, LiveRun
 from server.live.inputs import Inputs
 from server.live.journal.journal import Journal, OnPoint, ignore_point
@@ -135,6 +136,7 @@ def _opened(
             inputs=inputs,
             identity=identity,
             address=address,
+            delivery=deployment.delivery,
             hello=hello_of(name, path),
             settings=device_settings(run, instance=journal.instance),
             folder=folder,
@@ -154,12 +156,24 @@ async def _serve(live: LiveRun) -> Outcome | None:
             live.identity, live.hello, live.address, settings=settings, spool=spool, operate=operate
         ) as listening,
         serve_operators(live.control, live.identity, listening),
+        _releases(live),
     ):
         members = Members(live.identity.roster(), listening.fleet)
         outcome = await run_beside(partial(_rounds, live, members, listening.peers), listening)
     # Rounds that ended as the signal came are kept; what follows them is left to a resume.
     ends = listening.interrupted and live.run.release.repository is not None
     return None if ends else outcome
+
+
+@asynccontextmanager
+async def _releases(live: LiveRun) -> AsyncIterator[None]:
+    """Delivers what the run's repository holds, if the operator named a port for that."""
+    if live.delivery is None or live.run.release.repository is None:
+        yield
+        return
+    repository = live.run.path(live.run.release.repository)
+    async with serve_releases(live.identity, repository, live.delivery, on_report=log_report):
+        yield
 
 
 def _rounds(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outcome:

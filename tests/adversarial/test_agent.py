@@ -154,6 +154,7 @@ def test_a_version_whose_health_falls_is_left_for_good(
     fine = HealthCheck(golden_error=0.0, p50_us=10.0)
     monkeypatch.setattr(agent, "check_health", lambda version, **more: fine)
     errors = 0
+    check_all(what, state)
     for check in range(3):
         assert world.answers() == 2.0, f"returned after {check} checks"
         errors += 10

@@ -13,14 +13,16 @@ from pathlib import Path
 import pytest
 
 from edge_client.client_commands import client
+from edge_client.commands import device
 from fedcore import errors
 from fedcore.cli import Command, _Parser
+from server.commands.release_commands import release
 from server.live.commands import server
 
 DEPLOY = Path(__file__).parents[2] / "deploy"
 UNITS = sorted(DEPLOY.glob("*.service"))
 CONTAINERS = sorted(DEPLOY.glob("Containerfile.*"))
-VERBS = {"client": client, "server": server}
+VERBS = {"client": client, "device": device, "server": server, "release": release}
 
 
 def parse(words: list[str]) -> None:
@@ -39,7 +41,12 @@ def unit(path: Path) -> configparser.ConfigParser:
 
 
 def test_there_is_one_of_each_for_either_side() -> None:
-    assert [path.name for path in UNITS] == ["fedcore-device.service", "fedcore-server.service"]
+    assert [path.name for path in UNITS] == [
+        "fedcore-device.service",
+        "fedcore-models.service",
+        "fedcore-releases.service",
+        "fedcore-server.service",
+    ]
     assert [path.suffix for path in CONTAINERS] == [".device", ".server"]
 
 
