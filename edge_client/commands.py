@@ -4,17 +4,16 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from edge_client.delivery import store as installed
-from edge_client.delivery.clock import stale_since
 from edge_client.delivery.store import Installed
 from edge_client.inference.answers import answer_lines, answers
-from edge_client.inference.bench import bench
 from edge_client.inference.confined import MAX_RUNS, predict
 from edge_client.inference.inputs import parse_inputs, read_text
-from edge_client.inference.tuning import remembered
+from edge_client.installed import TIMED_RUNS, InstalledModel, list_models, time_model
 from edge_client.options import (
     limits_of,
     limits_options,
@@ -24,9 +23,8 @@ from edge_client.options import (
 )
 from edge_client.serving.commands import serve_command
 from edge_client.update_commands import run, update
-from fedcore.artifacts.golden import parse_golden
 from fedcore.cli import Command, group, show
-from fedcore.errors import DeviceError, DigestMismatch
+from fedcore.errors import DigestMismatch
 from fedcore.observability.foreign import say
 from fedcore.observability.words import counted
 
@@ -70,49 +68,33 @@ def _status_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _status(options: argparse.Namespace) -> int:
-    rows = [_row(options.store, model) for model in installed.models(options.store)]
-    text = "\n".join(map(_line, rows)) or f"{options.store}: no model is installed"
-    show(options, text, rows)
-    return 0 if all(row["version"] for row in rows) else DigestMismatch.exit_code
+    found = list_models(options.store)
+    text = "\n".join(map(_line, found)) or f"{options.store}: no model is installed"
+    show(options, text, [_row(one) for one in found])
+    return 0 if all(one.version for one in found) else DigestMismatch.exit_code
 
 
-def _row(store: Path, model: str) -> dict[str, Any]:
-    try:
-        version = installed.serving(store, model)
-    except (DeviceError, DigestMismatch) as error:
-        return {"model": model, "version": None, "damage": str(error)}
-    manifest = version.manifest
-    tuned = version.tuning and remembered(version.tuning, manifest.onnx.sha256)
-    return {
-        "model": model,
-        "version": manifest.version,
-        "created": manifest.created,
-        "candidate": manifest.lineage.candidate,
-        "bytes": manifest.onnx.length,
-        "sha256": manifest.onnx.sha256,
-        "epsilon": manifest.privacy.epsilon,
-        "damage": version.damage,
-        "tuned": tuned and tuned.model_dump(),
-        "stale_since": stale_since(store / "trust"),
-    }
+def _row(one: InstalledModel) -> dict[str, Any]:
+    if one.version is None:
+        return {"model": one.model, "version": None, "damage": one.damage}
+    return asdict(one) | {"tuned": one.tuned and one.tuned.model_dump()}
 
 
-def _line(row: dict[str, Any]) -> str:
-    if row["version"] is None:
-        return f"{row['model']}: no version can be served: {row['damage']}"
-    tuned = row["tuned"]
+def _line(one: InstalledModel) -> str:
+    if one.version is None:
+        return f"{one.model}: no version can be served: {one.damage}"
     how = (
-        f"\n  fastest here: {counted(tuned['threads'], 'thread')} on {tuned['provider']}, "
-        f"{tuned['p50_us']:.1f} us"
-        if tuned
+        f"\n  fastest here: {counted(one.tuned.threads, 'thread')} on {one.tuned.provider}, "
+        f"{one.tuned.p50_us:.1f} us"
+        if one.tuned
         else ""
     )
-    damaged = f"\n  the active version cannot be served: {row['damage']}" if row["damage"] else ""
-    if row["stale_since"]:
-        damaged += f"\n  stale: not confirmed as the newest since {row['stale_since']}"
+    damaged = f"\n  the active version cannot be served: {one.damage}" if one.damage else ""
+    if one.stale_since:
+        damaged += f"\n  stale: not confirmed as the newest since {one.stale_since}"
     return (
-        f"{row['model']}: version {row['version']} of {row['created']} serves, {row['candidate']}, "
-        f"{row['bytes']} bytes, sha256 {row['sha256']}{how}{damaged}"
+        f"{one.model}: version {one.version} of {one.created} serves, {one.candidate}, "
+        f"{one.bytes} bytes, sha256 {one.sha256}{how}{damaged}"
     )
 
 
@@ -123,43 +105,35 @@ def _bench_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--runs",
         type=_count,
-        default=2000,
+        default=TIMED_RUNS,
         metavar="N",
         help="timed inferences, e.g. --runs 10000 (default: %(default)s)",
     )
 
 
 def _bench(options: argparse.Namespace) -> int:
-    version = _serving(options.store, options.model)
-    inputs = parse_golden(version.golden).inputs
-    figures = bench(
-        version.manifest, version.path, inputs, runs=options.runs, limits=limits_of(options)
-    )
+    found = time_model(options.store, options.model, runs=options.runs, limits=limits_of(options))
+    _warn(found.version, found.damage)
     text = (
-        f"{options.model}: version {version.manifest.version}, batch 1, 1 thread, "
-        f"{counted(options.runs, 'run')}: p50 {figures.p50_us:.1f} us, p99 {figures.p99_us:.1f} us"
+        f"{found.model}: version {found.version}, batch 1, 1 thread, "
+        f"{counted(found.runs, 'run')}: p50 {found.p50_us:.1f} us, p99 {found.p99_us:.1f} us"
     )
-    value = {
-        "model": options.model,
-        "version": version.manifest.version,
-        "threads": 1,
-        "runs": options.runs,
-        "p50_us": figures.p50_us,
-        "p99_us": figures.p99_us,
-    }
-    return show(options, text, value)
+    return show(options, text, {k: v for k, v in asdict(found).items() if k != "damage"})
 
 
 def _serving(store: Path, model: str) -> Installed:
     """Returns the version that serves; warns on standard error if it is not the active one."""
     version = installed.serving(store, model)
-    if version.damage:
+    _warn(version.manifest.version, version.damage)
+    return version
+
+
+def _warn(version: int, damage: str | None) -> None:
+    if damage:
         say(
-            f"warning: version {version.manifest.version} serves instead of the active one: "
-            f"{version.damage}",
+            f"warning: version {version} serves instead of the active one: {damage}",
             to=sys.stderr,
         )
-    return version
 
 
 device = group(

@@ -20,6 +20,7 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 if TYPE_CHECKING:
     from edge_client.delivery.update import UpdateResult
     from edge_client.enrol import Enrolled, enrol, install_kit
+    from edge_client.installed import InstalledModel, ModelTiming, list_models, time_model
     from edge_client.launch import LiveClient, start_client
     from edge_client.ledger.export import LedgerExport, VerifiedExport
     from edge_client.ledger.reading import (
@@ -117,20 +118,22 @@ _LAZY = {
     "Finetuned": "server.finetune.launch",
     "FoundRun": "server.report.compared",
     "History": "server.api.result",
+    "InstalledModel": "edge_client.installed",
     "IssuedKit": "server.provision.kits",
     "Kind": "fedcore.task.kinds.protocol",
-    "LiveModel": "edge_client.live",
     "Kit": "fedcore.crypto.kit",
     "LedgerExport": "edge_client.ledger.export",
     "LedgerFiles": "edge_client.ledger.view",
     "LedgerView": "edge_client.ledger.view",
     "LiveClient": "edge_client.launch",
+    "LiveModel": "edge_client.live",
     "LiveServer": "server.live.launch",
     "MAE": "fedcore.task.metrics",
     "Manifest": "fedcore.artifacts.manifest",
     "Membership": "server.provision.membership",
     "Metric": "fedcore.task.metrics",
     "MetricSpread": "server.evaluation",
+    "ModelTiming": "edge_client.installed",
     "NewRepository": "server.api.releases",
     "NewTask": "fedcore.task.templates",
     "PERPLEXITY": "fedcore.task.metrics",
@@ -151,8 +154,8 @@ _LAZY = {
     "Task": "fedcore.task.definition",
     "TaskCheck": "server.checking.findings",
     "UpdateResult": "edge_client.delivery.update",
-    "VersionedOutputs": "edge_client.live",
     "VerifiedExport": "edge_client.ledger.export",
+    "VersionedOutputs": "edge_client.live",
     "audit_privacy": "server.privacy.auditing",
     "by_column": "fedcore.task.partition",
     "check": "server.api.checking",
@@ -173,6 +176,7 @@ _LAZY = {
     "from_frames": "fedcore.sources.frames",
     "iid": "fedcore.task.partition",
     "install_kit": "edge_client.enrol",
+    "list_models": "edge_client.installed",
     "list_releases": "server.api.releases",
     "list_runs": "server.report.compared",
     "load_run": "fedcore.config.settings",
@@ -194,11 +198,12 @@ _LAZY = {
     "simulate": "server.api.simulation",
     "start_client": "edge_client.launch",
     "start_server": "server.live.launch",
+    "time_model": "edge_client.installed",
     "update_model": "edge_client.model",
-    "with_adapters": "fedcore.task.adapters",
     "verify_ledger": "edge_client.ledger.reading",
     "verify_ledger_export": "edge_client.ledger.reading",
     "verify_run": "server.live.verify",
+    "with_adapters": "fedcore.task.adapters",
 }
 
 __all__ = [
@@ -227,6 +232,7 @@ __all__ = [
     "Finetuned",
     "FoundRun",
     "History",
+    "InstalledModel",
     "IssuedKit",
     "Kind",
     "Kit",
@@ -240,6 +246,7 @@ __all__ = [
     "Membership",
     "Metric",
     "MetricSpread",
+    "ModelTiming",
     "NewRepository",
     "NewTask",
     "PrivacyAudit",
@@ -281,6 +288,7 @@ __all__ = [
     "from_frames",
     "iid",
     "install_kit",
+    "list_models",
     "list_releases",
     "list_runs",
     "load_run",
@@ -302,6 +310,7 @@ __all__ = [
     "simulate",
     "start_client",
     "start_server",
+    "time_model",
     "update_model",
     "verify_ledger",
     "verify_ledger_export",

@@ -13,10 +13,11 @@ CALLS = {
     "client enrol": "enrol",
     "client install": "install_kit",
     "client start": "start_client",
-    "device bench": "",
+    "device bench": "time_model",
     "device infer": "EdgeModel.predict",
+    "device run": "",
     "device serve": "",
-    "device status": "",
+    "device status": "list_models",
     "device update": "update_model",
     "doctor": "diagnose",
     "evaluate": "evaluate",
@@ -59,7 +60,7 @@ CALLS = {
     "simulate": "simulate",
 }
 """The public call of each command."""
-NOT_YET = {"device bench", "device status", "device serve", "release serve"}
+NOT_YET = {"device run", "device serve", "release serve"}
 """Commands without one. A new command belongs here only for good reason."""
 
 
