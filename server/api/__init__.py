@@ -6,5 +6,8 @@ In: a `Task` or its file, and a run or its file. Out: frozen result objects; eve
 
 Start with `simulation`. `steps` contains fine-tuning, compression and release as separate calls,
 `checking` the quick check of a task, `replaying` one client of a round trained again, `releases`
-the upkeep of a repository, and `asked` the parsing of the task, run and settings arguments.
+the upkeep of a repository, and `arguments` the parsing of the task, run and settings arguments.
+Calls for one room only are in that room: `server.provision.authority`, `server.live.launch`,
+`server.live.operators.server_client`, `server.privacy.plan` and `auditing`,
+`server.report.compared`.
 """
