@@ -67,6 +67,17 @@ class Product:
     inputs: tuple[TensorSpec, ...] = (TensorSpec("input", "FP32", (-1, WIDTH)),)
     outputs: tuple[TensorSpec, ...] = (TensorSpec("output", "FP32", (-1, CLASSES)),)
 
+    def card(self) -> dict[str, Any]:
+        return {
+            "version": self.version,
+            "kind": "classification",
+            "presents": "label",
+            "labels": ["low", "middle", "<b>high</b>"],
+            "inputs": [{"name": "input", "datatype": "FP32", "shape": [-1, WIDTH]}],
+            "input_max": 1.0,
+            "example": {"input": [0.1] * WIDTH},
+        }
+
     def run(self, inputs: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:
         if not np.isfinite(inputs["input"]).all():
             raise DataError("input: a number is not finite. Nothing was answered.")

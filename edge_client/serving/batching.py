@@ -11,7 +11,7 @@ import time
 from collections import deque
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Protocol
+from typing import Any, Protocol
 
 import numpy as np
 
@@ -43,6 +43,9 @@ class ServedVersion(Protocol):
     @property
     def quick(self) -> bool:
         """Whether the largest batch takes less time than is worth a change of threads."""
+
+    def card(self) -> dict[str, Any]:
+        """Returns what a person who tries the model needs to know, as JSON values."""
 
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """Returns the outputs of a batch of any number of rows.

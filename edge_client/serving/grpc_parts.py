@@ -49,7 +49,7 @@ class Call:
 
     def answer(self, message: bytes) -> None:
         """Sends the answer and ends the call. Any thread may call it, once."""
-        self.core.start_server_batch(
+        self._end().start_server_batch(
             (
                 cygrpc.SendInitialMetadataOperation((), 0),
                 cygrpc.SendMessageOperation(message, 0),
@@ -65,7 +65,12 @@ class Call:
         )
         if not self.greeted:
             operations = (cygrpc.SendInitialMetadataOperation((), 0), *operations)
-        self.core.start_server_batch(operations, _SENT)
+        self._end().start_server_batch(operations, _SENT)
+
+    def _end(self) -> Any:
+        """Returns the core's call and lets go of it: a reference would hold up a shutdown."""
+        core, self.core = self.core, None
+        return core
 
     def send(self, message: bytes) -> None:
         """Sends one message of a stream, which stays open."""
@@ -77,7 +82,7 @@ class Call:
 
     def peer_certificate(self) -> bytes:
         """Returns the caller's certificate in PEM; empty without TLS."""
-        found = cygrpc.auth_context(self.core).get("x509_pem_cert", (b"",))
+        found = cygrpc.auth_context(self.core).get(b"x509_pem_cert", (b"",))
         return bytes(found[0]) if found else b""
 
 
@@ -119,7 +124,8 @@ class GrpcLoop:
                 ("grpc.max_concurrent_streams", max_calls),
                 ("grpc.max_allowed_incoming_connections", max_connections),
                 ("grpc.server_handshake_timeout_ms", 10_000),
-                # Identity alone: a compressed message may unfold to any size.
+                # Identity alone: a compressed message may unfold to any size. The core hands its
+                # packed bytes over and has ended the call by then.
                 ("grpc.compression_enabled_algorithms_bitset", 1),
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
@@ -131,6 +137,7 @@ class GrpcLoop:
         self._open = 0
         self._ahead = 0
         self._stopping = threading.Event()
+        self._destroying = threading.Lock()
         self.stopped = threading.Event()
 
     def bind(self, host: str, port: int, credentials: grpc.ServerCredentials | None) -> int:
@@ -166,7 +173,9 @@ class GrpcLoop:
         self._stopping.set()
         self._server.shutdown(self._queue, _SHUT_DOWN)
         if not self.stopped.wait(grace_s):
-            self._server.cancel_all_calls()
+            with self._destroying:  # the core does not check whether the server is still there
+                if not self.stopped.is_set():
+                    self._server.cancel_all_calls()
             self.stopped.wait(_STOPPED_S)
 
     def _expect_call(self) -> None:
@@ -198,8 +207,9 @@ class GrpcLoop:
                 pending = True
                 self._moved(tag, event)
             event = tag = None  # the core waits for calls that are still referred to
-        self._server.destroy()
-        self.stopped.set()
+        with self._destroying:
+            self._server.destroy()
+            self.stopped.set()
 
     def _arrived(self, event: Any) -> None:
         details = event.call_details
@@ -244,7 +254,7 @@ class GrpcLoop:
         limit_s = time.monotonic() - _MESSAGE_S
         for call in [call for call in self._receiving if call.opened_s < limit_s]:
             if not call.streaming:
-                call.core.cancel()
+                call.core.cancel()  # which ends the operation that waits for the message
 
 
 def code(status: grpc.StatusCode) -> int:

@@ -45,6 +45,23 @@ class OpenVersion:
         """Most rows that run as one batch."""
         return self.engine.rows_together
 
+    def card(self) -> dict[str, Any]:
+        """Returns version, kind, labels, inputs and an example, for the page."""
+        return {
+            "version": self.manifest.version,
+            "kind": self.manifest.kind,
+            "presents": self.manifest.presents,
+            "labels": list(self.manifest.labels),
+            "inputs": [
+                {"name": one.name, "datatype": one.datatype, "shape": list(one.shape)}
+                for one in self.inputs
+            ],
+            "input_max": max(
+                (float(array.max(initial=0)) for array in self.example.values()), default=1.0
+            ),
+            "example": {name: array[0].tolist() for name, array in self.example.items()},
+        }
+
     def run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
         """Returns the outputs of a batch; raises as `Engine.run` does."""
         return self.engine.run(inputs)

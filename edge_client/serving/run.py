@@ -203,27 +203,8 @@ async def _watch(models: Models) -> None:
 
 def described(models: Models) -> list[dict[str, Any]]:
     """Returns what the page shows of each model that answers, as JSON values."""
-    found = []
-    for served in models.served():
-        current: Any = served.current
-        if current is None:
-            continue
-        manifest = current.manifest
-        found.append(
-            {
-                "name": served.name,
-                "version": manifest.version,
-                "kind": manifest.kind,
-                "presents": manifest.presents,
-                "labels": list(manifest.labels),
-                "inputs": [
-                    {"name": one.name, "datatype": one.datatype, "shape": list(one.shape)}
-                    for one in current.inputs
-                ],
-                "input_max": max(
-                    (float(array.max(initial=0)) for array in current.example.values()), default=1.0
-                ),
-                "example": {name: array[0].tolist() for name, array in current.example.items()},
-            }
-        )
-    return found
+    return [
+        {"name": served.name, **served.current.card()}
+        for served in models.served()
+        if served.current is not None
+    ]

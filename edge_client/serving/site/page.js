@@ -2,7 +2,8 @@
 // The models come from page/models; answers come from v2/models/NAME/infer, as for any client.
 
 const $ = (id) => document.getElementById(id);
-let models = [], model = null, drawn = false;
+// What is on the canvas: nothing, an example's own numbers, or what a person drew.
+let models = [], model = null, drawn = false, exact = null;
 
 const count = (shape) => shape.reduce((product, size) => product * size, 1);
 
@@ -37,6 +38,7 @@ function clear() {
   pen.fillStyle = "#000";
   pen.fillRect(0, 0, 280, 280);
   drawn = false;
+  exact = null;
   $("text").value = "";
   say("No answer yet.");
 }
@@ -50,6 +52,7 @@ function say(text, wrong = false) {
 
 // Scales the drawing to the model's size, centred by mass as handwritten digits are.
 function pixels() {
+  if (exact) return exact;
   const size = side(rowShape()), canvas = $("canvas");
   const from = canvas.getContext("2d").getImageData(0, 0, 280, 280).data;
   let left = 280, right = 0, top = 280, bottom = 0, mass = 0, x = 0, y = 0;
@@ -65,7 +68,7 @@ function pixels() {
   const pen = small.getContext("2d", { willReadFrequently: true });
   pen.fillRect(0, 0, size, size);
   if (mass > 0) {
-    const scale = (size * 20 / 28) / Math.max(right - left, bottom - top, 1);
+    const scale = (size < 16 ? size : size * 20 / 28) / Math.max(right - left, bottom - top, 1);
     pen.imageSmoothingQuality = "high";
     pen.setTransform(scale, 0, 0, scale, size / 2 - scale * x / mass, size / 2 - scale * y / mass);
     pen.drawImage(canvas, 0, 0);
@@ -84,8 +87,11 @@ function paint(values) {
     image.data.set([shade, shade, shade, 255], 4 * place);
   });
   pen.putImageData(image, 0, 0);
-  $("canvas").getContext("2d").drawImage(small, 0, 0, 280, 280);
+  const wide = $("canvas").getContext("2d");
+  wide.imageSmoothingEnabled = false;  // the pixels that the model sees
+  wide.drawImage(small, 0, 0, 280, 280);
   drawn = true;
+  exact = values;
 }
 
 function flat(value) { return Array.isArray(value) ? value.flatMap(flat) : [value]; }
@@ -157,8 +163,8 @@ function tell(answer) {
 }
 
 function chart(shares, several) {
-  const sorted = [...shares].sort((one, other) => other[1] - one[1]);
-  const chosen = several ? sorted.filter((one) => one[1] > 0.5).map((one) => one[0]) : [sorted[0][0]];
+  const sorted = [...shares].sort(([, one], [, other]) => other - one);
+  const chosen = several ? sorted.filter(([, share]) => share > 0.5).map(([name]) => name) : [sorted[0][0]];
   say(chosen.join(", ") || "none of the labels");
   $("bars").replaceChildren(...sorted.slice(0, 10).map(([name, share]) => {
     const line = document.createElement("li"), meter = document.createElement("meter");
@@ -186,6 +192,7 @@ function drawing() {
     pen.lineTo(...at(event));
     pen.stroke();
     drawn = true;
+    exact = null;
   });
   canvas.addEventListener("pointermove", (event) => {
     if (!event.buttons) return;
@@ -197,7 +204,7 @@ function drawing() {
 
 function example() {
   clear();
-  if (!model.example) { say("This release has no example.", true); return; }
+  if (!model.example) { say("This release has no input for its self-test that can be shown.", true); return; }
   if (canDraw()) paint(flat(model.example[model.inputs[0].name]));
   else $("text").value = JSON.stringify(
     model.inputs.length > 1 ? model.example : model.example[model.inputs[0].name]);
@@ -214,6 +221,7 @@ async function start() {
   if (!models.length) { say("No model is served.", true); return; }
   $("model").replaceChildren(...models.map((one) => new Option(one.name, one.name)));
   show();
+  if (location.hash === "#example") example();  // a link to an answer
 }
 
 start();

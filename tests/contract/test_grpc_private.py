@@ -1,0 +1,136 @@
+"""What the server of inference uses of grpcio's private bindings."""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+import grpc
+import pytest
+from grpc._cython import cygrpc
+
+from edge_client.serving.grpc_parts import Call, GrpcLoop, Handler
+
+METHOD, STREAM = "/a.Service/Method", "/a.Service/Stream"
+
+
+@contextmanager
+def serving(handler: Handler, **more: int) -> Iterator[tuple[grpc.Channel, GrpcLoop]]:
+    limits = {"max_message_bytes": 1 << 16, "max_calls": 16, "max_connections": 16, **more}
+    loop = GrpcLoop(handler, lambda: None, streaming=frozenset({STREAM}), **limits)
+    port = loop.bind("127.0.0.1", 0, None)
+    loop.start()
+    with grpc.insecure_channel(f"127.0.0.1:{port}") as channel:
+        yield channel, loop
+        loop.stop(grace_s=20.0)
+    assert loop.stopped.is_set()
+
+
+def test_the_names_that_are_used_are_there() -> None:
+    for name in (
+        *("CompletionQueue", "Server", "auth_context", "CompletionType", "StatusCode"),
+        *("ReceiveMessageOperation", "SendMessageOperation", "SendInitialMetadataOperation"),
+        "SendStatusFromServerOperation",
+    ):
+        assert hasattr(cygrpc, name)
+
+
+def test_a_call_is_answered_with_its_method_and_deadline() -> None:
+    calls: list[Call] = []
+
+    def handler(call: Call, message: bytes) -> None:
+        calls.append(call)
+        call.answer(message[::-1])
+
+    with serving(handler) as (channel, _):
+        method = channel.unary_unary(METHOD)
+        assert method(b"abc", timeout=30) == b"cba"
+        assert method(b"") == b""
+        assert [call.method for call in calls] == [METHOD, METHOD]
+        assert calls[0].deadline_s is not None
+        assert calls[1].deadline_s is None
+
+
+def test_a_call_that_is_still_held_does_not_hold_up_the_stop() -> None:
+    calls: list[Call] = []
+
+    def handler(call: Call, message: bytes) -> None:
+        calls.append(call)
+        if message:
+            call.answer(message)
+        else:
+            call.fail(5, "not found: ü")
+
+    with serving(handler) as (channel, loop):
+        method = channel.unary_unary(METHOD)
+        method(b"1")
+        with pytest.raises(grpc.RpcError) as caught:
+            method(b"")
+        assert (caught.value.code(), caught.value.details()) == (
+            grpc.StatusCode.NOT_FOUND,
+            "not found: ü",
+        )
+        waiting = threading.Thread(target=loop.stop, args=(20.0,))
+        waiting.start()
+        assert loop.stopped.wait(10.0)
+        waiting.join()
+        assert len(calls) == 2
+
+
+def test_a_call_that_is_never_answered_is_cut_off_by_the_stop() -> None:
+    held: list[Call] = []
+    with serving(lambda call, message: held.append(call)) as (channel, loop):
+        future = channel.unary_unary(METHOD).future(b"1")
+        while not held:
+            pass
+        stopping = threading.Thread(target=loop.stop, args=(0.1,))
+        stopping.start()
+        assert future.exception(timeout=20) is not None
+        held.pop().fail(14, "too late")
+        stopping.join()
+
+
+def test_a_stream_is_answered_message_by_message() -> None:
+    with serving(lambda call, message: call.send(message * 2)) as (channel, _):
+        found = list(channel.stream_stream(STREAM)(iter([b"a", b"b"])))
+        assert found == [b"aa", b"bb"]
+
+
+def test_calls_beyond_the_limit_are_refused_and_others_not() -> None:
+    held: list[Call] = []
+    with serving(lambda call, message: held.append(call), max_calls=2) as (first, loop):
+        futures = [first.unary_unary(METHOD).future(b"1") for _ in range(2)]
+        while len(held) < 2:
+            pass
+        # Another connection: on one, the core itself has the others wait.
+        port = first._channel.target().decode().rpartition(":")[2]  # type: ignore[attr-defined]
+        with grpc.insecure_channel(
+            f"127.0.0.1:{port}", options=[("grpc.use_local_subchannel_pool", 1)]
+        ) as second:
+            with pytest.raises(grpc.RpcError) as caught:
+                second.unary_unary(METHOD)(b"1", timeout=20)
+            assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        for call in held:
+            call.answer(b"done")
+        assert [future.result(timeout=20) for future in futures] == [b"done"] * 2
+
+
+def test_long_messages_do_not_reach_the_handler_and_compressed_ones_are_not_unfolded() -> None:
+    """A compressed message could unfold to any size: the core refuses it, packed as it is."""
+    sizes: list[int] = []
+
+    def handler(call: Call, message: bytes) -> None:
+        sizes.append(len(message))
+        call.answer(b"")
+
+    with serving(handler) as (channel, _):
+        method = channel.unary_unary(METHOD)
+        with pytest.raises(grpc.RpcError) as caught:
+            method(bytes(1 << 17))
+        assert caught.value.code() == grpc.StatusCode.RESOURCE_EXHAUSTED
+        with pytest.raises(grpc.RpcError):
+            method(bytes(1 << 14), compression=grpc.Compression.Gzip)
+        method(bytes(1 << 14))
+    assert sizes[-1] == 1 << 14
+    assert all(size < 100 for size in sizes[:-1])
