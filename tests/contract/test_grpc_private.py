@@ -99,7 +99,7 @@ def test_a_stream_is_answered_message_by_message() -> None:
 
 def test_calls_beyond_the_limit_are_refused_and_others_not() -> None:
     held: list[Call] = []
-    with serving(lambda call, message: held.append(call), max_calls=2) as (first, loop):
+    with serving(lambda call, message: held.append(call), max_calls=2) as (first, _):
         futures = [first.unary_unary(METHOD).future(b"1") for _ in range(2)]
         while len(held) < 2:
             pass
