@@ -79,6 +79,7 @@ test-flower: .venv-flower/.installed  ## the contract tests with the latest Flow
 
 campaign: setup  ## kill, stop, cut off, tear, fill and forge; results go to runs/campaign
 	$(BIN)/python -m tests.campaign.run $(ARGS)
+	$(BIN)/python -m tests.campaign.deliveries
 
 bench: setup .venv-bench/.installed  ## a benchmark, NAME=simulation; results go to runs/bench
 	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)

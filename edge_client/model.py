@@ -282,7 +282,8 @@ def update_model(
     Args:
         store: The folder of the device's installed models; created if missing.
         name: The model's name.
-        repository: The folder of the signed repository; or else ``server`` and ``kit``.
+        repository: The folder of the signed repository, or its ``https`` address; or else
+            ``server`` and ``kit``.
         server: ``HOST`` or ``HOST:PORT`` of the project's server, which delivers releases.
         kit: The folder of this device's kit, the identity for ``server``.
         root: The ``root.json`` to trust, received over a trusted channel. The first update needs

@@ -25,8 +25,9 @@ from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
 def _place_options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--repository",
-        metavar="DIR",
-        help="folder of the signed repository, e.g. --repository /mnt/releases",
+        metavar="DIR|URL",
+        help="folder of the signed repository, or its https address, e.g. --repository "
+        "https://releases.example.org/digits",
     )
     parser.add_argument(
         "--server",

@@ -14,6 +14,7 @@ import time
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TypeVar
 from urllib.parse import urlsplit
@@ -21,6 +22,7 @@ from urllib.parse import urlsplit
 import grpc
 from google.protobuf.message import Message
 
+from edge_client.delivery.resuming import Interrupted, resumed
 from fedcore.crypto.kit import Kit, load_kit
 from fedcore.errors import CertificateRefused, ConfigError, DataError, RepositoryUnreachable
 from fedcore.observability.foreign import foreign
@@ -34,7 +36,6 @@ from fedcore.rpc.delivery_pb2 import (
     Reported,
     WatchReleases,
 )
-from fedcore.rpc.jitter import spread_s
 from fedcore.rpc.proxy import check_proxies, proxy_for
 from fedcore.rpc.relay import relayed
 
@@ -49,9 +50,6 @@ _JUNK_BYTES = 4 << 20
 _OVERHEAD = 0.25
 """Further such bytes, as a share of the content."""
 _PIECE_BYTES = 1 << 16
-_ATTEMPTS = 5
-"""Failures in a row, without a chunk in between, after which a server counts as unreachable."""
-_PAUSE_S, _LONGEST_PAUSE_S = 0.1, 2.0
 _WINDOW_BYTES = 1 << 17
 """Flow-control window, 128 KiB: what a fast server may send before this device has read it."""
 _LINGER_S = 0.25
@@ -164,23 +162,10 @@ class DeliveryLink:
         """
         target = _TARGET.fullmatch(name)
         if target is None:
-            yield from self._whole(name.removeprefix("metadata/"))
-            return
-        failures = 0
-        while True:
-            before = offset
-            try:
-                request = FetchRequest(sha256=target[1], offset=offset)
-                for chunk in self._stream("Fetch", request, Chunk, _FETCH_S):
-                    if not chunk.content:
-                        raise _Broken("it sent a chunk without content")
-                    offset += len(chunk.content)
-                    self._content_bytes += len(chunk.content)
-                    yield chunk.content
-                return
-            except _Broken as error:
-                failures = 0 if offset - before >= CHUNK_BYTES else failures + 1
-                self._pause(failures, error)
+            once = partial(self._metadata, name.removeprefix("metadata/"))
+        else:
+            once = partial(self._file, target[1])
+        yield from resumed(once, offset, stop=self._stop, unreachable=self._unreachable)
 
     def watch(self) -> Iterator[Published]:
         """Yields word of changes to the repository, from now on, until the connection breaks off.
@@ -192,9 +177,9 @@ class DeliveryLink:
         """
         try:
             yield from self._stream("Watch", WatchReleases(), Published, None)
-        except _Broken as error:
+        except Interrupted as error:
             raise self._unreachable(error) from None
-        raise self._unreachable(_Broken("it closed the stream"))
+        raise self._unreachable(Interrupted("it closed the stream"))
 
     def report(self, report: DeviceReport) -> None:
         """Tells the server what became of a version.
@@ -205,36 +190,35 @@ class DeliveryLink:
             DataError: the server is none for releases.
         """
         try:
-            with _as_broken():
+            with _as_interrupted():
                 self._connected().unary_unary(
                     method("Report"),
                     request_serializer=DeviceReport.SerializeToString,
                     response_deserializer=Reported.FromString,
                 )(report, timeout=_REPORT_S)
-        except _Broken as error:
+        except Interrupted as error:
             self.close()
             raise self._unreachable(error) from None
 
-    def _whole(self, name: str) -> Iterator[bytes]:
+    def _file(self, sha256: str, offset: int) -> Iterator[bytes]:
+        request = FetchRequest(sha256=sha256, offset=offset)
+        for chunk in self._stream("Fetch", request, Chunk, _FETCH_S):
+            if not chunk.content:
+                raise Interrupted("it sent a chunk without content")
+            self._content_bytes += len(chunk.content)
+            yield chunk.content
+
+    def _metadata(self, name: str, offset: int) -> Iterator[bytes]:
         """Yields a metadata file at once: its few kilobytes are asked for again after a cut."""
-        failures = 0
-        while True:
-            raw = bytearray()
-            try:
-                request = MetadataRequest(name=name)
-                for chunk in self._stream("GetMetadata", request, Chunk, _METADATA_S):
-                    raw += chunk.content
-                    if len(raw) >= _MAX_METADATA_BYTES:
-                        break
-            except _Broken as error:
-                failures += 1
-                self._pause(failures, error)
-                continue
-            except FileNotFoundError:
-                raise FileNotFoundError(name) from None
-            self._content_bytes += len(raw)
-            yield bytes(raw)
-            return
+        raw = bytearray()
+        for chunk in self._stream("GetMetadata", MetadataRequest(name=name), Chunk, _METADATA_S):
+            if not chunk.content:
+                raise Interrupted("it sent a chunk without content")
+            raw += chunk.content
+            if len(raw) >= _MAX_METADATA_BYTES:
+                break
+        self._content_bytes += len(raw)
+        yield bytes(raw[offset:])
 
     def _stream(
         self, call: str, request: Message, kind: type[_Answer], timeout_s: float | None
@@ -242,14 +226,14 @@ class DeliveryLink:
         """Yields the answers of a call; closes the connection if it breaks."""
         answers = None
         try:
-            with _as_broken():
+            with _as_interrupted():
                 answers = self._connected().unary_stream(
                     method(call),
                     request_serializer=type(request).SerializeToString,
                     response_deserializer=kind.FromString,
                 )(request, timeout=timeout_s)
                 yield from answers
-        except _Broken:
+        except Interrupted:
             self.close()
             raise
         finally:
@@ -260,7 +244,7 @@ class DeliveryLink:
         """Returns the channel; opens a connection if there is none.
 
         Raises:
-            _Broken: the server cannot be reached.
+            Interrupted: the server cannot be reached.
         """
         if self._channel is not None:
             return self._channel
@@ -287,7 +271,7 @@ class DeliveryLink:
                 )
             )
         except OSError as error:
-            raise _Broken(str(error)) from None
+            raise Interrupted(str(error)) from None
         channel = self._open.enter_context(
             grpc.secure_channel(route.target, credentials, options=(*_OPTIONS, *named))
         )
@@ -304,18 +288,6 @@ class DeliveryLink:
         if self._moved_bytes > _JUNK_BYTES + (1 + _OVERHEAD) * self._content_bytes:
             raise ConnectionError("more bytes than the content explains")
 
-    def _pause(self, failures: int, error: Exception) -> None:
-        """Waits before the next attempt.
-
-        Raises:
-            RepositoryUnreachable: there have been too many, or this device is stopping.
-        """
-        if failures >= _ATTEMPTS:
-            raise self._unreachable(error) from None
-        pause_s = min(_PAUSE_S * 2.0**failures, _LONGEST_PAUSE_S)
-        if self._stop.wait(spread_s(pause_s, 0.5, 1.0)):
-            raise self._unreachable(error) from None
-
     def _unreachable(self, error: Exception) -> RepositoryUnreachable:
         return RepositoryUnreachable(
             f"server {self._endpoint}: no releases from it ({foreign(error, 300)}). What has been "
@@ -324,13 +296,9 @@ class DeliveryLink:
         )
 
 
-class _Broken(Exception):
-    """A call did not end as it should: another attempt may."""
-
-
 @contextmanager
-def _as_broken() -> Iterator[None]:
-    """Turns errors of gRPC into fedcore's, or into `_Broken` where another attempt may help."""
+def _as_interrupted() -> Iterator[None]:
+    """Turns errors of gRPC into fedcore's, or into `Interrupted` where another attempt may help."""
     try:
         yield
     except grpc.RpcError as error:
@@ -348,7 +316,7 @@ def _as_broken() -> Iterator[None]:
                 "releases: the server that answers there delivers none. Nothing was fetched. "
                 f"{_AFTER} Check the port; the default is {PORT_OFFSET} above that of the kit."
             ) from None
-        raise _Broken(f"{code.name.lower()}: {details}") from None
+        raise Interrupted(f"{code.name.lower()}: {details}") from None
 
 
 def _device_kit(folder: Path) -> Kit:

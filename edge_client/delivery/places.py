@@ -1,4 +1,4 @@
-"""Where a device gets releases from: a folder, or the project's server."""
+"""Where a device gets releases from: a folder, a web server, or the project's server."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_client.delivery.https import https_source, is_url
 from edge_client.delivery.source import Source, folder_source
 from fedcore.errors import ConfigError
 from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
@@ -22,7 +23,7 @@ class ReleasePlace:
     """A place of releases, as a user names it: a repository, or a server with this device's kit."""
 
     repository: str | None = None
-    """A folder."""
+    """A folder, or the ``https`` address of one."""
     server: str | None = None
     """``HOST`` or ``HOST:PORT`` of the project's server."""
     kit: Path | None = None
@@ -62,7 +63,10 @@ def opened_place(place: ReleasePlace, stop: threading.Event | None = None) -> It
     """
     place.check()
     if place.repository is not None:
-        yield folder_source(Path(place.repository))
+        if is_url(place.repository):
+            yield https_source(place.repository, stop=stop)
+        else:
+            yield folder_source(Path(place.repository))
         return
     with linked(place, stop) as link:
         yield link.source
