@@ -12,7 +12,8 @@ from edge_client.delivery import store as installed
 from edge_client.delivery.store import Installed
 from edge_client.inference.answers import answer_lines, answers
 from edge_client.inference.confined import MAX_RUNS, predict
-from edge_client.inference.inputs import parse_inputs, read_text
+from edge_client.inference.inputs import read_text
+from edge_client.inference.named import parse_any
 from edge_client.installed import TIMED_RUNS, InstalledModel, list_models, time_model
 from edge_client.options import (
     limits_of,
@@ -53,7 +54,7 @@ def _infer_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _infer(options: argparse.Namespace) -> int:
     version = _serving(options.store, options.model)
-    inputs = parse_inputs(read_text(options.input), version.manifest, where=options.input)
+    inputs = parse_any(read_text(options.input), version.manifest, where=options.input)
     outputs = predict(
         version.manifest, version.path, inputs, threads=options.threads, limits=limits_of(options)
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from os import PathLike
 from pathlib import Path
@@ -19,6 +19,7 @@ from edge_client.inference.answers import LABELLED, label_sets, labels
 from edge_client.inference.direct import RowCall
 from edge_client.inference.engine import Engine
 from edge_client.inference.inputs import as_batch
+from edge_client.inference.named import packed
 from edge_client.inference.process import ModelLimits
 from fedcore.artifacts.golden import AnyArray
 from fedcore.artifacts.manifest import Manifest
@@ -28,8 +29,8 @@ from fedcore.config.run import Serving
 from fedcore.errors import DataError, DeviceError
 from fedcore.files import read_bytes
 
-Inputs = AnyArray | Sequence[Any]
-"""One input or a batch of them: an array, or nested lists of numbers."""
+Inputs = AnyArray | Sequence[Any] | Mapping[str, Any]
+"""One input or a batch of them: an array, or nested lists of numbers; or one of these by name."""
 
 
 @dataclass(frozen=True)
@@ -115,7 +116,8 @@ class EdgeModel:
 
         Args:
             x: Raw inputs without preprocessing, integers or floats: shape ``input_shape`` for one
-                input, ``(B, *input_shape)`` for a batch.
+                input, ``(B, *input_shape)`` for a batch. For a model with named inputs a
+                dictionary of them: each of its own shape for one example, or a batch of each.
 
         Returns:
             Outputs of the one input, or ``(B, ...)`` for a batch.
@@ -205,6 +207,13 @@ class EdgeModel:
 
     def _batch(self, x: Inputs) -> tuple[AnyArray, bool]:
         """Returns the inputs as a batch, and whether ``x`` was a single input."""
+        if isinstance(x, Mapping):
+            if self.manifest.inputs is None:
+                raise DataError(
+                    f"input: model {self.name!r} version {self.version} takes one input without a "
+                    "name, got a dictionary. Nothing was answered; give its value."
+                )
+            return packed(self.manifest, x, where="input")
         shape = list(self.manifest.input_shape)
         expected = f"input: expected one of shape {shape} or a batch of shape [B, *{shape}]"
         try:

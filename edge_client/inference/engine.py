@@ -20,6 +20,7 @@ import numpy as np
 from edge_client.inference.direct import RowCall, bound_call, run_failed
 from edge_client.inference.fixed_work import couples_rows, why_unbounded
 from edge_client.inference.inputs import demand_finite
+from edge_client.inference.named import packed
 from edge_client.inference.process import ModelLimits, ModelProcess, named
 from edge_client.inference.responses import Interface, TensorInfo
 from edge_client.inference.selftest import compared
@@ -104,7 +105,12 @@ class Engine:
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
         """Names, types and shapes of the inputs, with -1 for the batch; loads the model."""
-        return self._open().interface.inputs
+        opened = self._open()
+        if self.manifest.inputs is None:
+            return opened.interface.inputs
+        return tuple(
+            TensorInfo(each.name, each.dtype, (-1, *each.shape)) for each in self.manifest.inputs
+        )
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
@@ -146,6 +152,7 @@ class Engine:
 
         Args:
             inputs: An array ``(B, ...)`` for each input, of exactly its type and shape, B >= 1.
+                Inputs that the manifest names may be of another type that holds the same numbers.
 
         Returns:
             An array ``(B, ...)`` for each output.
@@ -159,6 +166,9 @@ class Engine:
         """
         opened = self._open()
         names = [each.name for each in opened.interface.outputs]
+        if self.manifest.inputs is not None:
+            vectors, _ = packed(self.manifest, inputs, where=named(self.manifest))
+            inputs = {opened.interface.inputs[0].name: vectors}
         if (found := self._one_row(opened, inputs)) is not None:
             return {names[0]: found[None]}
         rows = _checked_rows(inputs, opened.interface.inputs, self.manifest)

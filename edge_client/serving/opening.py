@@ -12,6 +12,7 @@ import numpy as np
 
 from edge_client.delivery import store as installed
 from edge_client.inference.engine import Engine
+from edge_client.inference.named import unpacked
 from edge_client.serving.protocol import TensorSpec, datatype_of
 from fedcore.artifacts.golden import AnyArray, parse_golden
 from fedcore.artifacts.manifest import Manifest
@@ -83,7 +84,7 @@ def opener(*, threads: int, max_batch: int) -> Callable[[Path, str], OpenVersion
                 f"no name for type {foreign(error, 32)}. It is not served; `fedcore device infer` "
                 "runs it."
             ) from None
-        example = _example(found.golden, inputs)
+        example = _example(found.manifest, found.golden, inputs)
         quick = not engine.why_confined and _batch_s(engine, example) < _QUICK_S
         return OpenVersion(engine, found.manifest, inputs, outputs, quick, example)
 
@@ -94,11 +95,15 @@ def _spec(info: Any) -> TensorSpec:
     return TensorSpec(info.name, datatype_of(np.dtype(info.dtype)), tuple(info.shape))
 
 
-def _example(golden: bytes, inputs: tuple[TensorSpec, ...]) -> dict[str, AnyArray]:
+def _example(
+    manifest: Manifest, golden: bytes, inputs: tuple[TensorSpec, ...]
+) -> dict[str, AnyArray]:
     try:
         stored = parse_golden(golden)
     except TrustError:
         return {}
+    if manifest.inputs is not None:
+        return unpacked(manifest, stored.inputs[:1])
     return {inputs[0].name: stored.inputs[:1]} if len(inputs) == 1 and len(stored.inputs) else {}
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import json
+import math
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from fedcore.artifacts.presentation import Presentation, presentation_of
 from fedcore.errors import TrustError
@@ -156,6 +157,16 @@ class TestStatement(_Part):
     """Number of clients whose own test data were pooled; None if the server had test data."""
 
 
+class NamedTensor(_Part):
+    """One of several inputs of a model, without the batch dimension."""
+
+    name: Annotated[str, Field(pattern=r"^[ -~]{1,64}$")]
+    dtype: Literal[
+        "bool", "uint8", "int8", "int16", "int32", "int64", "float16", "float32", "float64"
+    ]
+    shape: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(max_length=16)]
+
+
 class Manifest(_Part):
     """Signed description of one version of a released model.
 
@@ -181,6 +192,9 @@ class Manifest(_Part):
     input_shape: tuple[int, ...]
     """Shape of one input, without the batch dimension."""
     input_dtype: str
+    inputs: Annotated[tuple[NamedTensor, ...], Field(min_length=1, max_length=64)] | None = None
+    """What an input of shape ``(N,)`` holds, where a model has inputs with names: the numbers of
+    each, in row-major order, one after the other. None for one input without a name."""
     missing: MissingAllowed | None = None
     """Positions of an input, in row-major order, that may be NaN for a missing value, or ``all``;
     None if no number may be missing. Infinity never is an input."""
@@ -193,6 +207,17 @@ class Manifest(_Part):
     parity: Parity
     test: TestStatement | None = None
     """Results on the final test split; None without a test."""
+
+    @model_validator(mode="after")
+    def _inputs_fill_the_vector(self) -> Manifest:
+        if self.inputs is None:
+            return self
+        size = sum(math.prod(each.shape) for each in self.inputs)
+        if self.input_shape != (size,):
+            raise ValueError(f"inputs of {size} numbers for an input of shape {self.input_shape}")
+        if len({each.name for each in self.inputs}) != len(self.inputs):
+            raise ValueError("two inputs have one name")
+        return self
 
     @property
     def presents(self) -> Presentation:
@@ -212,8 +237,9 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         del values["privacy"]["before"]
     if manifest.privacy.evaluation is None:
         del values["privacy"]["evaluation"]
-    if manifest.missing is None:
-        del values["missing"]
+    for name in ("inputs", "missing"):
+        if values[name] is None:
+            del values[name]
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()
 
 

@@ -23,6 +23,7 @@ from fedcore.artifacts.manifest import (
     Lineage,
     Manifest,
     MissingAllowed,
+    NamedTensor,
     Parity,
     PrivacyStatement,
     TestStatement,
@@ -70,8 +71,10 @@ class Draft:
     """Golden inputs and outputs, encoded by `fedcore.artifacts.golden.golden_bytes`."""
     test: TestStatement | None = None
     presentation: Presentation | None = None
-    missing: MissingAllowed | None = None
     """How devices tell an answer; None where the kind says it."""
+    missing: MissingAllowed | None = None
+    inputs: tuple[NamedTensor, ...] | None = None
+    """Several inputs with names; None for one without (see `fedcore.artifacts.manifest`)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -200,6 +203,7 @@ def rollback(
             kind=old.kind,
             presentation=old.presentation,
             missing=old.missing,
+            inputs=old.inputs,
             labels=old.labels,
             input_shape=old.input_shape,
             input_dtype=old.input_dtype,
@@ -316,6 +320,7 @@ def _files(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[st
         kind=draft.kind,
         presentation=draft.presentation,
         missing=draft.missing,
+        inputs=draft.inputs,
         labels=draft.labels,
         input_shape=draft.input_shape,
         input_dtype=draft.input_dtype,
