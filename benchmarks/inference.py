@@ -1,4 +1,4 @@
-"""Inference on a device: how close to bare onnxruntime an installed model answers.
+"""Inference on a device: how close to bare onnxruntime an installed model answers, also served.
 
 ``make bench NAME=inference`` runs it; ``runs/bench/inference.json`` has the figures of each part. A
 part that runs alone keeps the figures of the others.
@@ -15,12 +15,15 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import inference_process
+from benchmarks import inference_network, inference_process
 from benchmarks.deployment import Found, machine, table
 from benchmarks.measure import ProgramFailed
 from fedcore.files import write_json
 
-PARTS: dict[str, Callable[[Path, bool, Found], None]] = {"process": inference_process.measure}
+PARTS: dict[str, Callable[[Path, bool, Found], None]] = {
+    "process": inference_process.measure,
+    "network": inference_network.measure,
+}
 """Each part fills `Found`, given a folder of its own and whether to measure small sizes only."""
 
 

@@ -13,7 +13,7 @@ from edge_client.delivery.store import Record, check_name, models, read_record
 from edge_client.serving.batching import Batcher, QueueLimits, ServedVersion
 from edge_client.serving.messages import ModelDescription, ModelStatus
 from edge_client.serving.metrics import ModelMetrics
-from fedcore.errors import ConfigError, DataError, FedcoreError, RequestRefused, ResourceError
+from fedcore.errors import DataError, DeviceError, FedcoreError, RequestRefused, ResourceError
 from fedcore.observability.foreign import foreign
 
 MAX_MODELS = 256
@@ -73,7 +73,8 @@ class Models:
         """Opens the models.
 
         Raises:
-            ConfigError: no model is installed, or a name is not valid.
+            ConfigError: a name is not valid.
+            DeviceError: no model is installed.
             FedcoreError: a model that was named cannot be served.
         """
         for name in self._wanted():
@@ -82,7 +83,7 @@ class Models:
             if self.names is not None:
                 self._served[name].version()
         if not self._served:
-            raise ConfigError(
+            raise DeviceError(
                 f"{self.store}: no model is installed. Nothing was started; install one with "
                 "`fedcore device update`."
             )

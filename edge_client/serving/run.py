@@ -83,7 +83,7 @@ async def serve(
         stop: Set to stop; None to stop on signals, which only a main thread may receive.
 
     Raises:
-        ConfigError: no model is installed.
+        DeviceError: no model is installed.
         ResourceError: a port is in use.
         FedcoreError: a model that was named cannot be served.
     """
@@ -127,6 +127,7 @@ async def serve(
         asyncio.to_thread(grpc_loop.stop, settings.drain_s), http.drain(settings.drain_s)
     )
     await asyncio.to_thread(models.stop)
+    await asyncio.to_thread(models.tell)
     with suppress(asyncio.CancelledError):
         await watching
 

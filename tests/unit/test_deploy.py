@@ -45,6 +45,7 @@ def test_there_is_one_of_each_for_either_side() -> None:
         "fedcore-device.service",
         "fedcore-models.service",
         "fedcore-releases.service",
+        "fedcore-serve.service",
         "fedcore-server.service",
     ]
     assert [path.suffix for path in CONTAINERS] == [".device", ".server"]

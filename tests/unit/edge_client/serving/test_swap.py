@@ -11,7 +11,7 @@ import tritonclient.grpc as triton
 
 from edge_client.serving.batching import QueueLimits
 from edge_client.serving.models import Models
-from fedcore.errors import ConfigError, DeviceError, RequestRefused
+from fedcore.errors import DeviceError, RequestRefused
 from tests.serving import WIDTH, Product, activate, active, local, open_product, running, store_of
 
 
@@ -52,7 +52,7 @@ def test_a_version_that_cannot_be_opened_leaves_the_one_before_in_place(tmp_path
 
 
 def test_an_empty_store_and_a_named_model_that_is_missing(tmp_path: Path) -> None:
-    with pytest.raises(ConfigError, match="no model is installed"):
+    with pytest.raises(DeviceError, match="no model is installed"):
         models(tmp_path).open()
     with pytest.raises(RequestRefused, match="'absent' is not served now"):
         models(store_of(tmp_path, {"product": 1}), names=("absent",)).open()
