@@ -94,6 +94,7 @@ lint: setup  ## formatting, style, types and the layers of the packages
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy --config-file tests/mypy.ini tests
 	$(BIN)/lint-imports
 
 coverage: setup  ## the tests, with lines and branches that none of them reaches

@@ -64,7 +64,7 @@ def test_a_release_reaches_a_device_without_polling(
         first = next(calls)
         world.publish(2.0)
         assert next(calls).change != first.change
-        calls.close()
+        calls.close()  # type: ignore[attr-defined]
         assert world.update(link.source).version == 2
         assert world.answers() == 2.0
         assert not world.update(link.source).changed

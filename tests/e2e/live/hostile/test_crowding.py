@@ -264,8 +264,8 @@ def test_rounds_go_on_beside_strangers_members_and_garbage(
         try:
             mute = [open_socket(port) for port in ports for _ in range(300)]
             slow = [dial("edge-3") for _ in range(20)]
-            for one in slow:
-                one.sendall(CALL)
+            for caller in slow:
+                caller.sendall(CALL)
             records = federate(project, served, run)
             ended = time.monotonic()
             fresh = [open_socket(port) for port in ports for _ in range(50)]

@@ -110,7 +110,7 @@ def stale(one: Any, reply: Message, asked: RecordDict, rng: random.Random) -> No
 def malformed(one: Any, reply: Message, asked: RecordDict, rng: random.Random) -> None:
     """Soundly signed, and no update: wrong shape, dtype, records, values or numbers."""
     content = reply.content
-    bad = [
+    bad: list[Any] = [
         np.ones(SIZE + 1, np.float32),
         np.ones((SIZE, 1), np.float32),
         np.ones(SIZE, np.float64),

@@ -35,7 +35,8 @@ def wide(angles: Words, radii: Words) -> tuple[NDArray[np.longdouble], NDArray[n
 def test_numbers_are_within_a_few_units_in_the_last_place(deviation: float) -> None:
     angles, radii = words(20_000, 1), words(20_000, 2)
     found = np.zeros((2, len(angles)))
-    add_normals(angles, radii, *found, deviation, 0.0)
+    first, second = found
+    add_normals(angles, radii, first, second, deviation, 0.0)
     right = np.stack(wide(angles, radii)) * np.longdouble(deviation)
     size = np.hypot(*right.astype(np.float64))
     # Of 1 - 2**-54 and the like nothing is left but the rounding of float64 itself.

@@ -113,8 +113,8 @@ def test_layers_stay_where_they_are() -> None:
     with for_images(model):
         assert list(model.state_dict()) == names
         assert list(model.named_modules()) == modules
-        assert [type(layer) for layer in model[0]] == LAYERS
-        assert [type(layer) for layer in model[1:4]] == LAYERS
+        assert [type(layer) for layer in model[0]] == LAYERS  # type: ignore[attr-defined]
+        assert [type(layer) for layer in model[1:4]] == LAYERS  # type: ignore[attr-defined]
     assert [type(model), type(model[0])] == [nn.Sequential] * 2
 
 

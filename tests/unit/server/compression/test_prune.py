@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import pytest
 import torch
 from torch import Tensor, nn
@@ -60,7 +62,7 @@ class RunsOnAfterItsOutput(nn.Module):
 
 
 class Recurrent(nn.Module):
-    def __init__(self, layer: type[nn.RNNBase], entry: bool) -> None:
+    def __init__(self, layer: Callable[..., nn.RNNBase], entry: bool) -> None:
         super().__init__()
         self.entry = nn.Linear(4, 4) if entry else nn.Identity()
         self.layer, self.head = layer(4, 6, batch_first=True), nn.Linear(6, 2)

@@ -100,7 +100,7 @@ def plain_rounds(
         trained, sizes = [], []
         for name in task.clients(None):
             model.load_state_dict(state)
-            inputs, targets = task.client_data(name, None).tensors
+            inputs, targets = task.client_data(name, None).tensors  # type: ignore[attr-defined]
             train(model, inputs, targets, torch_rng(run.seed, "order", number, name), run)
             trained.append({key: one.clone() for key, one in model.state_dict().items()})
             sizes.append(len(inputs))

@@ -94,7 +94,7 @@ def _more() -> FedAvg:
 
 
 def _other_function() -> FedAvg:
-    return FedAvg(train_metrics_aggr_fn=lambda records, key: records[0].content["metrics"])  # type: ignore[arg-type, return-value]
+    return FedAvg(train_metrics_aggr_fn=lambda records, key: records[0].content["metrics"])  # type: ignore[arg-type, attr-defined, return-value]
 
 
 @pytest.mark.parametrize("make", [_another, _more, _other_function])
