@@ -349,6 +349,8 @@ def _fine_tuned(
     with story.stage("finetune") as said:
         tuned = steps.fine_tune(task, run, trained.outcome.model, cloud, trained.judge)
         said.append(gate_note(tuned, task.primary))
+    for text in tuned.notes:
+        story.note(text)
     if tuned.kept:
         write_atomic(folder / "finetuned.safetensors", checkpoint_bytes(tuned.model))
     if tuned.clients or not tuned.kept:

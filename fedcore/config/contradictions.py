@@ -57,6 +57,7 @@ def contradictions(run: RunConfig) -> list[str]:
             "it no client evaluates models on held-out data."
         )
     found += _of_tuning(run)
+    found += _of_sharding(run.finetune)
     if privacy.participations and privacy.participations > federation.rounds:
         found.append(
             f"privacy.participations = {privacy.participations} is more than federation.rounds = "
@@ -98,6 +99,24 @@ def _of_tuning(run: RunConfig) -> list[str]:
         found.append(
             f"finetune.after_stall = {settings.after_stall} contradicts federation.patience = "
             f"{patience}, which ends the run no later. Set a larger patience, or fewer rounds."
+        )
+    return found
+
+
+def _of_sharding(settings: Finetune) -> list[str]:
+    """Returns what fine-tuning's settings ask of FSDP2 that it does not do."""
+    found = list[str]()
+    if settings.shard != "always":
+        return found
+    if settings.precision == "fp16":
+        found.append(
+            "finetune.shard = 'always' contradicts finetune.precision = 'fp16': each process would "
+            "scale its share of the gradients by itself. Use 'bf16', which needs no scaling."
+        )
+    if settings.communication != "fp32":
+        found.append(
+            f"finetune.shard = 'always' contradicts finetune.communication = "
+            f"{settings.communication!r}, which is DDP's. Leave one of the two out."
         )
     return found
 

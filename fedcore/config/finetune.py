@@ -16,6 +16,7 @@ from fedcore.config.section import (
     Rounds,
     Seconds,
     Section,
+    Steps,
     WeightDecay,
 )
 
@@ -62,6 +63,51 @@ class Finetune(Section):
     interval counts, and in a simulation they also judge candidates, together with the cloud."""
     timeout_s: Seconds = 3600.0
     """Fine-tuning fails when it takes longer, or when a process waits this long for another."""
+    precision: Literal["fp32", "bf16", "fp16"] = "fp32"
+    """Arithmetic of matrix products and convolutions; weights stay in float32. ``fp16`` scales the
+    loss, so that small gradients do not vanish; ``bf16`` needs no scaling."""
+    accumulate_steps: Annotated[int, Field(ge=1, le=10_000)] = 1
+    """Parts in which a process computes its share of a batch, one after the other, to save memory.
+    The step has the gradient of the whole batch, up to rounding."""
+    activation_checkpointing: bool = False
+    """Computes activations of repeated blocks again in the backward pass in place of keeping them:
+    less memory for about a third more time. The bits of the result are the same."""
+    compile: bool = False
+    """Compiles the model with ``torch.compile``, which takes up to minutes before the first step;
+    needs a C++ compiler on CPUs."""
+    fused: bool = False
+    """One kernel for all of the optimiser's update: faster, and other rounding."""
+    schedule: Literal["constant", "cosine"] = "constant"
+    """The learning rate over all steps: ``cosine`` falls along half a cosine to 0."""
+    warmup_steps: Annotated[int, Field(ge=0, le=100_000_000)] = 0
+    """Steps in which the learning rate rises evenly from near 0."""
+    communication: Literal["fp32", "bf16", "powersgd"] = "fp32"
+    """How gradients travel under DDP: whole; rounded to 16 bits; or as low-rank factors, with what
+    they miss added to the next step (PowerSGD)."""
+    powersgd_rank: Annotated[int, Field(ge=1, le=1024)] = 2
+    """Rank of PowerSGD's factors. Larger ones are more exact, and send more."""
+    prefetch: Annotated[int, Field(ge=0, le=1024)] = 0
+    """Batches that a thread reads ahead, in pinned memory where there is a GPU. A data set that
+    draws from process-wide random streams is then no longer reproducible."""
+    shard: Literal["auto", "never", "always"] = "auto"
+    """Whether parameters, gradients and optimiser state are divided among processes (FSDP2) in
+    place of copied (DDP). ``auto``: where an estimate of their memory does not fit a process; a
+    note tells the estimate."""
+    max_restarts: Annotated[int, Field(ge=0, le=1000)] = 2
+    """How often several processes are started again after one of them was killed: from the last
+    checkpoint, or from the beginning where there is none."""
+    checkpoints: str | None = None
+    """Folder for checkpoints of unfinished training, relative to this file; none are written when
+    unset. All nodes must share it. Training continues from the last checkpoint after a fault, and
+    in the next call with equal settings; a stop by Ctrl-C or SIGTERM writes one first. Removed
+    when training ends."""
+    checkpoint_steps: Steps = 200
+    """Steps between two checkpoints."""
+    checkpoint_keep: Annotated[int, Field(ge=1, le=100)] = 2
+    """How many checkpoints are kept."""
+    max_rollbacks: Annotated[int, Field(ge=0, le=100)] = 3
+    """With checkpoints: how often a loss that is not finite takes training back to the last
+    checkpoint, with half the learning rate. After that, training fails."""
 
     @property
     def in_rounds(self) -> bool:

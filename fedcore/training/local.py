@@ -37,9 +37,17 @@ class OptimizerSettings(Protocol):
     def max_grad_norm(self) -> float | None: ...
 
 
-def make_optimizer(module: nn.Module, settings: OptimizerSettings) -> torch.optim.Optimizer:
-    """Returns the configured optimiser for a module's trainable parameters."""
-    return optimizer_of(_trained(module), settings)
+def make_optimizer(
+    module: nn.Module, settings: OptimizerSettings, *, fused: bool = False
+) -> torch.optim.Optimizer:
+    """Returns the configured optimiser for a module's trainable parameters.
+
+    Args:
+        module: The module.
+        settings: The optimiser's settings.
+        fused: Whether one kernel updates all parameters, which rounds otherwise.
+    """
+    return optimizer_of(_trained(module), settings, fused=fused)
 
 
 def _trained(module: nn.Module) -> list[Tensor]:
@@ -47,18 +55,25 @@ def _trained(module: nn.Module) -> list[Tensor]:
 
 
 def optimizer_of(
-    parameters: Sequence[Tensor], settings: OptimizerSettings
+    parameters: Sequence[Tensor], settings: OptimizerSettings, *, fused: bool = False
 ) -> torch.optim.Optimizer:
     """Returns the configured optimiser for the given parameters."""
+    kernel = True if fused else None  # None: torch's own choice
     if settings.optimizer != "sgd":
         cls = torch.optim.AdamW if settings.optimizer == "adamw" else torch.optim.Adam
-        return cls(parameters, lr=settings.learning_rate, weight_decay=settings.weight_decay)
+        return cls(
+            parameters,
+            lr=settings.learning_rate,
+            weight_decay=settings.weight_decay,
+            fused=kernel,
+        )
     return torch.optim.SGD(
         parameters,
         lr=settings.learning_rate,
         momentum=settings.momentum,
         nesterov=settings.nesterov,
         weight_decay=settings.weight_decay,
+        fused=kernel,
     )
 
 

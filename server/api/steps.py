@@ -112,6 +112,8 @@ def finetune(
         with story.stage("finetune") as said:
             tuned = fine_tune(found, config, start, cloud, judge)
             said.append(gate_note(tuned, found.primary))
+        for text in tuned.notes:
+            story.note(text)
     return tuned
 
 

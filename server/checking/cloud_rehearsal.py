@@ -26,7 +26,8 @@ from server.compression.compress import EXACT, compress
 from server.compression.draft import draft_of
 from server.compression.golden import tolerance
 from server.compression.runtime import answer, open_session
-from server.finetune.loop import device_of, train_start
+from server.finetune.loop import train_start
+from server.finetune.parallel import device_of
 from server.finetune.rehearse import rehearse
 from server.release.publish import Origin, check_publishable, initialise, publish
 from server.rounds.checkpointing.progress import Progress

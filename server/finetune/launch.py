@@ -5,47 +5,39 @@ In: the federated model and the cloud's data. Out: a `Finetuned`. Start with `fi
 
 from __future__ import annotations
 
-import json
-import logging
-import signal
+import shutil
+import sys
 import tempfile
-import threading
-import uuid
-from _thread import interrupt_main
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
-from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
-from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
-from torch.distributed.launcher.api import LaunchConfig, elastic_launch
-
-import fedcore.errors as errors
 from fedcore.config.finetune import Finetune
 from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError, RoundFailed, TrainingError
 from fedcore.files import sha256_hex, write_atomic
+from fedcore.observability.foreign import say
 from fedcore.seeds import kept_streams
-from fedcore.task.definition import Task
+from fedcore.task.definition import Task, size_of
 from fedcore.task.metrics import Metric
 from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_checkpoint
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
-from server.finetune.job import Job, remember_by_start, trained
-from server.finetune.loop import device_of, is_consequence, train_start, unknown_failure
-from server.finetune.worker import work
-from server.process.spawn import main_script_hidden
+from server.finetune.agent import launch
+from server.finetune.curve import Curve
+from server.finetune.failures import unknown_failure
+from server.finetune.job import Job, places_of, remember_by_start, trained
+from server.finetune.loop import train_start
+from server.finetune.parallel import device_of
+from server.process.signals import stop_requested
 from server.rounds.evaluation.judgement import Judgement
 from server.rounds.evaluation.judging import Judge
 
-_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
-"""Loggers that print a traceback per failed or stopped process; the error file replaces them."""
 _UNUSED = "Expected to have finished reduction in the prior iteration"
 """Part of DDP's error where a later step leaves a parameter unused. The same seed gives the same
 bits again, once DDP looks for such parameters."""
-_HANDLED = (signal.SIGTERM, signal.SIGHUP)
-"""Signals that torchrun forwards to its processes before it ends."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +67,11 @@ class Finetuned:
     """Measurements by clients; None if they weren't asked, or none answered."""
     unjudged: str = ""
     """Reason why the requested evaluation by clients failed; empty otherwise."""
+    curve: tuple[float, ...] = field(default=(), repr=False)
+    """Mean loss of each step of ``candidate``, over all processes; empty where a live server has
+    read the result back."""
+    notes: tuple[str, ...] = ()
+    """What the user should know about the way it was trained."""
     parent_sha256: str = field(kw_only=True)
     """SHA-256 of the checkpoint of the original federated model, for the manifest of a release."""
     model_sha256: str = field(init=False, repr=False)
@@ -98,19 +95,26 @@ def fine_tune(
     With one process, training runs here and restores the random streams afterwards. Several
     processes are started by torchrun, and load the task from its file.
 
+    With ``finetune.checkpoints``, training continues from the last checkpoint after a fault or an
+    interrupt, also in a later call with the same model and settings.
+
     Guarantee:
-        The run's seed determines every bit of both models, in whichever process they are trained.
+        The run's seed determines every bit of both models, in whichever process they are trained,
+        and however often training was interrupted.
 
     Raises:
         TrainingDiverged: a loss was not finite.
         TrainingError: a process or the task's code failed.
-        DataError: ``model`` doesn't belong to this task.
+        DataError: ``model`` doesn't belong to this task, or a checkpoint is corrupt.
+        DiskFull: a checkpoint could not be written.
+        KeyboardInterrupt: Ctrl-C, or with checkpoints SIGTERM, after writing a checkpoint.
     """
     parent = checkpoint_bytes(model)
     untrained = build_model(task, run)
     untrained.preprocess.load_state_dict(model.preprocess.state_dict())
     starts = (parent, checkpoint_bytes(untrained))
-    candidate, cloud_alone = _trained_from(task, run, cloud, starts)
+    found = _trained_from(task, run, cloud, starts)
+    candidate, cloud_alone = found.models
     primary = task.primary
     before = evaluate(model, cloud.heldout, [primary])[primary.name]
     after = evaluate(candidate, cloud.heldout, [primary])[primary.name]
@@ -130,6 +134,8 @@ def fine_tune(
         after,
         asked,
         unjudged,
+        found.curves[0],
+        found.notes,
         parent_sha256=sha256_hex(parent),
     )
 
@@ -146,20 +152,32 @@ def tune(task: Task, run: RunConfig, model: FullModel, cloud: CloudData) -> Full
         TrainingDiverged: a loss was not finite.
         TrainingError: a process or the task's code failed.
     """
-    (tuned,) = _trained_from(task, run, cloud, [checkpoint_bytes(model)])
+    (tuned,) = _trained_from(task, run, cloud, [checkpoint_bytes(model)]).models
     return tuned
+
+
+@dataclass(frozen=True)
+class _TrainedModels:
+    models: Sequence[FullModel]
+    curves: Sequence[tuple[float, ...]]
+    """The losses of each."""
+    notes: tuple[str, ...] = ()
 
 
 def _trained_from(
     task: Task, run: RunConfig, cloud: CloudData, starts: Sequence[bytes]
-) -> list[FullModel]:
+) -> _TrainedModels:
     """Trains a model from each checkpoint; the first is a federated one."""
     results = [build_model(task, run) for _ in starts]
+    places = places_of(run, starts, size_of(cloud.train))
     if run.finetune.processes == 1:
-        _train_here(task, run, cloud, starts, results)
+        found = _train_here(task, run, cloud, starts, results, places)
     else:
-        _train_apart(run, starts, results)
-    return results
+        found = _train_apart(run, starts, results, places)
+    for place in places:
+        if place is not None:
+            shutil.rmtree(place)
+    return found
 
 
 def passes(
@@ -186,23 +204,53 @@ def _train_here(
     cloud: CloudData,
     starts: Sequence[bytes],
     results: Sequence[FullModel],
-) -> None:
+    places: Sequence[Path | None],
+) -> _TrainedModels:
     """Trains each result from its start, in this process."""
-    device = device_of(0)
+    device, curves = device_of(0), list[Curve]()
     try:
-        with kept_streams():
+        with kept_streams(), _stop(places) as asked:
             remembered = remember_by_start(run, len(starts))
-            for start, result, remember in zip(starts, results, remembered, strict=True):
+            for start, result, remember, place in zip(
+                starts, results, remembered, places, strict=True
+            ):
                 load_checkpoint(start, result, where="the model to fine-tune")
-                train_start(result.to(device), task, cloud.train, run, device, remember=remember)
+                curves.append(Curve(None if place is None else place / "curve.jsonl"))
+                train_start(
+                    result.to(device),
+                    task,
+                    cloud.train,
+                    run,
+                    device,
+                    remember=remember,
+                    place=place,
+                    stop=asked,
+                    curve=curves[-1],
+                )
                 result.to("cpu").eval()
     except FedcoreError:
         raise
     except (Exception, SystemExit) as error:  # the task's code may raise anything
         raise TrainingError(unknown_failure(0, error)) from error
+    return _TrainedModels(results, [curve.losses for curve in curves])
 
 
-def _train_apart(run: RunConfig, starts: Sequence[bytes], results: Sequence[FullModel]) -> None:
+@contextmanager
+def _stop(places: Sequence[Path | None]) -> Iterator[Callable[[], bool] | None]:
+    """Yields whether Ctrl-C or SIGTERM asked training to stop; None where nothing is saved."""
+    if not any(places):
+        yield None
+        return
+    with stop_requested(lambda: say("Stopping after a checkpoint.", to=sys.stderr)) as asked:
+        yield asked
+
+
+def _train_apart(
+    run: RunConfig,
+    starts: Sequence[bytes],
+    results: Sequence[FullModel],
+    places: Sequence[Path | None],
+) -> _TrainedModels:
     """Trains each result from its start, in new processes that load the task from its file."""
     with tempfile.TemporaryDirectory(prefix="fedcore-finetune-") as folder:
         paths = [Path(folder) / f"start-{number}.safetensors" for number in range(len(starts))]
@@ -213,98 +261,19 @@ def _train_apart(run: RunConfig, starts: Sequence[bytes], results: Sequence[Full
             base=str(run.base),
             starts=tuple(map(str, paths)),
             folder=folder,
+            places=tuple(None if place is None else str(place) for place in places),
         )
+        settings = run.finetune
+        begin = partial(launch, processes=settings.processes, max_restarts=settings.max_restarts)
         try:
-            _launch(job, run.finetune.processes)
+            begin(job)
         except TrainingError as error:
             if _UNUSED not in str(error):
                 raise
-            _launch(replace(job, unused=True), run.finetune.processes)
+            begin(replace(job, unused=True))
         for path, result in zip(map(trained, paths), results, strict=True):
             load_checkpoint(path.read_bytes(), result.eval(), where=str(path))
-
-
-def _launch(job: Job, processes: int) -> None:
-    config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
-        rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",  # one machine: no listening to the network
-        start_method="spawn",
-        max_restarts=0,
-        monitor_interval=0.05,
-        signals_to_handle=",".join(number.name for number in _HANDLED),
-        # Output of the processes would mix with the events of `--json`.
-        logs_specs=DefaultLogsSpecs(log_dir=str(Path(job.folder) / "logs"), redirects=Std.ALL),
-    )
-    try:
-        with _quiet(), _signals(), main_script_hidden():
-            elastic_launch(config, work)(job)
-    except ChildFailedError as failure:
-        raise _reason(job, failure) from failure
-    except SignalException as stopped:
-        raise KeyboardInterrupt from stopped
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Silences torchrun's log of failures on standard error."""
-    levels = {name: logging.getLogger(name).level for name in _LOGGERS}
-    for name in _LOGGERS:
-        logging.getLogger(name).setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        for name, level in levels.items():
-            logging.getLogger(name).setLevel(level)
-
-
-@contextmanager
-def _signals() -> Iterator[None]:
-    """Hides Ctrl-C from processes started inside, and restores signal handlers afterwards.
-
-    A terminal interrupts a program together with its children, and each child would print a
-    traceback. Children inherit blocked signals, so SIGINT is blocked here, and a thread that waits
-    for it interrupts the main thread.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread handles signals, in torchrun too
-        return
-    handlers = {number: signal.getsignal(number) for number in _HANDLED}
-    finished = threading.Event()
-
-    def watch() -> None:
-        while signal.sigwait({signal.SIGINT}) and not finished.is_set():
-            interrupt_main()
-
-    blocked = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
-    watcher = threading.Thread(target=watch, daemon=True)
-    watcher.start()
-    try:
-        yield
-    finally:
-        finished.set()
-        signal.pthread_kill(watcher.ident or 0, signal.SIGINT)  # wakes only the watcher
-        watcher.join()
-        for number, handler in handlers.items():
-            signal.signal(number, handler)
-        signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
-
-
-def _reason(job: Job, failure: ChildFailedError) -> FedcoreError:
-    """Returns the error of the first process that failed, as if it had been raised here."""
-    _, first = failure.get_first_failure()
-    ranks = sorted(failure.failures, key=lambda rank: rank != first.local_rank)
-    told = [json.loads(path.read_text()) for path in map(job.error_file, ranks) if path.exists()]
-    if told:
-        said = min(told, key=lambda one: is_consequence(one["message"]))
-        kind: type[FedcoreError] = getattr(errors, said["type"])
-        return kind(said["message"])
-    return TrainingError(
-        f"fine-tuning: process {first.local_rank} ended with exit code {first.exitcode} without "
-        "giving a reason. The federated model is kept; run again, and check for a lack of memory "
-        "if it fails again."
-    )
+        curves = [Curve(job.curve_file(number)) for number in range(len(starts))]
+        notes = job.notes_file.read_text().splitlines() if job.notes_file.exists() else []
+        losses = [curve.losses for curve in curves]
+        return _TrainedModels(results, losses, tuple(dict.fromkeys(notes)))

@@ -2,93 +2,67 @@
 
 from __future__ import annotations
 
-import copy
-import os
 import time
-from collections.abc import Callable
-from typing import Any, cast
+from collections.abc import Callable, Iterable
+from contextlib import ExitStack, closing
+from dataclasses import dataclass, replace
+from itertools import chain, islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parallel import DistributedDataParallel
-from torch.utils.data import DistributedSampler
 
+from fedcore.config.finetune import Finetune
 from fedcore.config.run import RunConfig
-from fedcore.errors import TrainingError
+from fedcore.errors import TrainingDiverged, TrainingError
 from fedcore.observability.words import counted
-from fedcore.seeds import derive, kept_streams
+from fedcore.seeds import derive
 from fedcore.task.definition import Examples, Task, size_of
-from fedcore.training.batches import batches_of, gather
+from fedcore.training.batches import batches_of
 from fedcore.training.distillation import beside_teacher
-from fedcore.training.local import check_loss, clip_gradients, make_optimizer
+from fedcore.training.local import check_loss, clip_gradients, diverged, make_optimizer
 from fedcore.training.lone_rows import least_rows, use_running_statistics
-from server.process.cores import usable_cores
+from server.finetune.control import ALONE, Exchanged, Group, StepLog, make_group
+from server.finetune.curve import Curve
+from server.finetune.loading import Batch, loaded
+from server.finetune.order import Position, rows_of_epoch
+from server.finetune.parallel import compiled, distributed, leaves_unused, synchronised
+from server.finetune.precision import autocast, make_scaler, recomputed
+from server.finetune.rates import rate_of
+from server.finetune.state import TrainingState
 
-_TRIED_STEPS = 3
-
-
-def device_of(rank: int) -> torch.device:
-    """Returns the device of process ``rank``: its own GPU if there are any, else the CPU."""
-    return torch.device("cuda", rank) if torch.cuda.is_available() else torch.device("cpu")
-
-
-def threads_of(world: int) -> int:
-    """Returns the number of threads per process when ``world`` processes share this machine.
-
-    It is ``OMP_NUM_THREADS`` where that is set, and otherwise an equal share of the cores that this
-    process may use: by its affinity, and by the quota of its container. More threads than cores
-    wait for each other in every operation.
-    """
-    asked = os.environ.get("OMP_NUM_THREADS", "").split(",")[0].strip()
-    if asked.isdecimal() and int(asked):
-        return int(asked)
-    return max(1, usable_cores() // world)
+if TYPE_CHECKING:
+    from server.finetune.checkpoints import CheckpointFolder
 
 
-def unknown_failure(rank: int, error: BaseException) -> str:
-    """Returns the message for an unexpected exception, usually from the task's code."""
-    return (
-        f"fine-tuning: process {rank} failed: {type(error).__name__}: {error}. The federated "
-        "model is kept; correct the task, or set finetune.epochs to 0."
-    )
+class NotFinite(Exception):  # control flow of this room: never leaves it
+    """A loss or a weight is not finite, in every process alike."""
 
 
-def is_consequence(message: str) -> bool:
-    """Returns whether a process failed only because it lost the connection to another one.
+@dataclass(frozen=True)
+class Trainer:
+    """One training: what is trained, on what, and by which settings."""
 
-    A process that fails closes its connections before its own error is read, so the error of a
-    process that waited for it can arrive first.
-    """
-    return "gloo/transport" in message or "DistBackendError" in message
-
-
-def leaves_unused(
-    module: nn.Module,
-    loss: Callable[[Any, Tensor], Tensor],
-    examples: Examples,
-    batch_size: int,
-) -> bool:
-    """Returns whether a parameter gets no gradient in one of the first steps; runs a copy.
-
-    DDP needs to know: it waits for every gradient, unless it looks for unused parameters in each
-    step, which takes time. Equal in all processes, as they try the same examples.
-    """
-    count = size_of(examples)
-    try:
-        copied = copy.deepcopy(module).train()
-        trained = [parameter for parameter in copied.parameters() if parameter.requires_grad]
-        device = trained[0].device
-        with kept_streams():
-            for first in range(_TRIED_STEPS):
-                rows = [(first * batch_size + place) % count for place in range(max(2, batch_size))]
-                inputs, targets = gather(examples, rows)
-                torch.autograd.backward(loss(copied(inputs.to(device)), targets.to(device)))
-                if any(parameter.grad is None for parameter in trained):
-                    return True
-                copied.zero_grad(set_to_none=True)
-    except Exception:  # the task's code: training reports it
-        return True
-    return False
+    state: TrainingState
+    parallel: Any
+    """The module that is called; it shares gradients with other processes."""
+    loss_of: Callable[[Any, Tensor], Tensor]
+    examples: Examples
+    settings: Finetune
+    seed: int
+    device: torch.device
+    group: Group
+    batch: int
+    """Examples a step of this process."""
+    least: int
+    """Rows that a step needs."""
+    steps_per_epoch: int
+    end_s: float
+    """When training must have ended, on the monotonic clock."""
+    log: StepLog
+    curve: Curve
+    checkpoints: CheckpointFolder | None
 
 
 def train_start(
@@ -102,16 +76,22 @@ def train_start(
     rank: int = 0,
     world: int = 1,
     unused: bool = False,
+    place: Path | None = None,
+    stop: Callable[[], bool] | None = None,
+    curve: Curve | None = None,
+    note: Callable[[str], None] | None = None,
 ) -> None:
     """Trains a model in place on the cloud's data.
 
     Seeds and advances torch's default generators; the caller saves their state if needed.
 
     Guarantee:
-        Every process ends with equal weights, and the run's seed determines all of their bits.
+        Every process ends with equal weights, and the run's seed determines all of their bits, also
+        when training was interrupted and continued from a checkpoint with as many processes.
 
     Args:
-        model: The model, on ``device``; left in training mode.
+        model: The model, on ``device``; left in training mode, and divided among the processes
+            where it was sharded.
         task: The task whose loss is minimised.
         examples: All training examples; process ``rank`` trains on its share.
         run: ``[finetune]`` and the seed are used.
@@ -121,51 +101,226 @@ def train_start(
         rank: Rank of this process, from 0.
         world: Number of processes; if above 1, their process group must be initialised.
         unused: Whether some step may leave a parameter without a gradient; tried if not known.
+        place: Folder for this training's checkpoints, whose name identifies it; none are written
+            when None.
+        stop: Returns whether training should stop; asked after each step or every few.
+        curve: Receives losses and speed.
+        note: Receives what the memory estimate says, where it decides about sharding.
 
     Raises:
-        TrainingDiverged: the loss is not finite.
+        TrainingDiverged: the loss is not finite; with checkpoints, also at lower learning rates.
         TrainingError: training took longer than ``finetune.timeout_s``.
-        DataError: there is one example for each process, and a layer needs two.
+        DataError: there is one example for each process, and a layer needs two; or a checkpoint is
+            corrupt.
+        DiskFull: a checkpoint could not be written.
+        KeyboardInterrupt: ``stop`` returned True in a process. A checkpoint was written first.
     """
-    settings = run.finetune
-    end = time.monotonic() + settings.timeout_s
+    settings, end_s = run.finetune, time.monotonic() + run.finetune.timeout_s
     torch.manual_seed(derive(run.seed, "fine-tuning", rank))  # for dropout
     trained, loss_of = model, cast(Callable[[Any, Tensor], Tensor], task.loss_of)
     if remember:
         trained, loss_of = beside_teacher(model, model, task.loss_of, task.problem, weight=remember)
-    parallel = trained
-    batch = max(1, settings.batch_size // world)
-    if world > 1:
-        parallel = DistributedDataParallel(
-            trained,
-            device_ids=[device.index] if device.type == "cuda" else None,
-            find_unused_parameters=unused or leaves_unused(trained, loss_of, examples, batch),
-        )
-    optimizer = make_optimizer(model, settings)
-    sampler: DistributedSampler[int] = DistributedSampler(
-        examples, world, rank, seed=derive(run.seed, "fine-tuning order") % 2**31
-    )
-    share = len(sampler)
+    batch, share = max(1, settings.batch_size // world), -(-size_of(examples) // world)
     least = least_rows(trained, loss_of, examples, count=share, batch_size=batch)
-    trained.train()
-    if share < least:
-        use_running_statistics(trained)
-    for epoch in range(settings.epochs):
-        sampler.set_epoch(epoch)
-        total, count = torch.zeros((), device=device), 0
-        for rows in batches_of(torch.tensor(list(sampler)), batch, least=least):
-            if time.monotonic() > end:
-                raise TrainingError(
-                    f"fine-tuning: {epoch} of {counted(settings.epochs, 'epoch')} were completed "
-                    f"within finetune.timeout_s = {settings.timeout_s:g}. The federated model is "
-                    "kept; allow more time, or set fewer epochs."
-                )
-            inputs, targets = gather(examples, rows)
-            optimizer.zero_grad(set_to_none=True)
-            loss = loss_of(parallel(inputs.to(device)), targets.to(device))
-            torch.autograd.backward(loss)  # DDP averages gradients over processes here
-            clip_gradients(model, settings)
-            optimizer.step()
-            total += loss.detach() * len(targets)
-            count += len(targets)
-        check_loss((total / count).item(), epoch=epoch, learning_rate=settings.learning_rate)
+    group = ALONE if world == 1 else make_group(device)
+    with ExitStack() as until_trained:
+        until_trained.enter_context(recomputed(trained, active=settings.activation_checkpointing))
+        parallel = trained
+        if world > 1:
+            unused = unused or leaves_unused(trained, loss_of, examples, batch)
+            parallel = distributed(
+                trained, settings, group, device, unused=unused, note=note or (lambda text: None)
+            )
+        if settings.compile:
+            until_trained.enter_context(compiled(trained))
+        trained.train()
+        if share < least:
+            use_running_statistics(trained)
+        optimizer = make_optimizer(model, settings, fused=settings.fused)
+        trainer = Trainer(
+            state=TrainingState(model, optimizer, make_scaler(settings, device)),
+            parallel=parallel,
+            loss_of=loss_of,
+            examples=examples,
+            settings=settings,
+            seed=run.seed,
+            device=device,
+            group=group,
+            batch=batch,
+            least=least,
+            steps_per_epoch=len(batches_of(torch.arange(share), batch, least=least)),
+            end_s=end_s,
+            log=StepLog(group, stop or (lambda: False)),
+            curve=curve or Curve(),
+            checkpoints=None if place is None else _checkpoints(place, settings, group),
+        )
+        _train(trainer)
+
+
+def _checkpoints(place: Path, settings: Finetune, group: Group) -> CheckpointFolder:
+    from server.finetune.checkpoints import CheckpointFolder  # a second of imports
+
+    every, keep = settings.checkpoint_steps, settings.checkpoint_keep
+    return CheckpointFolder(place, place.name, every, keep, group)
+
+
+def _train(trainer: Trainer) -> None:
+    """Trains from the newest checkpoint to the end, with returns to a checkpoint on the way."""
+    position = Position()
+    if trainer.checkpoints:
+        if found := trainer.checkpoints.newest():
+            position = trainer.checkpoints.load(found, trainer.state)
+        else:
+            trainer.checkpoints.save(trainer.state, position)
+    trainer.curve.rewind(position.step)
+    while position.epoch < trainer.settings.epochs:
+        try:
+            position = _train_epoch(trainer, position)
+        except NotFinite:
+            position = _rolled_back(trainer, position)
+    if trainer.checkpoints and position.step % trainer.checkpoints.every:
+        trainer.checkpoints.save(trainer.state, position)
+
+
+def _train_epoch(trainer: Trainer, position: Position) -> Position:
+    """Trains to the end of an epoch, and returns the beginning of the next one."""
+    group, settings = trainer.group, trainer.settings
+    rows, _ = rows_of_epoch(
+        size_of(trainer.examples),
+        position,
+        seed=trainer.seed,
+        rank=group.rank,
+        world=group.world,
+    )
+    steps = batches_of(rows, trainer.batch, least=trainer.least) if len(rows) else []
+    split = [_parts(trainer, step) for step in steps]
+    total, count = torch.zeros((), device=trainer.device), 0
+    batches = loaded(trainer.examples, chain(*split), trainer.device, ahead=settings.prefetch)
+    with closing(batches):
+        for step, parts in zip(steps, split, strict=True):
+            if time.monotonic() > trainer.end_s:
+                raise _too_late(settings, position.epoch)
+            _set_rate(trainer, position)
+            loss_sum = _take_step(trainer, islice(batches, len(parts)), len(parts), len(step))
+            total, count = total + loss_sum, count + len(step)
+            consumed = position.consumed + len(step) * group.world
+            position = replace(position, consumed=consumed, step=position.step + 1)
+            due = trainer.log.add(loss_sum, len(step))
+            saves = trainer.checkpoints and position.step % trainer.checkpoints.every == 0
+            if due or saves:
+                _exchange(trainer, position)
+            if saves:
+                _save(trainer, position)
+    if not trainer.checkpoints and count:
+        rate = settings.learning_rate
+        check_loss((total / count).item(), epoch=position.epoch, learning_rate=rate)
+    _exchange(trainer, position)
+    return replace(position, epoch=position.epoch + 1, consumed=0)
+
+
+def _parts(trainer: Trainer, rows: Tensor) -> list[Tensor]:
+    """Returns the rows of a step in the parts that are computed one after the other."""
+    size = -(-len(rows) // trainer.settings.accumulate_steps)
+    return batches_of(rows, size, least=trainer.least)
+
+
+def _take_step(trainer: Trainer, batches: Iterable[Batch], parts: int, count: int) -> Tensor:
+    """Takes one step on the examples of this process; returns the sum of their losses.
+
+    Args:
+        trainer: The training.
+        batches: The parts of this process's share of a batch.
+        parts: Number of parts.
+        count: Number of examples in all of them.
+    """
+    settings, state = trainer.settings, trainer.state
+    state.optimizer.zero_grad(set_to_none=True)
+    total = torch.zeros((), device=trainer.device)
+    for number, (inputs, targets) in enumerate(batches, 1):
+        # Processes share the gradients of the whole step, with the last part.
+        with synchronised(trainer.parallel, number == parts):
+            with autocast(settings, trainer.device):
+                loss = trainer.loss_of(trainer.parallel(inputs), targets)
+            objective = loss if parts == 1 else loss * (len(targets) / count)
+            torch.autograd.backward(state.scaler.scale(objective) if state.scaler else objective)
+        total = total + loss.detach() * len(targets)
+    if state.scaler is None:
+        clip_gradients(state.model, settings)
+        state.optimizer.step()
+    else:
+        state.scaler.unscale_(state.optimizer)
+        clip_gradients(state.model, settings)
+        state.scaler.step(state.optimizer)
+        state.scaler.update()
+    return total
+
+
+def _set_rate(trainer: Trainer, position: Position) -> None:
+    rate = rate_of(trainer.settings, position, trainer.steps_per_epoch)
+    for options in trainer.state.optimizer.param_groups:
+        options["lr"] = rate
+
+
+def _exchange(trainer: Trainer, position: Position) -> None:
+    """Shares losses with the other processes, and does what they lead to.
+
+    Raises:
+        NotFinite: a loss isn't finite, and there are checkpoints to return to.
+        KeyboardInterrupt: a process was asked to stop.
+    """
+    told: Exchanged | None = trainer.log.exchange(position.step)
+    if told is None:
+        return
+    if trainer.checkpoints and not told.finite:
+        raise NotFinite
+    if trainer.group.rank == 0:
+        trainer.curve.append(told)
+    if told.stop:
+        if trainer.checkpoints:
+            _save(trainer, position)
+        raise KeyboardInterrupt
+
+
+def _save(trainer: Trainer, position: Position) -> None:
+    """Saves a checkpoint, unless weights aren't finite: then training returns to the last one."""
+    assert trainer.checkpoints is not None
+    parameters = trainer.state.model.parameters()
+    broken = sum(not bool(torch.isfinite(_local(each)).all()) for each in parameters)
+    if trainer.group.total(torch.tensor([float(broken)], dtype=torch.float64)).item():
+        raise NotFinite
+    trainer.checkpoints.save(trainer.state, position)
+    trainer.log.forget()  # the time of saving is not a step's
+
+
+def _local(tensor: Tensor) -> Tensor:
+    return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
+
+
+def _rolled_back(trainer: Trainer, position: Position) -> Position:
+    """Returns to the newest checkpoint with half the learning rate.
+
+    Raises:
+        TrainingDiverged: training has returned ``finetune.max_rollbacks`` times before.
+    """
+    assert trainer.checkpoints is not None
+    rate, most = (
+        trainer.settings.learning_rate * position.rate_scale,
+        trainer.settings.max_rollbacks,
+    )
+    if position.rollbacks >= most:
+        error = diverged(float("nan"), epoch=position.epoch, learning_rate=rate)
+        raise TrainingDiverged(f"fine-tuning: after {counted(most, 'rollback')}: {error}")
+    found = trainer.checkpoints.newest()
+    assert found is not None  # training begins with a checkpoint
+    restored = trainer.checkpoints.load(found, trainer.state)
+    trainer.log.forget()
+    trainer.curve.rewind(restored.step)
+    return replace(restored, rate_scale=position.rate_scale / 2, rollbacks=position.rollbacks + 1)
+
+
+def _too_late(settings: Finetune, epochs: int) -> TrainingError:
+    return TrainingError(
+        f"fine-tuning: {epochs} of {counted(settings.epochs, 'epoch')} were completed within "
+        f"finetune.timeout_s = {settings.timeout_s:g}. The federated model is kept; allow more "
+        "time, or set fewer epochs."
+    )

@@ -25,7 +25,8 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError, TrainingError
 from fedcore.task.definition import Examples, Task
 from fedcore.task.model import FullModel
-from server.finetune.loop import is_consequence, train_start, unknown_failure
+from server.finetune.failures import is_consequence, unknown_failure
+from server.finetune.loop import train_start
 from server.process.parent import die_with_parent
 from server.process.signals import signals_blocked, unblock_signals
 from server.process.spawn import main_script_hidden

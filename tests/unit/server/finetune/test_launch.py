@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import os
 import signal
 import threading
+import time
 from pathlib import Path
 from typing import Any
 
@@ -108,9 +110,11 @@ class Case:
         return fine_tune(self.task, self.run, self.model, self.cloud, judge)
 
 
+@pytest.mark.timeout(900)  # five launches, each of which imports torch twice
 def test_two_processes_do_what_one_does_and_repeat_it_bit_for_bit(tmp_path: Path) -> None:
     two = Case(tmp_path / "two", processes=2).fine_tune()
-    again = Case(tmp_path / "again", processes=2).fine_tune()
+    again = _harmed(tmp_path / "again")
+    assert again.curve == two.curve
     for part in ("candidate", "cloud_alone"):
         bits = {pack(getattr(result, part).model).tobytes() for result in (two, again)}
         assert len(bits) == 1
@@ -143,6 +147,33 @@ def test_two_processes_do_what_one_does_and_repeat_it_bit_for_bit(tmp_path: Path
         single, double = (pack(getattr(result, part).model) for result in (one, two))
         assert np.abs(single - double).max() < 1e-4
         assert np.abs(single - federated).max() > 0.5
+
+
+def _harmed(folder: Path) -> Finetuned:
+    """Fine-tunes with an interrupt first, and in the second call with a process that is killed."""
+    kills = (
+        "mark = __import__('pathlib').Path(__file__).with_name('kill'); "
+        "RANK == '1' and mark.exists() and (mark.unlink(), os.kill(os.getpid(), 9))"
+    )
+    case = Case(folder, loss=kills, processes=2, checkpoints="kept", checkpoint_steps=3)
+    kept = folder / "kept" / "run"
+
+    def interrupt() -> None:
+        while not list(kept.glob("*/step-0000000003")):
+            time.sleep(0.02)
+        os.kill(os.getpid(), signal.SIGTERM)
+
+    watcher = threading.Thread(target=interrupt)
+    watcher.start()
+    with pytest.raises(KeyboardInterrupt):
+        case.fine_tune()
+    watcher.join()
+    assert list(kept.glob("*/step-*"))
+    (folder / "kill").touch()
+    found = case.fine_tune()
+    assert not (folder / "kill").exists()
+    assert not list(kept.iterdir())
+    return found
 
 
 def _aux(width: int) -> str:
@@ -196,7 +227,7 @@ def test_a_loss_that_turns_nan_arrives_as_what_it_is_and_in_silence(
 def test_a_process_that_dies_takes_the_others_with_it(
     tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
-    case = Case(tmp_path, processes=2, loss="if RANK == '1': os._exit(7)")
+    case = Case(tmp_path, processes=2, loss="if RANK == '1': os._exit(7)", max_restarts=1)
     with pytest.raises(TrainingError, match=r"fine-tuning: process \d .*federated model is kept"):
         case.fine_tune()
     assert "Traceback" not in capfd.readouterr().err

@@ -76,11 +76,12 @@ def make_job(folder: Path, *, loss: str = "", starts: int = 1, **settings: Any) 
     for number, path in enumerate(paths):
         start = build_model(task, run.model_copy(update={"seed": number}))
         path.write_bytes(checkpoint_bytes(start))
-    return Job(run.model_dump_json(), str(folder), tuple(map(str, paths)), str(folder))
+    started = tuple(map(str, paths))
+    return Job(run.model_dump_json(), str(folder), started, str(folder), (None,) * starts)
 
 
-def told(job: Job) -> dict[str, str]:
-    said: dict[str, str] = json.loads(job.error_file(0).read_text())
+def told(job: Job) -> dict[str, Any]:
+    said: dict[str, Any] = json.loads(job.error_file(0).read_text())
     return said
 
 
@@ -150,6 +151,7 @@ def test_an_error_of_the_tasks_code_is_told_with_the_way_out(tmp_path: Path) -> 
         "type": "TrainingError",
         "message": "fine-tuning: process 0 failed: OSError: no such disk. The federated model "
         "is kept; correct the task, or set finetune.epochs to 0.",
+        "final": True,
     }
 
 

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from server.finetune.loop import threads_of
+from server.finetune.parallel import threads_of
 from server.process.cores import usable_cores
 
 CORES = len(os.sched_getaffinity(0))

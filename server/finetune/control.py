@@ -1,0 +1,127 @@
+"""What processes of one training tell each other besides gradients: losses, requests to stop."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+_EXCHANGE_S = 0.5
+_MOST_STEPS = 50
+
+
+@dataclass(frozen=True)
+class Group:
+    """A process among those that train together."""
+
+    rank: int = 0
+    world: int = 1
+    control: dist.ProcessGroup | None = None
+    """Group of all processes for tensors on the CPU; None for the default one."""
+
+    def total(self, values: Tensor) -> Tensor:
+        """Returns the sum over processes of a tensor on the CPU."""
+        if self.world > 1:
+            dist.all_reduce(values, group=self.control)
+        return values
+
+    def agreed(self, value: int) -> int:
+        """Returns the number that the first process gives."""
+        told = torch.tensor([value], dtype=torch.int64)
+        if self.world > 1:
+            dist.broadcast(told, src=0, group=self.control)
+        return int(told)
+
+
+ALONE = Group()
+
+
+def make_group(device: torch.device) -> Group:
+    """Returns this process's group, once the default process group is initialised."""
+    control = dist.new_group(backend="gloo") if device.type == "cuda" else None
+    return Group(dist.get_rank(), dist.get_world_size(), control)
+
+
+@dataclass(frozen=True)
+class Exchanged:
+    """What all processes know after an exchange, equal in each of them."""
+
+    first_step: int
+    """The first of the steps that the losses belong to."""
+    losses: tuple[float, ...]
+    """Mean loss of each step over the examples of all processes."""
+    examples: int
+    """Examples of these steps, over all processes."""
+    seconds: float
+    """Time of these steps, the mean over processes."""
+    busy_s: tuple[float, ...]
+    """CPU time of each process in these steps."""
+    stop: bool
+    """Whether any process was asked to stop."""
+
+    @property
+    def finite(self) -> bool:
+        """Whether every loss is finite."""
+        return all(map(math.isfinite, self.losses))
+
+
+@dataclass
+class StepLog:
+    """Collects losses of steps, and shares them with the other processes every half second.
+
+    How often depends on the time that steps take; all processes take the same decision, since they
+    take it on shared figures.
+    """
+
+    group: Group
+    asked: Callable[[], bool]
+    """Whether this process was asked to stop."""
+    _sums: list[Tensor] = field(default_factory=list)
+    _counts: list[int] = field(default_factory=list)
+    _every: int = 1
+    _began_s: float = field(default_factory=time.monotonic)
+    _busy_from_s: float = field(default_factory=time.process_time)
+
+    def add(self, loss_sum: Tensor, count: int) -> bool:
+        """Adds a step's sum of losses; returns whether an exchange is due."""
+        self._sums.append(loss_sum)
+        self._counts.append(count)
+        return len(self._sums) >= self._every
+
+    def exchange(self, step: int) -> Exchanged | None:
+        """Shares what was added since the last exchange; None if that is nothing.
+
+        Args:
+            step: Number of steps taken so far.
+        """
+        number, world = len(self._sums), self.group.world
+        if not number:
+            return None
+        sums = torch.stack(self._sums).to("cpu", torch.float64)  # waits for the device
+        now_s, busy_s = time.monotonic(), time.process_time()
+        values = torch.zeros(2 * number + world + 2, dtype=torch.float64)
+        values[:number], values[number : 2 * number] = sums, torch.tensor(self._counts)
+        values[2 * number + self.group.rank] = busy_s - self._busy_from_s
+        values[-2], values[-1] = now_s - self._began_s, float(self.asked())
+        told = self.group.total(values)
+        seconds = told[-2].item() / world
+        self._every = max(1, min(_MOST_STEPS, round(_EXCHANGE_S * number / max(seconds, 1e-6))))
+        self.forget()
+        return Exchanged(
+            first_step=step - number,
+            losses=tuple((told[:number] / told[number : 2 * number]).tolist()),
+            examples=int(told[number : 2 * number].sum()),
+            seconds=seconds,
+            busy_s=tuple(told[2 * number : 2 * number + world].tolist()),
+            stop=bool(told[-1]),
+        )
+
+    def forget(self) -> None:
+        """Drops what was added since the last exchange."""
+        self._sums, self._counts = [], []
+        self._began_s, self._busy_from_s = time.monotonic(), time.process_time()

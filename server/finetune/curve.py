@@ -1,0 +1,63 @@
+"""The course of a training: losses and speed of its steps, kept in memory or in a file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+from server.finetune.control import Exchanged
+
+
+@dataclass
+class Curve:
+    """What steps have told so far, without those that a return to a checkpoint undid."""
+
+    path: Path | None = None
+    """File that keeps the course, one JSON object a line; None to keep it in memory alone."""
+    tell: Callable[[Exchanged], None] | None = None
+    """Callback for each part of the course."""
+    parts: list[Exchanged] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        if self.path is not None:
+            self.parts = read_parts(self.path)
+
+    @property
+    def losses(self) -> tuple[float, ...]:
+        """Mean loss of each step."""
+        return tuple(loss for part in self.parts for loss in part.losses)
+
+    def append(self, part: Exchanged) -> None:
+        """Adds the steps since the last part."""
+        self.parts.append(part)
+        if self.path is not None:
+            with self.path.open("a") as stream:
+                stream.write(json.dumps(asdict(part)) + "\n")
+        if self.tell is not None:
+            self.tell(part)
+
+    def rewind(self, step: int) -> None:
+        """Keeps the course up to ``step``, from which training continues."""
+        self.parts = [part for part in self.parts if part.first_step + len(part.losses) <= step]
+        if self.path is not None:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+            lines = [json.dumps(asdict(part)) + "\n" for part in self.parts]
+            self.path.write_text("".join(lines))
+
+
+def read_parts(path: Path, offset: int = 0) -> list[Exchanged]:
+    """Returns the complete lines of a course's file, from line ``offset``."""
+    if not path.is_file():
+        return []
+    lines = path.read_text().split("\n")[offset:-1]  # the last line may be incomplete
+    found = []
+    for line in lines:
+        try:
+            read = json.loads(line)
+        except ValueError:
+            continue  # a process was killed while it wrote this line
+        lists = {name: tuple(value) for name, value in read.items() if isinstance(value, list)}
+        found.append(Exchanged(**(read | lists)))
+    return found
