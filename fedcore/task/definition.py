@@ -72,7 +72,8 @@ class Task:
     ``sequence``: outputs ``(B, T, C)``, targets ``(B, T)`` of class numbers, -100 for none.
     Or an object of your own subclass of `fedcore.Kind`."""
     model: Callable[[], nn.Module]
-    """Builds the model; initial weights come from torch's default generator, which is seeded."""
+    """Builds the model; initial weights come from torch's default generator, which is seeded. Where
+    it gives an object or a dict with ``logits``, or a tuple, those or its first entry count."""
     clients: Callable[[Folder], Sequence[str]]
     """Returns the names of all clients. Only a simulation calls it."""
     client_data: Callable[[str, Folder], Examples]

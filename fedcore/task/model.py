@@ -17,6 +17,7 @@ from fedcore.errors import DataError, InsufficientMemory, InvalidUpdate, TaskErr
 from fedcore.files import read_bytes
 from fedcore.observability.foreign import foreign
 from fedcore.seeds import global_streams
+from fedcore.task.answers import new_model
 from fedcore.task.definition import Task
 from fedcore.training.memory import memory_errors
 from fedcore.updates.local import mark_local
@@ -67,7 +68,7 @@ def build_model(task: Task, run: RunConfig) -> FullModel:
             memory_errors(f"task {task.name!r}: building the model"),
             global_streams(run.seed, "initial weights"),
         ):
-            model = task.model()
+            model = new_model(task)
             preprocess = task.preprocess() if task.preprocess else nn.Identity()
     except InsufficientMemory:
         raise

@@ -23,6 +23,7 @@ from fedcore.config.run import ClientConfig
 from fedcore.errors import PrivacyError
 from fedcore.privacy.planning import PrivatePlan, expected_batch_size
 from fedcore.seeds import Randomness
+from fedcore.task.answers import new_model
 from fedcore.task.definition import Examples, Loss, Task
 from fedcore.task.kinds.registry import KindName
 from fedcore.task.model import FullModel
@@ -95,7 +96,7 @@ def release(
     inputs = torch.diag(torch.from_numpy(included).to(torch.float32) * size)
     examples = cast(Examples, TensorDataset(inputs, torch.zeros(canaries)))
     task = canary_task(canaries)
-    model = FullModel(nn.Identity(), task.model())
+    model = FullModel(nn.Identity(), new_model(task))
     train(task, model, examples, _SETTINGS)
     moved = cast(nn.Linear, model.model).weight.detach().double().flatten().numpy()
     if not np.isfinite(moved).all():

@@ -23,6 +23,7 @@ from fedcore.config.run import ClientConfig
 from fedcore.privacy.accounting import Charge
 from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import Randomness, global_streams, torch_rng
+from fedcore.task.answers import new_model
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
 from fedcore.training.local import train
@@ -94,7 +95,7 @@ def _attack(
 ) -> Picture:
     task = _task(image.numel())
     with global_streams(seed, "inversion model", label):
-        start = FullModel(nn.Identity(), task.model())
+        start = FullModel(nn.Identity(), new_model(task))
     examples: Any = TensorDataset(image.reshape(1, -1), torch.tensor([label]))
     plain, private = copy.deepcopy(start), copy.deepcopy(start)
     order = torch_rng(seed, "order")

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fedcore.task.answers import answer_of
 from fedcore.task.kinds.protocol import Kind, OutputForm
 
 _SHAPES = (
@@ -45,6 +46,8 @@ class Probed:
     """The operation that gives the outputs, if it turns logits into probabilities; else empty."""
     choices: bool
     """Whether outputs are choices that were made already: whole numbers, not all of them 0."""
+    wrapped: bool = False
+    """Whether the model gives them in an object, a dict or a tuple."""
 
 
 def probe(preprocess: nn.Module, model: nn.Module, inputs: Tensor) -> Probed | None:
@@ -61,13 +64,18 @@ def probe(preprocess: nn.Module, model: nn.Module, inputs: Tensor) -> Probed | N
     with torch.no_grad():
         inputs = preprocess.eval()(inputs)
     with torch.enable_grad():
-        found = model.eval()(inputs)
+        given = model.eval()(inputs)
+    found = answer_of(given)
     if not isinstance(found, Tensor) or found.shape[:1] != inputs.shape[:1]:
         return None
     values = found.detach()
     choices = not values.is_floating_point() or _are_whole(values)
     return Probed(
-        OutputForm(values.shape[1:], values.dtype), found.requires_grad, _ending(found), choices
+        OutputForm(values.shape[1:], values.dtype),
+        found.requires_grad,
+        _ending(found),
+        choices,
+        wrapped=found is not given,
     )
 
 
