@@ -1,4 +1,4 @@
-"""The commands ``fedcore device update | infer | status | bench``, for a device's owner."""
+"""The commands ``fedcore device infer | generate | status | bench``, for a device's owner."""
 
 from __future__ import annotations
 
@@ -15,6 +15,7 @@ from edge_client.inference.confined import MAX_RUNS, predict
 from edge_client.inference.inputs import read_text
 from edge_client.inference.named import parse_any
 from edge_client.installed import TIMED_RUNS, InstalledModel, list_models, time_model
+from edge_client.model import EdgeModel
 from edge_client.options import (
     limits_of,
     limits_options,
@@ -61,6 +62,62 @@ def _infer(options: argparse.Namespace) -> int:
     lines = (answer_lines if options.json else answers)(version.manifest, outputs)
     for line in lines:
         say(line)
+    return 0
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    store_option(parser)
+    model_option(parser)
+    limits_options(parser)
+    parser.add_argument(
+        "--prompt",
+        required=True,
+        metavar="TEXT",
+        help="text of the model's labels, or token numbers with commas, e.g. --prompt 'To be'",
+    )
+    parser.add_argument(
+        "--tokens",
+        type=_count,
+        default=200,
+        metavar="N",
+        help="tokens to generate, e.g. --tokens 500 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=1.0,
+        metavar="T",
+        help="0 takes the most likely token, e.g. --temperature 0.8 (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--top-k",
+        type=_count,
+        metavar="K",
+        help="draw from the K most likely tokens, e.g. --top-k 10 (default: from all)",
+    )
+    parser.add_argument(
+        "--seed", type=int, metavar="N", help="equal seeds give equal tokens, e.g. --seed 1"
+    )
+
+
+def _generate(options: argparse.Namespace) -> int:
+    model = EdgeModel(_serving(options.store, options.model), limits=limits_of(options))
+    numbers = options.prompt.split(",")
+    by_number = not model.labels and all(each.strip().isdecimal() for each in numbers)
+    found = model.generate(
+        [int(each) for each in numbers] if by_number else options.prompt,
+        tokens=options.tokens,
+        temperature=options.temperature,
+        top_k=options.top_k,
+        seed=options.seed,
+    )
+    if options.json:
+        tokens = list(found)
+        labels = [model.labels[each] for each in tokens] if model.labels else None
+        return show(options, "", {"tokens": tokens, "labels": labels})
+    for token in found:
+        say(model.labels[token] if model.labels else f"{token} ", end="", flush=True)
+    say()
     return 0
 
 
@@ -146,6 +203,12 @@ device = group(
             _infer_arguments,
             _infer,
             "fedcore device infer --store store --model digits --input x.json",
+        ),
+        "generate": Command(
+            "Continue a text or a sequence of tokens with the installed model.",
+            _generate_arguments,
+            _generate,
+            "fedcore device generate --store store --model plays --prompt 'To be' --top-k 10",
         ),
         "status": Command(
             "Show which versions serve, and whether they are intact.",

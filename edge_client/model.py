@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import islice
 from os import PathLike
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,7 @@ from edge_client.delivery.update import UpdateResult, update
 from edge_client.inference.answers import LABELLED, label_sets, labels
 from edge_client.inference.direct import RowCall
 from edge_client.inference.engine import Engine
+from edge_client.inference.generate import Sampling, generated, prompt_tokens
 from edge_client.inference.inputs import as_batch
 from edge_client.inference.named import packed
 from edge_client.inference.process import ModelLimits
@@ -187,6 +189,46 @@ class EdgeModel:
             return sets[0] if alone else sets
         found = labels(self.manifest, outputs)
         return found[0] if alone else found
+
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        *,
+        tokens: int = 100,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        seed: int | None = None,
+    ) -> Iterator[int]:
+        """Continues a sequence of tokens, and yields each as soon as it is drawn.
+
+        Each token is one inference of the model's whole window; there is no cache of keys and
+        values between them.
+
+        Args:
+            prompt: At least one token; of a longer prompt the model sees the last ones. Text, for a
+                model whose labels are single characters.
+            tokens: Number of tokens to yield.
+            temperature: Divides the logits, >= 0: higher is more surprising, 0 always takes the
+                most likely token.
+            top_k: Draws from this many of the most likely tokens alone; from all when None.
+            seed: Equal seeds give equal tokens on one machine; drawn anew when None.
+
+        Raises:
+            DataError: the prompt is empty or has tokens without a label, or ``temperature`` or
+                ``top_k`` is out of range.
+            DeviceError: the model does not give the next token, or cannot be run (see `predict`),
+                for example because it does not know a token.
+            LimitExceeded: the model exceeded its limits on time or memory.
+            ResourceError: no process could be started.
+        """
+        if self.manifest.presents != "tokens" or len(self.manifest.input_shape) != 1:
+            raise self._without("next token")
+        first = prompt_tokens(prompt, self.labels)
+        sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
+        window, dtype = self.manifest.input_shape[0], self.manifest.input_dtype
+        return islice(
+            generated(self.predict, first, sampling, window=window, dtype=dtype), max(0, tokens)
+        )
 
     def _rows(self, row: RowCall, x: Inputs) -> FloatArray | None:
         """Answers a batch in the model's own form; None for anything else."""

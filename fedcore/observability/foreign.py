@@ -88,15 +88,18 @@ def paragraph(text: str) -> str:
     return f"{line[:_HEAD]}... ({len(text)} characters) ...{line[-_TAIL:]}"
 
 
-def say(text: object = "", *, to: TextIO | None = None, flush: bool = False) -> None:
+def say(
+    text: object = "", *, to: TextIO | None = None, flush: bool = False, end: str = "\n"
+) -> None:
     """Prints lines of text for a person or a program; all terminal output uses this function.
 
     Args:
         text: Keeps its line ends and tabs; other unprintable characters are escaped.
         to: Standard output when None.
         flush: Whether a reader receives it at once.
+        end: What follows the text; empty to go on in the same line.
     """
-    print(printable(_text(text)), file=sys.stdout if to is None else to, flush=flush)
+    print(printable(_text(text)), file=sys.stdout if to is None else to, flush=flush, end=end)
 
 
 def _text(value: object) -> str:
