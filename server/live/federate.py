@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import asdict
+from functools import partial
 
 from flwr.serverapp import Grid
 
@@ -13,6 +14,7 @@ from fedcore.observability.events import Noted, RoundFinished
 from fedcore.task.model import checkpoint_bytes
 from server.finetune.in_rounds import tuner_of
 from server.live.deployment import LiveRun
+from server.live.evaluate import EvaluateOnDevices
 from server.live.network.members import Members
 from server.live.rounds.journaled import REJOIN_S, JournalCheckpointer, JournalGrid
 from server.records import RoundRecord
@@ -59,6 +61,8 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         on_note=lambda text: live.emit(Noted(text)),
     )
     cloud = live.inputs.take_cloud()
+    evaluate = EvaluateOnDevices(live, members, peers, grid)
+    between = partial(live.control.evaluations.run_pending, evaluate)
     app = server_app(
         live.inputs.task,
         run,
@@ -70,7 +74,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
             on_end=keep,
             on_wait=live.waiting,
         ),
-        checkpointer=live.control.steered(checkpointer),
+        checkpointer=live.control.steered(checkpointer, between),
         start=journal.start,
         peers=peers,
         awaited=lambda: members.count(drained=live.control.drained),

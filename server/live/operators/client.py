@@ -40,8 +40,9 @@ def ask_local(folder: Path, request: dict[str, Any]) -> dict[str, Any]:
     """
     path = folder / SOCKET
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
-        # A backup waits for the end of the current round.
-        connection.settimeout(None if request["verb"] == "backup" else _TIMEOUT_S)
+        # A backup and an evaluation wait for the end of the current round.
+        waits = request["verb"] in ("backup", "evaluate")
+        connection.settimeout(None if waits else _TIMEOUT_S)
         try:
             check_server_folder(folder)
             with reachable(path) as short:

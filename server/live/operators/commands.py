@@ -126,6 +126,21 @@ def _backup(options: argparse.Namespace) -> int:
     return show(options, text, asdict(done))
 
 
+def _evaluate_arguments(parser: argparse.ArgumentParser) -> None:
+    _where(parser)
+    parser.add_argument(
+        "model",
+        type=Path,
+        metavar="MODEL",
+        help="checkpoint of the run's model, e.g. runs/churn/global.safetensors",
+    )
+
+
+def _evaluate(options: argparse.Namespace) -> int:
+    done = _client(options).evaluate(options.model)
+    return show(options, f"{done.text}\n\nKept in {done.file}", asdict(done))
+
+
 OPERATOR_VERBS = {
     "status": Command(
         "Show the state of a running server.",
@@ -169,6 +184,13 @@ OPERATOR_VERBS = {
         _drain_arguments,
         _drain,
         "fedcore server drain edge-017",
+    ),
+    "evaluate": Command(
+        "Have the connected devices evaluate a model on the data that they hold back, between two "
+        "rounds.",
+        _evaluate_arguments,
+        _evaluate,
+        "fedcore server evaluate runs/churn/global.safetensors",
     ),
     "backup": Command(
         "Write the run's folder to one file, between two rounds.",

@@ -21,6 +21,7 @@ from fedcore.observability.events import Event
 from server.live.network.serve import Listening
 from server.live.operators.backup import back_up, check_place, check_wanted
 from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
+from server.live.operators.evaluations import PendingEvaluations
 from server.live.operators.protocol import READING, OperatorRequest, Requester, named, parse_request
 from server.live.operators.recent_events import RecentEvents
 from server.live.operators.status import devices_answer, status_answer
@@ -83,6 +84,7 @@ class Control:
         """Threads for `answer`; separate, so that waiting operators do not block devices."""
         self._started = time.monotonic()
         self._drained = read_drained(identity)
+        self.evaluations = PendingEvaluations()
         self._site: _Site | None = None
 
     @property
@@ -133,11 +135,12 @@ class Control:
         site.audit.record(by="server", action="end", outcome="done", run=name, round=last)
         site.audit.close()
 
-    def steered(self, checkpointer: RoundCheckpointer) -> RoundCheckpointer:
-        """Wraps ``checkpointer`` so that it pauses or stops between rounds on request."""
-        return SteeredCheckpointer(
-            checkpointer, self._block_while_paused, self.allow_requests_while_waiting
-        )
+    def steered(
+        self, checkpointer: RoundCheckpointer, between: Callable[[], None] = lambda: None
+    ) -> RoundCheckpointer:
+        """Wraps ``checkpointer`` so that it pauses or stops on request, and calls ``between``."""
+        waiting = self.allow_requests_while_waiting
+        return SteeredCheckpointer(checkpointer, self._block_while_paused, waiting, between)
 
     def allow_requests_while_waiting(self) -> None:
         """Lets a stop or a backup proceed; called repeatedly while a round waits for devices.
@@ -200,7 +203,7 @@ class Control:
         except FedcoreError as error:
             record(f"refused: {error}")
             raise
-        if request.verb == "backup":
+        if request.verb in ("backup", "evaluate"):
             record("done")
         return answer
 
@@ -249,10 +252,11 @@ class Control:
             return self._drain(request, site.roster, listening)
         if self._state == "ended":
             raise ConfigError(f"{self._run.name}: the run has ended. Nothing was done.")
-        if request.verb == "pause":
-            return lambda: self._set(pause=True, stop=self._stop)
-        if request.verb == "resume":
-            return lambda: self._set(pause=False, stop=self._stop)
+        if request.verb == "evaluate":
+            state = self._described
+            return self.evaluations.act(self._run, request, sender, state, disconnected)
+        if request.verb in ("pause", "resume"):
+            return lambda: self._set(pause=request.verb == "pause", stop=self._stop)
 
         def stop() -> dict[str, Any]:
             if self._state == "waiting":  # no round has begun that would check for a stop
@@ -368,22 +372,23 @@ class Control:
         if self._stop:
             raise ServerStopped("an operator stopped the run")
 
-    def _block_while_paused(self, progress: Progress) -> None:
-        """Blocks while the run is paused or a backup is taken.
+    def _block_while_paused(self, progress: Progress, between: Callable[[], None]) -> None:
+        """Blocks while the run is paused or a backup is taken; calls ``between`` repeatedly.
 
         Raises:
             Stopped: an operator stopped the run, or the server stops.
         """
-        with self._changed:
-            if progress.over:
-                self._show("finishing")
-                return
-            while self._hold or (self._pause and not self._stop):
+        while True:
+            between()
+            with self._changed:
+                if progress.over:
+                    return self._show("finishing")
+                if not (self._hold or (self._pause and not self._stop)):
+                    self._check_stopped()
+                    return self._show("running")
                 self._show("paused")
                 self._changed.wait(_POLL_S)
                 self._check_stopped()
-            self._check_stopped()
-            self._show("running")
 
     def _show(self, state: _State) -> None:
         if self._state != state:

@@ -16,7 +16,9 @@ from fedcore.observability.faults import first_fault
 
 MAX_REQUEST_BYTES = 4096
 
-Verb = Literal["status", "rounds", "devices", "pause", "resume", "stop", "drain", "backup"]
+Verb = Literal[
+    "status", "rounds", "devices", "pause", "resume", "stop", "drain", "backup", "evaluate"
+]
 READING: frozenset[Verb] = frozenset({"status", "rounds", "devices"})
 """Read-only verbs, which viewers may use, too."""
 
@@ -30,7 +32,7 @@ class OperatorRequest(Section):
     undo: bool = False
     """Whether to select a drained device again."""
     file: str | None = None
-    """Absolute path of the backup, on the server's machine."""
+    """Absolute path, on the server's machine, of the backup to write or the model to evaluate."""
 
 
 @dataclass(frozen=True)

@@ -111,6 +111,19 @@ class DeviceStatus:
 
 
 @dataclass(frozen=True)
+class EvaluatedOnDevices:
+    """What connected devices measured of a model."""
+
+    evaluation: dict[str, Any]
+    """Metrics, their spread over devices, the worst devices, and values by device, as in the JSON
+    of ``fedcore evaluate``; ``after_round`` is the round after which they were measured."""
+    text: str
+    """The same as a table."""
+    file: str
+    """The file on the server that keeps it."""
+
+
+@dataclass(frozen=True)
 class RunState:
     """A run and its state, after an operator's request."""
 
@@ -202,6 +215,23 @@ class ServerClient:
             FedcoreError: the backup failed, or the request cannot be sent, see `status`.
         """
         return self._read(BackedUp, self.ask("backup", file=str(Path(file).absolute())))
+
+    def evaluate(self, model: Place) -> EvaluatedOnDevices:
+        """Has the connected devices evaluate a model on the data that they hold back.
+
+        It waits for the end of the round that is under way. Works on the server's own machine only.
+
+        Args:
+            model: A checkpoint of the run's model, such as ``global.safetensors``.
+
+        Raises:
+            ConfigError: the run's devices hold no data back, or this is not the server's machine.
+            DataError: the file is no checkpoint of the run's model.
+            RoundFailed: no device evaluated it.
+            FedcoreError: the rounds ended meanwhile, or the request cannot be sent, see `status`.
+        """
+        answer = self.ask("evaluate", file=str(Path(model).absolute()))
+        return self._read(EvaluatedOnDevices, answer)
 
     def ask(self, verb: Verb, **fields: Any) -> dict[str, Any]:
         """Sends a request, and returns the server's answer as it is in JSON.

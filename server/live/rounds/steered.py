@@ -19,16 +19,19 @@ class SteeredCheckpointer:
 
     checkpointer: RoundCheckpointer
     """Checkpointer that all calls are forwarded to."""
-    block_while_paused: Callable[[Progress], None]
-    """Called between rounds; blocks while the run is paused or a backup is taken."""
+    block_while_paused: Callable[[Progress, Callable[[], None]], None]
+    """Called between rounds; blocks while the run is paused or a backup is taken. Meanwhile, and
+    before it returns, it calls its second argument."""
     allow_requests_while_waiting: Callable[[], None]
     """Called before each further attempt of a round that has found too few devices."""
+    between: Callable[[], None] = lambda: None
+    """Carries out what operators want done between rounds."""
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         self.checkpointer.commit(progress, record)
 
     def wait_if_paused(self, progress: Progress) -> None:
-        self.block_while_paused(progress)
+        self.block_while_paused(progress, self.between)
 
     def stops_after(self, progress: Progress) -> bool:
         return self.checkpointer.stops_after(progress)

@@ -10,7 +10,6 @@ import socket
 import subprocess
 import sys
 import tarfile
-import time
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +18,8 @@ import pytest
 
 from fedcore.crypto.kit import client_context
 from fedcore.errors import ConfigError, DataError, ResourceError, TrustError
+from fedcore.task.definition import load_task
+from fedcore.task.model import build_model, checkpoint_bytes
 from server.live.operators.client import OPERATE, SOCKET, ask_local, ask_remote, reachable
 from server.live.operators.protocol import MAX_REQUEST_BYTES
 from server.operator_log import verify_audit
@@ -48,7 +49,8 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
     names = ("edge-0", "edge-1", "edge-2")
     for name in names:
         project.device(name)
-    server = launch_server("federation.rounds=100000", "federation.cohort=2")
+    held_back = ("federation.holdout=0.3", "federation.evaluate_cohort=1")
+    server = launch_server("federation.rounds=100000", "federation.cohort=2", *held_back)
     for name in names:
         launch_device(name)
     wait_for(lambda: status(project)["round"] >= 2 and status(project)["devices"]["there"] == 3, 60)
@@ -64,7 +66,16 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
     with tarfile.open(backup) as tar:
         assert "trial/run.json" in tar.getnames()
         assert len(tar.getnames()) == done["files"]
-    time.sleep(0.5)
+    model = project.root / "model.safetensors"
+    model.write_bytes(checkpoint_bytes(build_model(load_task(project.task), project.run())))
+    found = ask_local(folder, {"verb": "evaluate", "file": str(model)})
+    by_device = found["evaluation"]["by_client"]
+    assert [one["client"] for one in by_device] == [*names]
+    assert all(0 <= one["metrics"]["accuracy"] <= 1 for one in by_device)
+    assert (found["evaluation"]["clients_known"], found["evaluation"]["after_round"]) == (3, number)
+    assert json.loads(Path(found["file"]).read_text()) == found["evaluation"]
+    with pytest.raises(DataError, match=r"b\.tar"):
+        ask_local(folder, {"verb": "evaluate", "file": str(backup)})
     assert status(project)["round"] == number, "a paused run began a round"
     assert ask_local(folder, {"verb": "resume"})["state"] == "running"
     wait_for(lambda: status(project)["round"] > number)
@@ -103,6 +114,10 @@ def test_a_run_is_watched_paused_drained_backed_up_and_stopped(
         ("pause", "accepted"),
         ("backup", "accepted"),
         ("backup", "done"),
+        ("evaluate", "accepted"),
+        ("evaluate", "done"),
+        ("evaluate", "accepted"),
+        ("evaluate", "refused"),
         ("resume", "accepted"),
         ("drain", "accepted"),
         ("drain", "refused"),
