@@ -21,7 +21,8 @@ from fedcore.files import write_json
 from server.compression.export import export_with_scopes
 from server.compression.quantise import int8_static
 from server.compression.runtime import answer, open_session
-from server.release.publish import Draft, initialise, publish
+from server.release.draft import Draft
+from server.release.publish import initialise, publish
 
 
 @dataclass(frozen=True)

@@ -373,6 +373,7 @@ def update_model(
             threads=threads,
             limits=limits,
             respect=() if again else ("returned",),
+            identity=place.identity(),
         )
 
 

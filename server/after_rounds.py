@@ -42,6 +42,7 @@ from server.records import (
     RunRecord,
     TrainingRecord,
 )
+from server.release.draft import Origin, aim_of
 from server.release.final_details import details_of
 from server.release.final_test import (
     FinalTest,
@@ -53,7 +54,7 @@ from server.release.final_test import (
     statement_of,
     untrained_layers,
 )
-from server.release.publish import Origin, publish
+from server.release.publish import publish
 from server.report.folder import GLOBAL_MODEL
 from server.report.settings import shown_settings
 from server.report.summary import MODELS
@@ -270,7 +271,10 @@ def _released(
     with story.stage("release") as said:
         try:
             manifest = steps.publish(
-                draft_of(run.model_name, task, origin, compressed, tested),
+                replace(
+                    draft_of(run.model_name, task, origin, compressed, tested),
+                    canary=aim_of(run.release),
+                ),
                 repository=run.path(run.release.repository),
                 keys=run.path(run.release.keys),
                 created=datetime.now(UTC),

@@ -13,7 +13,7 @@ from fedcore.privacy.evaluation_noise import evaluation_charge
 from fedcore.privacy.ledger import Ledger
 from fedcore.task.model import MAX_CHECKPOINT_BYTES
 from server.records import ClientRecord, epsilon_spent
-from server.release.publish import Origin
+from server.release.draft import Origin
 from server.report.folder import config_json
 from server.rounds.app import Outcome
 from server.rounds.client_privacy.mechanism import statement

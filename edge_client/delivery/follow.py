@@ -136,6 +136,7 @@ def look(following: Following, state: AgentState) -> bool:
                         threads=following.threads,
                         limits=following.limits,
                         respect=("returned", "refused"),
+                        identity=following.place.identity(),
                     )
                 except (ConfigError, RepositoryUnreachable):
                     raise

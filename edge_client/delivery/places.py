@@ -11,6 +11,9 @@ from typing import TYPE_CHECKING
 
 from edge_client.delivery.https import https_source, is_url
 from edge_client.delivery.source import Source, folder_source
+from fedcore.artifacts.rollout import DeviceIdentity
+from fedcore.crypto.keys import fingerprint
+from fedcore.crypto.kit import load_kit
 from fedcore.errors import ConfigError
 from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
 
@@ -27,7 +30,7 @@ class ReleasePlace:
     server: str | None = None
     """``HOST`` or ``HOST:PORT`` of the project's server."""
     kit: Path | None = None
-    """The folder of this device's kit, for ``server``."""
+    """The folder of this device's kit: for ``server``, and to take part in trials."""
 
     def check(self) -> None:
         """Checks that it names one place.
@@ -40,11 +43,23 @@ class ReleasePlace:
                 "device: expected --repository, or --server with --kit, and not both. Nothing was "
                 "fetched; name the one place to get releases from."
             )
-        if (self.kit is None) != (self.server is None):
+        if self.kit is None and self.server is not None:
             raise ConfigError(
-                "device: --server and --kit belong together: the kit is the identity with which "
-                "this device connects to its server. Nothing was fetched; give both."
+                "device: --server needs --kit: the kit is the identity with which this device "
+                "connects to its server. Nothing was fetched; give both."
             )
+
+    def identity(self) -> DeviceIdentity | None:
+        """Returns the identity by which this device belongs to a channel; None without a kit.
+
+        Raises:
+            DataError: the kit is missing or unreadable.
+            CertificateRefused: the kit is not valid.
+        """
+        if self.kit is None:
+            return None
+        kit = load_kit(self.kit)
+        return DeviceIdentity(kit.name, fingerprint(kit.public))
 
 
 @contextmanager

@@ -6,8 +6,7 @@ models: a device whose models were wiped still refuses older releases. Start wit
 
 from __future__ import annotations
 
-import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -15,7 +14,6 @@ from pathlib import Path
 
 from tuf.api import exceptions as tuf
 from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-export
-    Metadata,
     Root,
     TargetFile,
     Timestamp,
@@ -26,6 +24,7 @@ from tuf.ngclient import (  # type: ignore[attr-defined]  # implicit re-export
     UpdaterConfig,
 )
 
+from edge_client.delivery.cache import cached_timestamp, check_cache, make_durable
 from edge_client.delivery.clock import (
     ClockReading,
     floor_after,
@@ -39,20 +38,16 @@ from edge_client.delivery.floor import read_versions, write_versions
 from edge_client.delivery.roots import Anchor, check_awaited, pin, rotated
 from edge_client.delivery.source import Source
 from fedcore.artifacts.manifest import MAX_MANIFEST_BYTES, FileEntry, Manifest, parse_manifest
+from fedcore.artifacts.rollout import Canary, rollout_of
 from fedcore.artifacts.statements import EPOCHS, MAX_EPOCHS_BYTES, Epochs, moment_of, parse_epochs
 from fedcore.errors import DataError, DigestMismatch, RollbackRefused, SignatureInvalid, TrustError
-from fedcore.files import disk_errors, open_regular, read_bytes, sync_folder
+from fedcore.files import disk_errors, sync_folder
 from fedcore.observability.foreign import foreign
 
 _AFTER = "Nothing was installed; the previous version keeps serving."
 _SET_CLOCK = "Set the clock; NTP keeps it correct (timedatectl set-ntp true)."
 _MAX_ROOTS = 100_000
 """Most root rotations that one update follows; each is signed by the keys before it."""
-
-
-_METADATA = "metadata that this device has verified"
-_REMOVE = f"{_AFTER} Remove it and run again; the signed metadata is then fetched again."
-_MAX_CACHED_BYTES = 16_384  # bytes: what python-tuf's updater allows a timestamp
 
 
 @dataclass(frozen=True)
@@ -67,10 +62,18 @@ class Offer:
     """Epoch of the model's versions, signed with the offline keys."""
     clock: str | None
     """What is wrong with this device's clock; None if no fault is known."""
+    canary: int | None = None
+    """The version that is on trial on some devices; None if none is."""
 
 
 def current_offer(
-    source: Source, *, trust: Path, start: Anchor, model: str, now: datetime
+    source: Source,
+    *,
+    trust: Path,
+    start: Anchor,
+    model: str,
+    now: datetime,
+    chooses: Callable[[Canary], bool] = lambda canary: False,
 ) -> Offer:
     """Reads and verifies the current release of a model in a repository.
 
@@ -85,6 +88,7 @@ def current_offer(
         start: The trusted root; the newest root in its chain is pinned.
         model: The model's name, valid as `fedcore.config.run.Name`.
         now: Reading of the device's clock. Expiry is judged by it, or by the time floor if later.
+        chooses: Returns whether this device takes part in a trial, as the signed metadata says.
 
     Raises:
         SignatureInvalid: the metadata is signed with other keys, or has expired. The message
@@ -97,8 +101,8 @@ def current_offer(
         DiskFull: there was no room.
     """
     metadata = trust / "metadata"
-    _check_cache(metadata)
-    cached, floor = _cached_timestamp(metadata), read_floor(trust)
+    check_cache(metadata)
+    cached, floor = cached_timestamp(metadata), read_floor(trust)
     if floor.until is None and cached is not None:  # verified by a version without a time floor
         floor = floor.model_copy(update={"until": cached.expires})
     view = _View(metadata, ClockReading(now, floor), cached.version if cached else None)
@@ -109,7 +113,7 @@ def current_offer(
         pointer = f"models/{model}/release.json"
         info = updater.get_targetinfo(pointer)
         check_awaited(start, trust)
-        _make_durable(metadata)
+        make_durable(metadata)
         if start.pinned and seen.metadata != updater.versions:
             write_versions(trust, seen.with_metadata(updater.versions))
         if info is None:
@@ -117,6 +121,9 @@ def current_offer(
                 f"model {model!r}: this repository contains no model of that name. {_AFTER} "
                 "Check --model."
             )
+        canary = rollout_of(info.custom).canary
+        if canary is not None and chooses(canary):
+            info = _canary_info(updater, model, canary)
         raw = _read_target(source, info, MAX_MANIFEST_BYTES, "the manifest")
         manifest = parse_manifest(raw)
         locations = {
@@ -136,7 +143,8 @@ def current_offer(
         write_versions(trust, seen.with_metadata(updater.versions))
         pin(trust, start, updater.root.version, metadata / "root_history")
     said = ClockReading(now, known.model_copy(update={"latest": judged.floor.latest}))
-    return Offer(manifest, raw, locations, epoch, said.clock_warning())
+    on_trial = canary.version if canary is not None else None
+    return Offer(manifest, raw, locations, epoch, said.clock_warning(), on_trial)
 
 
 class _Updater(Updater):
@@ -322,25 +330,12 @@ def _epochs(source: Source, updater: Updater) -> Epochs:
     return parse_epochs(_read_target(source, info, MAX_EPOCHS_BYTES, "the list of epochs"))
 
 
-def _check_cache(metadata: Path) -> None:
-    """Checks that the folder which python-tuf reads contains only files and folders.
-
-    Raises:
-        DataError: it contains something else, such as a pipe, on which python-tuf would hang.
-    """
-    for path in (metadata, *metadata.rglob("*")):
-        if path.exists() and not (path.is_dir() or path.is_file()):
-            os.close(open_regular(path, what=_METADATA, otherwise=_REMOVE))
-
-
-def _cached_timestamp(metadata: Path) -> Timestamp | None:
-    """Returns the newest verified timestamp; None if the file is missing or unreadable."""
-    try:
-        raw = read_bytes(metadata / "timestamp.json", max_bytes=_MAX_CACHED_BYTES, what="it")
-        cached: Metadata[Timestamp] = Metadata.from_bytes(raw)
-    except (DataError, tuf.RepositoryError, ValueError):
-        return None
-    return cached.signed if isinstance(cached.signed, Timestamp) else None
+def _canary_info(updater: Updater, model: str, canary: Canary) -> TargetFile:
+    path = f"models/{model}/{canary.version}/manifest.json"
+    info = updater.get_targetinfo(path)
+    if info is None:
+        raise TrustError(f"{path}: it is on trial, but it is not signed. {_AFTER}")
+    return info
 
 
 def _read_target(source: Source, info: TargetFile, max_bytes: int, what: str) -> bytes:
@@ -381,15 +376,3 @@ def _location(info: TargetFile) -> str:
         raise TrustError(f"{info.path}: it is signed without a sha256 digest. {_AFTER}")
     folder, slash, name = info.path.rpartition("/")
     return f"targets/{folder}{slash}{digest}.{name}"
-
-
-def _make_durable(folder: Path) -> None:
-    """Syncs a folder to disk: python-tuf renames files without fsync, so a power cut loses them."""
-    for path in (folder, *folder.rglob("*")):
-        if path.is_dir():
-            sync_folder(path)
-        else:
-            descriptor = open_regular(path, what=_METADATA, otherwise=_REMOVE)
-            os.fsync(descriptor)
-            os.close(descriptor)
-    sync_folder(folder.parent)

@@ -18,6 +18,7 @@ from edge_client.delivery.trust import current_offer
 from edge_client.inference.process import ModelLimits
 from edge_client.inference.selftest import self_test
 from fedcore.artifacts.manifest import Manifest
+from fedcore.artifacts.rollout import Canary, DeviceIdentity
 from fedcore.errors import (
     DataError,
     DeviceError,
@@ -64,6 +65,7 @@ def update(
     limits: ModelLimits | None = None,
     now: datetime | None = None,
     respect: Collection[str] = ("returned",),
+    identity: DeviceIdentity | None = None,
 ) -> UpdateResult:
     """Fetches the current release of a model, verifies it, tests it, and activates it.
 
@@ -81,6 +83,7 @@ def update(
         respect: Outcomes of earlier attempts that keep a version from being tried again:
             ``returned`` for one that this device left, ``refused`` for one that failed its
             self-test.
+        identity: Decides whether this device takes part in a trial; None if it never does.
 
     Raises:
         ConfigError: the name is not valid, or no root is trusted yet.
@@ -92,13 +95,19 @@ def update(
     """
     installed.check_name(model)
     with disk_errors(store), installed.locked(store):
-        trust = store / "trust"
+        trust, active = store / "trust", _active(store, model)
+
+        def chooses(canary: Canary) -> bool:
+            follows = active is not None and active.version >= canary.since
+            return follows or (identity is not None and canary.selects(model, identity))
+
         offer = current_offer(
             source,
             trust=trust,
             start=anchor(trust, root),
             model=model,
             now=now or datetime.now(UTC),
+            chooses=chooses,
         )
         record = Record(
             version=offer.manifest.version,

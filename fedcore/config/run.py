@@ -231,6 +231,11 @@ class ReleaseConfig(Section):
     """Folder of the signed repository, relative to this file; nothing is published when unset."""
     keys: str | None = None
     """Folder of the keys that ``fedcore release init`` created."""
+    canary_percent: Annotated[float, Field(ge=0, le=100)] | None = None
+    """Publish to so many percent of the devices first, drawn by their keys; to all when unset.
+    ``fedcore release promote`` gives the version to the others."""
+    canary_cohort: Annotated[tuple[str, ...], Field(max_length=1000)] = ()
+    """Names of further devices that get it first."""
     max_test_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
     """How much worse than the federated model the published model may be on the final test
     split (an absolute accuracy; for an error such as RMSE, a fraction of it). One example worse is

@@ -16,7 +16,7 @@ from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
 from server.compression.compress import Compressed
 from server.records import ClientRecord, RoundRecord, RunRecord
-from server.release.publish import Origin
+from server.release.draft import Origin
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
@@ -36,6 +37,7 @@ from server.final_scores import answers_of_chosen, final_scores
 from server.finetune.gate_note import gate_note
 from server.finetune.launch import Finetuned, fine_tune
 from server.preflight import clients_of
+from server.release.draft import aim_of
 from server.release.final_test import (
     read_final_test,
     reason_to_withhold,
@@ -238,7 +240,9 @@ def publish(
     if tested and (withheld := reason_to_withhold(config, task.primary, tested)):
         raise ReleaseError(withheld)
     return sign_and_publish(
-        draft_of(name, task, result.origin, compressed, tested),
+        replace(
+            draft_of(name, task, result.origin, compressed, tested), canary=aim_of(run.release)
+        ),
         repository=place,
         keys=signing,
         created=datetime.now(UTC),

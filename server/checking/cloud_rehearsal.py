@@ -29,7 +29,8 @@ from server.compression.runtime import answer, open_session
 from server.finetune.loop import train_start
 from server.finetune.parallel import device_of
 from server.finetune.rehearse import rehearse
-from server.release.publish import Origin, check_publishable, initialise, publish
+from server.release.draft import Origin
+from server.release.publish import check_publishable, initialise, publish
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.state import strategy_state_of

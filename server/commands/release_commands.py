@@ -15,6 +15,7 @@ from server.api.releases import (
     roll_back,
     rotate_keys,
 )
+from server.commands.channel_commands import CHANNEL_VERBS
 from server.commands.serve_command import serve
 from server.release.registry.keys import ROLES
 
@@ -226,6 +227,7 @@ release = group(
             _list,
             "fedcore release list --repository releases --keys keys --json",
         ),
+        **CHANNEL_VERBS,
         "serve": serve,
         "refresh": Command(
             "Renew signatures before they expire; run it daily, and with --offline once a year.",

@@ -12,6 +12,7 @@ from fedcore.crypto.roster import check_server_folder, load_server_identity
 from fedcore.errors import ConfigError
 from fedcore.observability.foreign import say
 from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
+from server.commands.channel_commands import reports_option
 
 log = logging.getLogger("fedcore.server")
 
@@ -38,6 +39,14 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         "address, and the port two above the one in the kits)",
     )
     parser.add_argument(
+        "--keys",
+        type=Path,
+        metavar="DIR",
+        help="folder of the online keys, e.g. --keys keys: with it, a version on trial is rolled "
+        "back when devices report that they could not keep it",
+    )
+    reports_option(parser)
+    parser.add_argument(
         "--log",
         type=Path,
         metavar="FILE",
@@ -51,10 +60,10 @@ def _serve(options: argparse.Namespace) -> int:
     require_tls_1_3()
     silence_grpc_core()
     from fedcore.observability.lines import log_lines
+    from server.delivery.reports import TrialJudge, book_of
     from server.delivery.serve import (
         DeliveryAddress,
         default_port,
-        log_report,
         serve_until_stopped,
     )
 
@@ -72,7 +81,9 @@ def _serve(options: argparse.Namespace) -> int:
         identity,
         options.repository,
         address,
-        on_report=log_report,
+        on_report=TrialJudge(
+            book_of(options.reports, options.repository), options.repository, options.keys
+        ),
         started=started,
     )
     return 0

@@ -7,7 +7,7 @@ from fedcore.artifacts.manifest import Lineage, TestStatement
 from fedcore.artifacts.presentation import presentation_of
 from fedcore.task.definition import Task
 from server.compression.compress import Compressed
-from server.release.publish import Draft, Origin
+from server.release.draft import Draft, Origin
 
 
 def draft_of(

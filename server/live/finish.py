@@ -39,7 +39,8 @@ from server.finetune.launch import Finetuned, fine_tune
 from server.live.resume import STEPS
 from server.preflight import read_for_release
 from server.records import CandidateRecord
-from server.release.publish import Draft, history, publish
+from server.release.draft import Draft
+from server.release.publish import history, publish
 from server.report.folder import write_results
 from server.rounds.app import Outcome
 from server.rounds.evaluation.judgement import Judgement

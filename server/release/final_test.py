@@ -20,7 +20,7 @@ from fedcore.task.definition import Examples, Folder, Task, check_inputs, size_o
 from fedcore.task.metrics import Metric
 from fedcore.training.batches import gather_all
 from fedcore.training.examples import task_examples
-from server.release.publish import Origin
+from server.release.draft import Origin
 
 Scores = dict[str, dict[str, float]]
 """Scores by metric, then by model."""

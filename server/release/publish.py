@@ -8,32 +8,27 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
 
-from pydantic import TypeAdapter, ValidationError
+from pydantic import ValidationError
 
-from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, parse_golden
 from fedcore.artifacts.manifest import (
-    MAX_MANIFEST_BYTES,
-    MAX_MODEL_BYTES,
-    MAX_VERSION,
-    FileEntry,
-    Lineage,
     Manifest,
-    MissingAllowed,
-    NamedTensor,
-    Parity,
-    PrivacyStatement,
-    TestStatement,
     manifest_bytes,
     parse_manifest,
 )
-from fedcore.artifacts.presentation import Presentation
-from fedcore.config.run import Name
+from fedcore.artifacts.rollout import Canary, Rollout, rollout_of
 from fedcore.errors import ReleaseError, TrustError
-from fedcore.files import disk_errors, sha256_hex, write_atomic
+from fedcore.files import disk_errors, write_atomic
+from fedcore.observability.faults import first_fault
+from server.release.draft import (
+    CanaryAim,
+    Draft,
+    check_draft,
+    check_name,
+    files_of,
+)
 from server.release.registry import creation
 from server.release.registry import repository as registry
 from server.release.registry.keys import (
@@ -50,48 +45,9 @@ from server.release.registry.keys import (
     write_keys,
 )
 
-
-@dataclass(frozen=True, kw_only=True)
-class Draft:
-    """A release before it has a version: the manifest's content and the files."""
-
-    model: str
-    """The name under which devices request the model."""
-    kind: str
-    """The kind of problem, which says what outputs mean."""
-    labels: tuple[str, ...]
-    input_shape: tuple[int, ...]
-    input_dtype: str
-    golden_tolerance: float
-    lineage: Lineage
-    privacy: PrivacyStatement
-    parity: Parity
-    onnx: bytes = field(repr=False)
-    golden: bytes = field(repr=False)
-    """Golden inputs and outputs, encoded by `fedcore.artifacts.golden.golden_bytes`."""
-    test: TestStatement | None = None
-    presentation: Presentation | None = None
-    """How devices tell an answer; None where the kind says it."""
-    missing: MissingAllowed | None = None
-    inputs: tuple[NamedTensor, ...] | None = None
-    """Several inputs with names; None for one without (see `fedcore.artifacts.manifest`)."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Origin:
-    """Provenance of a model: the rounds that trained it, and their privacy, for the manifest."""
-
-    run: str
-    round: int
-    """The round with the best model."""
-    parent_sha256: str
-    """SHA-256 of the best model's checkpoint."""
-    config_sha256: str
-    """SHA-256 of the run's configuration."""
-    seed: int
-    privacy: PrivacyStatement
-    initial_sha256: str | None = None
-    """SHA-256 of the checkpoint that the run started from; None if it started from new weights."""
+Put = Callable[["Draft | None", int, Rollout | None], Manifest]
+"""Publishes a draft as a version, or with None gives a published version to all devices; with a
+rollout, to the devices of its trial alone."""
 
 
 def initialise(
@@ -119,7 +75,7 @@ def initialise(
         DiskFull: the disk is full; nothing is left behind.
     """
     for model in models:
-        _check_name(model)
+        check_name(model)
     if keys.resolve().is_relative_to(repository.resolve()):
         raise ReleaseError(
             f"{keys}: this folder of keys is inside the repository, so private keys would be "
@@ -159,9 +115,11 @@ def publish(draft: Draft, *, repository: Path, keys: Path, created: datetime) ->
             Earlier releases remain valid.
         DiskFull: the disk is full; earlier releases remain valid.
     """
-    _check_draft(draft)
-    with _publishing(repository, keys, draft.model, created) as (state, put):
-        return put(draft, max(versions(state, draft.model), default=0) + 1)
+    check_draft(draft)
+    with publishing(repository, keys, draft.model, created) as (state, put):
+        version = max(versions(state, draft.model), default=0) + 1
+        rollout = None if draft.canary is None else _started(state, draft, draft.canary, version)
+        return put(draft, version, rollout)
 
 
 def check_publishable(model: str, *, repository: Path, keys: Path, now: datetime) -> None:
@@ -171,7 +129,7 @@ def check_publishable(model: str, *, repository: Path, keys: Path, now: datetime
         ReleaseError: keys or repository are missing or don't match, or the keys may not publish a
             model of this name.
     """
-    with _publishing(repository, keys, model, now):
+    with publishing(repository, keys, model, now):
         return
 
 
@@ -188,7 +146,7 @@ def rollback(
             devices would reject the release. Earlier releases remain valid.
         DiskFull: the disk is full; earlier releases remain valid.
     """
-    with _publishing(repository, keys, model, created) as (state, put):
+    with publishing(repository, keys, model, created) as (state, put):
         published = versions(state, model)
         if to_version not in published[:-1]:
             older = ", ".join(map(str, published[:-1])) or "none"
@@ -197,24 +155,35 @@ def rollback(
                 f"current version {published[-1] if published else '(none)'} are: {older}. "
                 "Nothing was published."
             )
-        old = _manifest(repository, state, model, to_version)
-        draft = Draft(
-            model=model,
-            kind=old.kind,
-            presentation=old.presentation,
-            missing=old.missing,
-            inputs=old.inputs,
-            labels=old.labels,
-            input_shape=old.input_shape,
-            input_dtype=old.input_dtype,
-            golden_tolerance=old.golden_tolerance,
-            lineage=old.lineage.model_copy(update={"rollback_of": to_version}),
-            privacy=old.privacy,
-            parity=old.parity,
-            onnx=registry.read_target(repository, state, old.onnx.path),
-            golden=registry.read_target(repository, state, old.golden.path),
-        )
-        return put(draft, published[-1] + 1)
+        draft = draft_again(repository, state, model, to_version)
+        return put(draft, published[-1] + 1, None)
+
+
+def draft_again(
+    repository: Path, state: registry.RepositoryState, model: str, version: int
+) -> Draft:
+    """Returns a published version as a draft, to be published again under a new number.
+
+    Raises:
+        ReleaseError: its files are missing or damaged.
+    """
+    old = read_manifest(repository, state, model, version)
+    return Draft(
+        model=model,
+        kind=old.kind,
+        presentation=old.presentation,
+        missing=old.missing,
+        inputs=old.inputs,
+        labels=old.labels,
+        input_shape=old.input_shape,
+        input_dtype=old.input_dtype,
+        golden_tolerance=old.golden_tolerance,
+        lineage=old.lineage.model_copy(update={"rollback_of": version}),
+        privacy=old.privacy,
+        parity=old.parity,
+        onnx=registry.read_target(repository, state, old.onnx.path),
+        golden=registry.read_target(repository, state, old.golden.path),
+    )
 
 
 def history(repository: Path, keys: Path) -> tuple[Manifest, ...]:
@@ -226,7 +195,7 @@ def history(repository: Path, keys: Path) -> tuple[Manifest, ...]:
     with registry.locked(repository):
         state = registry.read_state(repository, read_trusted_root(keys))
         return tuple(
-            _manifest(repository, state, model, version)
+            read_manifest(repository, state, model, version)
             for model in sorted({model for model, _, _ in registry.releases(state)})
             for version in versions(state, model)
         )
@@ -270,11 +239,11 @@ def versions(state: registry.RepositoryState, model: str) -> list[int]:
 
 
 @contextmanager
-def _publishing(
+def publishing(
     repository: Path, keys: Path, model: str, created: datetime
-) -> Iterator[tuple[registry.RepositoryState, Callable[[Draft, int], Manifest]]]:
+) -> Iterator[tuple[registry.RepositoryState, Put]]:
     """Locks the repository; yields its metadata and a function that publishes a draft."""
-    _check_name(model)
+    check_name(model)
     now = _utc(created)
     with registry.locked(repository):
         state, signing = _open(repository, keys, ONLINE)
@@ -284,12 +253,57 @@ def _publishing(
                 "Nothing was published; `fedcore release init --model` set the allowed names."
             )
 
-        def put(draft: Draft, version: int) -> Manifest:
-            manifest, files = _files(draft, version, now)
-            registry.add(repository, state, signing, files, now=now)
+        def put(draft: Draft | None, version: int, rollout: Rollout | None) -> Manifest:
+            pointer = f"models/{model}/{registry.POINTER}"
+            if draft is None:  # another channel for a version that is published already
+                manifest = read_manifest(repository, state, model, version)
+                files = {pointer: manifest_bytes(manifest)}
+            else:
+                manifest, files = files_of(draft, version, now)
+            told = rollout or read_rollout(state, model).model_copy(update={"canary": None})
+            if rollout is not None:  # devices in no trial stay with the version that they have
+                files[pointer] = registry.read_target(repository, state, pointer)
+            registry.add(
+                repository, state, signing, files, now=now, custom={pointer: told.custom()}
+            )
             return manifest
 
         yield state, put
+
+
+def read_rollout(state: registry.RepositoryState, model: str) -> Rollout:
+    """Returns how a model is rolled out, as signed.
+
+    Raises:
+        ReleaseError: a later version of fedcore has written it.
+    """
+    pointer = state.releases.targets.get(f"models/{model}/{registry.POINTER}")
+    try:
+        return rollout_of(pointer.custom if pointer is not None else None)
+    except TrustError as error:
+        raise ReleaseError(f"{model}: {error}") from error
+
+
+def _started(
+    state: registry.RepositoryState, draft: Draft, aim: CanaryAim, version: int
+) -> Rollout:
+    """Returns the rollout in which a version is on trial; a trial that runs goes on with it."""
+    if not versions(state, draft.model):
+        raise ReleaseError(
+            f"{draft.model}: its first version cannot be a canary, as the other devices would have "
+            "none. Nothing was published; publish a version to all devices first."
+        )
+    before = read_rollout(state, draft.model)
+    since = before.canary.since if before.canary is not None else version
+    try:
+        canary = Canary(
+            version=version, since=since, basis_points=round(100 * aim.percent), cohort=aim.cohort
+        )
+    except ValidationError as error:
+        raise ReleaseError(
+            f"{draft.model}: canary: {first_fault(error)}. Nothing was published."
+        ) from None
+    return before.model_copy(update={"canary": canary})
 
 
 def _open(
@@ -300,55 +314,10 @@ def _open(
     return state, registry.trusted_keys(state, signing, repository)
 
 
-def _files(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[str, bytes]]:
-    """Returns the manifest of a version, and the version's files by target path."""
-    if version > MAX_VERSION:
-        raise ReleaseError(
-            f"{draft.model}: its versions have reached {version - 1}, the largest possible. "
-            "Nothing was published; if a thief did this, withdraw everything after the last good "
-            "version with `fedcore release rotate --last-good`."
-        )
-    folder = f"models/{draft.model}/{version}"
-
-    def entry(name: str, data: bytes) -> FileEntry:
-        return FileEntry(path=f"{folder}/{name}", sha256=sha256_hex(data), length=len(data))
-
-    manifest = Manifest(
-        model=draft.model,
-        version=version,
-        created=f"{now:%Y-%m-%dT%H:%M:%SZ}",
-        kind=draft.kind,
-        presentation=draft.presentation,
-        missing=draft.missing,
-        inputs=draft.inputs,
-        labels=draft.labels,
-        input_shape=draft.input_shape,
-        input_dtype=draft.input_dtype,
-        onnx=entry("model.onnx", draft.onnx),
-        golden=entry("golden.safetensors", draft.golden),
-        golden_tolerance=draft.golden_tolerance,
-        lineage=draft.lineage,
-        privacy=draft.privacy,
-        parity=draft.parity,
-        test=draft.test,
-    )
-    raw = manifest_bytes(manifest)
-    if len(raw) > MAX_MANIFEST_BYTES:
-        raise ReleaseError(
-            f"{draft.model}: its manifest would have {len(raw)} bytes, more than the "
-            f"{MAX_MANIFEST_BYTES} that devices read. Nothing was published; shorten the labels."
-        )
-    return manifest, {
-        manifest.onnx.path: draft.onnx,
-        manifest.golden.path: draft.golden,
-        f"{folder}/manifest.json": raw,
-        f"models/{draft.model}/{registry.POINTER}": raw,
-    }
-
-
-def _manifest(
+def read_manifest(
     repository: Path, state: registry.RepositoryState, model: str, version: int
 ) -> Manifest:
+    """Returns a version's manifest, verified; raises `ReleaseError` if it is damaged."""
     path = f"models/{model}/{version}/manifest.json"
     try:
         return parse_manifest(registry.read_target(repository, state, path))
@@ -356,33 +325,6 @@ def _manifest(
         raise ReleaseError(
             f"{repository}: {path} is signed, but this version does not support its format: {error}"
         ) from error
-
-
-def _check_draft(draft: Draft) -> None:
-    """Rejects drafts that devices would reject, before signing."""
-    for what, data, most in (
-        ("model", draft.onnx, MAX_MODEL_BYTES),
-        ("golden file", draft.golden, MAX_GOLDEN_BYTES),
-    ):
-        if not 1 <= len(data) <= most:
-            raise ReleaseError(
-                f"{draft.model}: its {what} has {len(data)} bytes, expected 1 to {most}. Nothing "
-                "was published."
-            )
-    try:
-        parse_golden(draft.golden)
-    except TrustError as error:
-        raise ReleaseError(f"{draft.model}: nothing was published: {error}") from error
-
-
-def _check_name(model: str) -> None:
-    try:
-        TypeAdapter(Name).validate_python(model)
-    except ValidationError:
-        raise ReleaseError(
-            f"model name {model!r}: expected 1 to 64 of a-z, 0-9, '-' and '_', starting with a "
-            "letter or digit. Nothing was published."
-        ) from None
 
 
 def _utc(moment: datetime) -> datetime:

@@ -21,7 +21,8 @@ from edge_client.inference.process import ModelLimits
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Manifest
 from fedcore.errors import FedcoreError
-from server.release.publish import Draft, initialise, publish
+from server.release.draft import Draft
+from server.release.publish import initialise, publish
 from server.release.registry import repository as registry
 from server.release.registry.keys import ONLINE, read_keys, read_trusted_root
 from server.release.registry.rotation import Rotation, rotate

@@ -28,7 +28,8 @@ from fedcore.errors import (
     TrustError,
 )
 from fedcore.files import sha256_hex
-from server.release.publish import Draft, publish, rollback
+from server.release.draft import Draft
+from server.release.publish import publish, rollback
 from tests import hostile_models as hostile
 
 

@@ -19,7 +19,8 @@ import pytest
 from onnx import TensorProto, helper, numpy_helper
 
 from fedcore.artifacts.golden import golden_bytes
-from server.release.publish import Draft, initialise, publish
+from server.release.draft import Draft
+from server.release.publish import initialise, publish
 from tests.origin import LINEAGE, NO_PRIVACY, PARITY
 
 ROOT = Path(__file__).parents[2]

@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from securesystemslib.signer import CryptoSigner  # type: ignore[attr-defined]  # implicit re-export
 from tuf.api.exceptions import RepositoryError
@@ -54,8 +54,6 @@ RELEASE_FILES = ("golden.safetensors", "manifest.json", "model.onnx")
 POINTER = "release.json"
 
 Payload = TypeVar("Payload", Root, Targets, Snapshot, Timestamp)
-
-
 _NAME = "[a-z0-9][a-z0-9_-]{0,63}"
 _RELEASE = re.compile(rf"models/({_NAME})/([1-9][0-9]{{0,15}})/([a-z]+[.][a-z]+)")
 
@@ -215,6 +213,7 @@ def add(
     files: Mapping[str, bytes],
     *,
     now: datetime,
+    custom: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     """Publishes files under their target paths; without files, renews expiring metadata.
 
@@ -224,12 +223,13 @@ def add(
         keys: The online keys.
         files: Bytes by target path.
         now: Time from which expiry is counted; UTC.
+        custom: Signed custom metadata of some of the files, by target path.
 
     Raises:
         ReleaseError: the offline metadata has expired, or the file list is too large for devices.
         DiskFull: the disk is full. In both cases the previous release stays in force.
     """
-    _replace_online(repository, state, keys, files, {}, now=now)
+    _replace_online(repository, state, keys, files, {}, now=now, custom=custom)
 
 
 def renew_offline(repository: Path, state: RepositoryState, keys: Keys, *, now: datetime) -> None:
@@ -272,6 +272,7 @@ def _replace_online(
     roles: Mapping[str, Targets],
     *,
     now: datetime,
+    custom: Mapping[str, dict[str, Any]] | None = None,
 ) -> None:
     for role, payload in (("root", state.root), ("targets", state.targets)):
         if payload.is_expired(now):
@@ -282,6 +283,8 @@ def _replace_online(
                 "offline keys."
             )
     infos = {path: TargetFile.from_data(path, data, ["sha256"]) for path, data in files.items()}
+    for path, values in (custom or {}).items():
+        infos[path].unrecognized_fields["custom"] = values
     releases = Targets(
         version=state.releases.version + 1,
         expires=now + RELEASES_EXPIRY,

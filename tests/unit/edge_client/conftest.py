@@ -16,7 +16,8 @@ from onnx import TensorProto, helper, numpy_helper
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import FileEntry, Manifest, Parity, PrivacyStatement, manifest_bytes
 from fedcore.files import sha256_hex
-from server.release.publish import Draft, initialise, publish
+from server.release.draft import Draft
+from server.release.publish import initialise, publish
 from tests.origin import LINEAGE
 
 IN, OUT = 3, 2

@@ -12,7 +12,8 @@ import pytest
 
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Lineage, Manifest, Parity, PrivacyStatement
-from server.release.publish import Draft, initialise, publish
+from server.release.draft import Draft
+from server.release.publish import initialise, publish
 
 NOW = datetime(2026, 1, 1, 12, 0, 0, tzinfo=UTC)
 

@@ -1,0 +1,148 @@
+"""The commands ``fedcore release show | promote | verify | gc``."""
+
+from __future__ import annotations
+
+import argparse
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+from fedcore.cli import Command, json_option, show
+from server.delivery.reports import KeptReport, book_of
+from server.release.channels import promote, rollouts
+from server.release.upkeep import collect_garbage, verify_files
+
+
+def _repository_options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--repository",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the signed repository, e.g. --repository releases",
+    )
+    parser.add_argument(
+        "--keys",
+        type=Path,
+        required=True,
+        metavar="DIR",
+        help="folder of the keys, e.g. --keys keys",
+    )
+    json_option(parser)
+
+
+def _show_arguments(parser: argparse.ArgumentParser) -> None:
+    _repository_options(parser)
+    reports_option(parser)
+
+
+def reports_option(parser: argparse.ArgumentParser) -> None:
+    """Adds the option for the folder of devices' reports."""
+    parser.add_argument(
+        "--reports",
+        type=Path,
+        default=Path("reports"),
+        metavar="DIR",
+        help="folder of devices' reports, never within the repository (default: %(default)s)",
+    )
+
+
+def _show(options: argparse.Namespace) -> int:
+    book = book_of(options.reports, options.repository)
+    rows = []
+    for model, (stable, rollout) in rollouts(options.repository, options.keys).items():
+        canary = rollout.canary
+        versions = [stable, *([canary.version] if canary else [])]
+        versions += [each.version for each in rollout.rolled_back]
+        rows.append(
+            {
+                "model": model,
+                "stable": stable,
+                "canary": canary.model_dump(mode="json") if canary else None,
+                "rolled_back": [each.model_dump(mode="json") for each in rollout.rolled_back],
+                "devices": {
+                    str(version): _tally(book.of(model, version))
+                    for version in sorted(set(versions))
+                },
+            }
+        )
+    text = "\n".join(map(_text, rows)) or "nothing has been published yet"
+    return show(options, text, rows)
+
+
+def _tally(reports: list[KeptReport]) -> dict[str, int]:
+    return {
+        outcome: sum(each.outcome == outcome for each in reports)
+        for outcome in ("activated", "refused", "returned")
+    }
+
+
+def _text(row: dict[str, Any]) -> str:
+    lines = [f"{row['model']}: version {row['stable']} is stable"]
+    if canary := row["canary"]:
+        named = f" and {', '.join(canary['cohort'])}" if canary["cohort"] else ""
+        share = f"{canary['basis_points'] / 100:g} % of the devices{named}"
+        lines.append(f"  version {canary['version']} is on trial on {share}")
+    lines += [
+        f"  version {each['version']} was rolled back: {each['why']}" for each in row["rolled_back"]
+    ]
+    for version, tally in row["devices"].items():
+        if any(tally.values()):
+            told = ", ".join(f"{count} {outcome}" for outcome, count in tally.items() if count)
+            lines.append(f"  version {version} on devices: {told}")
+    return "\n".join(lines)
+
+
+def _promote_arguments(parser: argparse.ArgumentParser) -> None:
+    _repository_options(parser)
+    parser.add_argument(
+        "--model", required=True, metavar="NAME", help="name of the model, e.g. --model digits"
+    )
+
+
+def _promote(options: argparse.Namespace) -> int:
+    manifest = promote(
+        options.model, repository=options.repository, keys=options.keys, now=datetime.now(UTC)
+    )
+    text = f"{manifest.model}: version {manifest.version} is stable now, for all devices"
+    return show(options, text, manifest.model_dump(mode="json"))
+
+
+def _verify(options: argparse.Namespace) -> int:
+    checked = verify_files(options.repository, options.keys)
+    text = f"{options.repository}: {checked} files are as they were signed"
+    return show(options, text, {"files": checked})
+
+
+def _gc(options: argparse.Namespace) -> int:
+    freed = collect_garbage(options.repository, options.keys)
+    text = f"{options.repository}: {freed.files} files removed, {freed.freed_bytes} bytes"
+    return show(options, text, {"files": freed.files, "bytes": freed.freed_bytes})
+
+
+CHANNEL_VERBS = {
+    "show": Command(
+        "Show which versions devices get, what was rolled back and why, and devices' reports.",
+        _show_arguments,
+        _show,
+        "fedcore release show --repository releases --keys keys",
+    ),
+    "promote": Command(
+        "Give the version on trial to all devices.",
+        _promote_arguments,
+        _promote,
+        "fedcore release promote --repository releases --keys keys --model digits",
+    ),
+    "verify": Command(
+        "Check every published file against its signature.",
+        _repository_options,
+        _verify,
+        "fedcore release verify --repository releases --keys keys",
+    ),
+    "gc": Command(
+        "Remove files that no signed metadata names.",
+        _repository_options,
+        _gc,
+        "fedcore release gc --repository releases --keys keys",
+    ),
+}
