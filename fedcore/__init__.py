@@ -56,11 +56,15 @@ if TYPE_CHECKING:
     from server.api.evaluating import evaluate
     from server.api.releases import (
         NewRepository,
+        clean_repository,
         create_repository,
         list_releases,
+        list_rollouts,
+        promote_canary,
         refresh_repository,
         roll_back,
         rotate_keys,
+        verify_repository,
     )
     from server.api.replaying import replay
     from server.api.result import History, Result
@@ -159,6 +163,7 @@ _LAZY = {
     "audit_privacy": "server.privacy.auditing",
     "by_column": "fedcore.task.partition",
     "check": "server.api.checking",
+    "clean_repository": "server.api.releases",
     "compare_runs": "server.report.compared",
     "compress": "server.api.steps",
     "create_authority": "server.provision.authority",
@@ -178,6 +183,7 @@ _LAZY = {
     "install_kit": "edge_client.enrol",
     "list_models": "edge_client.installed",
     "list_releases": "server.api.releases",
+    "list_rollouts": "server.api.releases",
     "list_runs": "server.report.compared",
     "load_run": "fedcore.config.settings",
     "load_task": "fedcore.task.definition",
@@ -186,6 +192,7 @@ _LAZY = {
     "open_model": "edge_client.model",
     "plan_client_privacy": "server.privacy.plan_clients",
     "plan_example_privacy": "server.privacy.plan",
+    "promote_canary": "server.api.releases",
     "publish": "server.api.steps",
     "read_ledger": "edge_client.ledger.reading",
     "refresh_repository": "server.api.releases",
@@ -202,6 +209,7 @@ _LAZY = {
     "update_model": "edge_client.model",
     "verify_ledger": "edge_client.ledger.reading",
     "verify_ledger_export": "edge_client.ledger.reading",
+    "verify_repository": "server.api.releases",
     "verify_run": "server.live.verify",
     "with_adapters": "fedcore.task.adapters",
 }
@@ -271,6 +279,7 @@ __all__ = [
     "audit_privacy",
     "by_column",
     "check",
+    "clean_repository",
     "compare_runs",
     "compress",
     "create_authority",
@@ -290,6 +299,7 @@ __all__ = [
     "install_kit",
     "list_models",
     "list_releases",
+    "list_rollouts",
     "list_runs",
     "load_run",
     "load_task",
@@ -298,6 +308,7 @@ __all__ = [
     "open_model",
     "plan_client_privacy",
     "plan_example_privacy",
+    "promote_canary",
     "publish",
     "read_ledger",
     "refresh_repository",
@@ -314,6 +325,7 @@ __all__ = [
     "update_model",
     "verify_ledger",
     "verify_ledger_export",
+    "verify_repository",
     "verify_run",
     "with_adapters",
 ]

@@ -65,7 +65,7 @@ class Canary(BaseModel):
         return int.from_bytes(drawn[:8], "big") < self.basis_points * 2**64 // 10_000
 
 
-class RolledBack(BaseModel):
+class EndedTrial(BaseModel):
     """A version whose trial ended badly."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -81,12 +81,12 @@ class Rollout(BaseModel):
 
     format: Literal[1] = 1
     canary: Canary | None = None
-    rolled_back: Annotated[tuple[RolledBack, ...], Field(max_length=MAX_ROLLED_BACK)] = ()
+    rolled_back: Annotated[tuple[EndedTrial, ...], Field(max_length=MAX_ROLLED_BACK)] = ()
     """The latest trials that ended badly, oldest first."""
 
-    def ended_badly(self, version: int, why: str) -> tuple[RolledBack, ...]:
+    def ended_badly(self, version: int, why: str) -> tuple[EndedTrial, ...]:
         """Returns ``rolled_back`` with another version, without the oldest if it is full."""
-        return (*self.rolled_back, RolledBack(version=version, why=why[:1000]))[-MAX_ROLLED_BACK:]
+        return (*self.rolled_back, EndedTrial(version=version, why=why[:1000]))[-MAX_ROLLED_BACK:]
 
     def custom(self) -> dict[str, Any]:
         """Returns the custom metadata."""

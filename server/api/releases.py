@@ -11,12 +11,16 @@ from dataclasses import dataclass
 from datetime import UTC, datetime
 from os import PathLike
 from pathlib import Path
+from typing import Any
 
 from fedcore.artifacts.manifest import Manifest
 from fedcore.errors import ReleaseError
+from server.delivery.reports import book_of, tally
+from server.release.channels import promote, rollouts
 from server.release.publish import history, initialise, refresh, rollback
 from server.release.registry.keys import OFFLINE, ONLINE, ROLES, Quorum
 from server.release.registry.rotation import Rotation, rotate
+from server.release.upkeep import collect_garbage, verify_files
 
 ROLE_GROUPS = {"online": ONLINE, "offline": OFFLINE}
 """Roles by the folder of their keys."""
@@ -206,6 +210,109 @@ def roll_back(model: str, version: int, *, repository: Place, keys: Place) -> Ma
         DiskFull: the disk is full; earlier releases remain valid.
     """
     return rollback(model, version, repository=Path(repository), keys=Path(keys), created=_now())
+
+
+def list_rollouts(
+    repository: Place, keys: Place, *, reports: Place = "reports"
+) -> list[dict[str, Any]]:
+    """Lists which versions devices get, what was rolled back and why, and devices' reports.
+
+    Example::
+
+        for row in fedcore.list_rollouts("releases", "keys"):
+            print(row["model"], row["stable"], row["canary"], row["rolled_back"])
+
+    Args:
+        repository: The folder of the repository.
+        keys: The folder of keys; only its ``root.json`` is read.
+        reports: The folder in which ``fedcore release serve`` keeps devices' reports.
+
+    Returns:
+        For each model its name, its ``stable`` version, the ``canary`` on trial or None, the
+        versions that were ``rolled_back``, and how many ``devices`` reported what, by version.
+
+    Raises:
+        ReleaseError: there is no repository, or its signatures don't verify.
+    """
+    book = book_of(Path(reports), Path(repository))
+    rows = []
+    for model, (stable, rollout) in rollouts(Path(repository), Path(keys)).items():
+        canary = rollout.canary
+        versions = {stable, *([canary.version] if canary else [])}
+        versions |= {each.version for each in rollout.rolled_back}
+        rows.append(
+            {
+                "model": model,
+                "stable": stable,
+                "canary": canary.model_dump(mode="json") if canary else None,
+                "rolled_back": [each.model_dump(mode="json") for each in rollout.rolled_back],
+                "devices": {
+                    str(version): tally(book.of(model, version)) for version in sorted(versions)
+                },
+            }
+        )
+    return rows
+
+
+def promote_canary(model: str, *, repository: Place, keys: Place) -> Manifest:
+    """Gives the version on trial to all devices.
+
+    Example::
+
+        manifest = fedcore.promote_canary("digits", repository="releases", keys="keys")
+
+    Args:
+        model: The model's name.
+        repository: The folder of the repository.
+        keys: The folder of its online keys.
+
+    Returns:
+        The manifest of the version that is stable now.
+
+    Raises:
+        ReleaseError: no version is on trial, or keys are missing or not the repository's.
+        DiskFull: the disk is full; the trial goes on.
+    """
+    return promote(model, repository=Path(repository), keys=Path(keys), now=_now())
+
+
+def verify_repository(repository: Place, keys: Place) -> int:
+    """Checks every published file against its signature.
+
+    Example::
+
+        fedcore.verify_repository("releases", "keys")  # how many files were checked
+
+    Args:
+        repository: The folder of the repository.
+        keys: The folder of keys; only its ``root.json`` is read.
+
+    Returns:
+        The number of files, all of which are as they were signed.
+
+    Raises:
+        ReleaseError: a signature doesn't verify, or a file is missing or differs.
+    """
+    return verify_files(Path(repository), Path(keys))
+
+
+def clean_repository(repository: Place, keys: Place) -> int:
+    """Removes files that no signed metadata names; returns the number of bytes freed.
+
+    Interrupted publications and withdrawals leave such files.
+
+    Example::
+
+        fedcore.clean_repository("releases", "keys")
+
+    Args:
+        repository: The folder of the repository.
+        keys: The folder of keys; only its ``root.json`` is read.
+
+    Raises:
+        ReleaseError: there is no repository, or its signatures don't verify. Nothing is removed.
+    """
+    return collect_garbage(Path(repository), Path(keys))
 
 
 def _names(names: Iterable[str]) -> tuple[str, ...]:

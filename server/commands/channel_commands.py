@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import argparse
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 from fedcore.cli import Command, json_option, show
-from server.delivery.reports import KeptReport, book_of
-from server.release.channels import promote, rollouts
-from server.release.upkeep import collect_garbage, verify_files
+from server.api.releases import (
+    clean_repository,
+    list_rollouts,
+    promote_canary,
+    verify_repository,
+)
 
 
 def _repository_options(parser: argparse.ArgumentParser) -> None:
@@ -48,33 +50,9 @@ def reports_option(parser: argparse.ArgumentParser) -> None:
 
 
 def _show(options: argparse.Namespace) -> int:
-    book = book_of(options.reports, options.repository)
-    rows = []
-    for model, (stable, rollout) in rollouts(options.repository, options.keys).items():
-        canary = rollout.canary
-        versions = [stable, *([canary.version] if canary else [])]
-        versions += [each.version for each in rollout.rolled_back]
-        rows.append(
-            {
-                "model": model,
-                "stable": stable,
-                "canary": canary.model_dump(mode="json") if canary else None,
-                "rolled_back": [each.model_dump(mode="json") for each in rollout.rolled_back],
-                "devices": {
-                    str(version): _tally(book.of(model, version))
-                    for version in sorted(set(versions))
-                },
-            }
-        )
+    rows = list_rollouts(options.repository, options.keys, reports=options.reports)
     text = "\n".join(map(_text, rows)) or "nothing has been published yet"
     return show(options, text, rows)
-
-
-def _tally(reports: list[KeptReport]) -> dict[str, int]:
-    return {
-        outcome: sum(each.outcome == outcome for each in reports)
-        for outcome in ("activated", "refused", "returned")
-    }
 
 
 def _text(row: dict[str, Any]) -> str:
@@ -101,23 +79,21 @@ def _promote_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _promote(options: argparse.Namespace) -> int:
-    manifest = promote(
-        options.model, repository=options.repository, keys=options.keys, now=datetime.now(UTC)
-    )
+    manifest = promote_canary(options.model, repository=options.repository, keys=options.keys)
     text = f"{manifest.model}: version {manifest.version} is stable now, for all devices"
     return show(options, text, manifest.model_dump(mode="json"))
 
 
 def _verify(options: argparse.Namespace) -> int:
-    checked = verify_files(options.repository, options.keys)
+    checked = verify_repository(options.repository, options.keys)
     text = f"{options.repository}: {checked} files are as they were signed"
     return show(options, text, {"files": checked})
 
 
 def _gc(options: argparse.Namespace) -> int:
-    freed = collect_garbage(options.repository, options.keys)
-    text = f"{options.repository}: {freed.files} files removed, {freed.freed_bytes} bytes"
-    return show(options, text, {"files": freed.files, "bytes": freed.freed_bytes})
+    freed_bytes = clean_repository(options.repository, options.keys)
+    text = f"{options.repository}: {freed_bytes} bytes freed"
+    return show(options, text, {"bytes": freed_bytes})
 
 
 CHANNEL_VERBS = {

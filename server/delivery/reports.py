@@ -102,6 +102,12 @@ class ReportBook:
         return sorted(found, key=lambda kept: kept.device)
 
 
+def tally(reports: Sequence[KeptReport]) -> dict[str, int]:
+    """Returns how many devices reported each outcome."""
+    outcomes = _OUTCOMES.values()
+    return {outcome: sum(each.outcome == outcome for each in reports) for outcome in outcomes}
+
+
 def book_of(folder: Path, repository: Path) -> ReportBook:
     """Returns the reports in a folder on the versions in a repository."""
 

@@ -2,19 +2,10 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from pathlib import Path
 
 from server.release.registry import repository as registry
 from server.release.registry.keys import read_trusted_root
-
-
-@dataclass(frozen=True)
-class Freed:
-    """What was removed."""
-
-    files: int
-    freed_bytes: int
 
 
 def verify_files(repository: Path, keys: Path) -> int:
@@ -31,8 +22,8 @@ def verify_files(repository: Path, keys: Path) -> int:
         return len(infos)
 
 
-def collect_garbage(repository: Path, keys: Path) -> Freed:
-    """Removes files in ``targets`` that no metadata in force names.
+def collect_garbage(repository: Path, keys: Path) -> int:
+    """Removes files in ``targets`` that no metadata in force names; returns the bytes freed.
 
     Interrupted publications and withdrawals leave such files.
 
@@ -43,10 +34,9 @@ def collect_garbage(repository: Path, keys: Path) -> Freed:
         state = registry.read_state(repository, read_trusted_root(keys))
         infos = [*state.releases.targets.values(), *state.targets.targets.values()]
         kept = {repository / "targets" / info.get_prefixed_paths()[0] for info in infos}
-        files, freed_bytes = 0, 0
+        freed_bytes = 0
         for path in (repository / "targets").rglob("*"):
             if path not in kept and not path.is_dir():
                 freed_bytes += path.lstat().st_size
                 path.unlink()
-                files += 1
-        return Freed(files, freed_bytes)
+        return freed_bytes

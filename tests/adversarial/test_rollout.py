@@ -245,9 +245,7 @@ def test_upkeep_checks_all_files_and_removes_what_nobody_names(
     left = world.repository / "targets" / "models" / "digits" / "9" / f"{'0' * 64}.model.onnx"
     left.parent.mkdir()
     left.write_bytes(b"left")
-    freed = collect_garbage(world.repository, world.keys)
-    assert freed.files >= 1
-    assert freed.freed_bytes >= len(b"left")
+    assert collect_garbage(world.repository, world.keys) >= len(b"left")
     assert not left.exists()
     assert verify_files(world.repository, world.keys) == 7
     assert world.update().version == 2

@@ -259,7 +259,6 @@ def kill_updates(folder: Path, count: int, seed: int) -> Attacked:
                 world.update()
             finally:
                 os._exit(0)
-        began = time.monotonic()
         time.sleep(rng.uniform(0.0, lasts_s))
         os.kill(child, signal.SIGKILL)
         killed = os.WIFSIGNALED(os.waitpid(child, 0)[1])
