@@ -12,6 +12,7 @@ FLOWER_BIN := .venv-flower/bin
 WORKERS ?= $(shell echo $$(( 2 * $$(nproc) )))
 DEVICE_LIMIT_MB := 250
 NAME ?= simulation
+PEERS := .venv-bench/.installed $(if $(filter inference,$(NAME)),$(patsubst %,.venv-%/.installed,kserve mlserver))
 SOURCES := $(shell find fedcore edge_client server -type f -not -name '*.pyc')
 
 # One thread a process: models this small gain nothing from more, and pools of threads that wait for
@@ -80,14 +81,21 @@ test-flower: .venv-flower/.installed  ## the contract tests with the latest Flow
 campaign: setup  ## kill, stop, cut off, tear, fill and forge; results go to runs/campaign
 	$(BIN)/python -m tests.campaign.run $(ARGS)
 	$(BIN)/python -m tests.campaign.deliveries
+	$(BIN)/python -m tests.campaign.serving
 
-bench: setup .venv-bench/.installed  ## a benchmark, NAME=simulation; results go to runs/bench
+bench: setup $(PEERS)  ## a benchmark, NAME=simulation; results go to runs/bench
 	$(BIN)/python -m benchmarks.$(NAME) $(ARGS)
 
 # The systems that fedcore is compared with, in versions that stay: no part of fedcore needs them.
 .venv-bench/.installed: benchmarks/peers/requirements.txt
 	@$(FIND_PYTHON); [ -x .venv-bench/bin/python ] || $$python -m venv .venv-bench
 	.venv-bench/bin/pip install --quiet --disable-pip-version-check -r $<
+	@touch $@
+
+# Servers of inference, whose dependencies exclude each other's.
+.venv-kserve/.installed .venv-mlserver/.installed: .venv-%/.installed: benchmarks/peers/%.txt
+	@$(FIND_PYTHON); [ -x .venv-$*/bin/python ] || $$python -m venv .venv-$*
+	.venv-$*/bin/pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 lint: setup  ## formatting, style, types and the layers of the packages
@@ -114,13 +122,14 @@ constraints:  ## resolve again and write constraints.txt and constraints-device.
 		.venv-resolve/bin/pip uninstall --quiet --yes setuptools; \
 		.venv-resolve/bin/pip install --quiet --disable-pip-version-check $$1 ".$$2"; \
 		{ grep '^#' $$3; .venv-resolve/bin/pip freeze --all --exclude pip --exclude fedcore \
-			| grep -v '^nvidia-\|^triton' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > $$3.new; \
+			| grep -v '^nvidia-\|^triton==' | sed 's/+[a-z0-9.]*$$//' | LC_ALL=C sort -f; } > $$3.new; \
 		mv $$3.new $$3; }; \
 	resolve "$$torch" "[sim,dev,docs]" constraints.txt; \
 	resolve "" "" constraints-device.txt; \
 	rm -rf .venv-resolve build
 
 clean:  ## remove environments and caches; runs/ stays, for it holds keys
-	rm -rf .venv .venv-device .venv-flower .venv-bench .venv-resolve build dist htmlcov *.egg-info
+	rm -rf .venv .venv-device .venv-flower .venv-bench .venv-kserve .venv-mlserver .venv-resolve
+	rm -rf build dist htmlcov *.egg-info
 	rm -rf .coverage* .hypothesis .mypy_cache .pytest_cache .ruff_cache .import_linter_cache
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +

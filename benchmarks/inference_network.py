@@ -68,6 +68,8 @@ class System:
     command: tuple[str, ...]
     grpc: str
     http: str | None
+    forms: tuple[str, ...] = ()
+    """How it takes tensors over HTTP: ``json`` or ``binary``."""
     environment: dict[str, str] = field(default_factory=dict)
 
 
@@ -122,7 +124,8 @@ def _systems(store: Path, onnx: Path, found: Found) -> list[System]:
     grpc, http = addresses()
     serve = ("device", "serve", "--store", str(store), "--grpc-port", grpc, "--http-port", http)
     ours = (python, "-m", "fedcore.cli", *serve)
-    systems = [System(OURS, ours, f"127.0.0.1:{grpc}", f"127.0.0.1:{http}")]
+    both = ("json", "binary")
+    systems = [System(OURS, ours, f"127.0.0.1:{grpc}", f"127.0.0.1:{http}", both)]
     for name, model in ((MINIMAL, str(onnx)), (ECHO, "echo")):
         grpc, _ = addresses()
         command = (python, "-m", "benchmarks.peers.serving_minimal", model, grpc)
@@ -134,7 +137,8 @@ def _systems(store: Path, onnx: Path, found: Found) -> list[System]:
             continue
         grpc, http = addresses()
         command = (str(peer), "-m", f"benchmarks.peers.serving_{name}", str(onnx), grpc, http)
-        systems.append(System(name, command, f"127.0.0.1:{grpc}", f"127.0.0.1:{http}"))
+        forms = ("binary",) if name == KSERVE else ("json",)
+        systems.append(System(name, command, f"127.0.0.1:{grpc}", f"127.0.0.1:{http}", forms))
     return systems
 
 
@@ -154,9 +158,8 @@ def _measure_one(
 ) -> None:
     with _serving(root, system) as (process, start_up_s):
         started[system.name].append(start_up_s)
-        for transport, address in (("grpc", system.grpc), ("http", system.http)):
-            if address is None:
-                continue
+        places = [("grpc", system.grpc), *((form, system.http or "") for form in system.forms)]
+        for transport, address in places:
             for ahead in amounts.concurrencies:
                 into = results.setdefault((system.name, transport, ahead), Measured())
                 _load(root, process, transport, address, amounts.calls, ahead, into)

@@ -1,6 +1,6 @@
 """A load of tritonclient: ``python -m benchmarks.peers.serving_load grpc HOST:PORT CALLS AHEAD``.
 
-Keeps so many requests under way (AHEAD), by gRPC or ``http``, and prints JSON: latencies in
+Keeps so many requests under way (AHEAD), by grpc, json or binary, and prints JSON: latencies in
 microseconds, and how long it took in seconds, after a warm-up. With ``once`` in place of the calls
 it prints when the first answer came.
 """
@@ -31,9 +31,9 @@ def client_of(transport: str, address: str) -> tuple[Any, Any]:
 
 
 def request_of(transport: str, module: Any) -> dict[str, Any]:
-    """The arguments of a call; over HTTP in JSON, for mlserver takes no binary tensors."""
+    """The arguments of a call: mlserver takes JSON alone over HTTP, kserve binary tensors alone."""
     tensor = module.InferInput("input", list(X.shape), "FP32")
-    if transport == "grpc":
+    if transport != "json":
         tensor.set_data_from_numpy(X)
         return {"inputs": [tensor]}
     tensor.set_data_from_numpy(X, binary_data=False)
