@@ -5,16 +5,20 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
-from onnx import NodeProto, TensorProto, helper, numpy_helper
+from onnx import NodeProto, TensorProto, ValueInfoProto, helper, numpy_helper
 
 INPUT = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", 3])
 
 
 def _model(
-    nodes: Sequence[NodeProto], tensors: Sequence[TensorProto], kind: int = TensorProto.FLOAT
+    nodes: Sequence[NodeProto],
+    tensors: Sequence[TensorProto],
+    kind: int = TensorProto.FLOAT,
+    *,
+    given: ValueInfoProto = INPUT,
 ) -> bytes:
     output = helper.make_tensor_value_info("y", kind, None)
-    graph = helper.make_graph(list(nodes), "hostile", [INPUT], [output], list(tensors))
+    graph = helper.make_graph(list(nodes), "hostile", [given], [output], list(tensors))
     model = helper.make_model(graph, opset_imports=[helper.make_opsetid("", 17)], ir_version=8)
     return bytes(model.SerializeToString())
 
@@ -89,6 +93,24 @@ def shaped_by_numbers() -> bytes:
             numpy_helper.from_array(np.array([1], np.int64), "one_row"),
             numpy_helper.from_array(np.array([[1]], np.float32), "one"),
         ],
+    )
+
+
+def outer_product() -> bytes:
+    """The sum over the outer product of a row with itself, of rows of any length."""
+    free = helper.make_tensor_value_info("x", TensorProto.FLOAT, ["batch", "any"])
+    return _model(
+        [
+            helper.make_node("Unsqueeze", ["x", "last"], ["column"]),
+            helper.make_node("Unsqueeze", ["x", "middle"], ["row"]),
+            helper.make_node("Mul", ["column", "row"], ["product"]),
+            helper.make_node("ReduceSum", ["product", "last"], ["y"], keepdims=0),
+        ],
+        [
+            numpy_helper.from_array(np.array([2], np.int64), "last"),
+            numpy_helper.from_array(np.array([1], np.int64), "middle"),
+        ],
+        given=free,
     )
 
 

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -226,7 +226,7 @@ class Engine:
     def _load(self) -> _Opened:
         process = self._process()
         try:
-            interface = process.interface()
+            interface = self._stated(process.interface())
             raw = self._read()
             why = why_unbounded(raw) or self._why_unproven(process, interface)
         except BaseException:
@@ -237,6 +237,16 @@ class Engine:
         process.close()
         session = self._session(raw)
         return _Opened(interface, "", process, session, self._row_call(session))
+
+    def _stated(self, interface: Interface) -> Interface:
+        """Gives the one input of a model the shape of the manifest, which is the one that is tried.
+
+        A file may leave more than the batch free; inputs of other shapes would be untried work.
+        """
+        if len(interface.inputs) != 1:
+            return interface
+        shape = (-1, *self.manifest.input_shape)
+        return replace(interface, inputs=(replace(interface.inputs[0], shape=shape),))
 
     def _read(self) -> bytes:
         raw = self._onnx.read_bytes() if self._onnx.exists() else b""

@@ -58,7 +58,11 @@ def open_session(onnx: bytes, settings: SessionSettings) -> Any:
         options.add_session_config_entry("session.intra_op.allow_spinning", spinning)
         options.add_session_config_entry("session.inter_op.allow_spinning", spinning)
     session = onnxruntime.InferenceSession(
-        onnx, options, providers=list(dict.fromkeys((settings.provider, CPU))), enable_fallback=0
+        onnx,
+        options,
+        providers=list(dict.fromkeys((settings.provider, CPU))),
+        enable_fallback=0,
+        read_config_from_model=0,  # a file chooses no settings, whatever the environment says
     )
     counts = len(session.get_inputs()), len(session.get_outputs())
     if not all(counts):

@@ -163,6 +163,17 @@ def test_other_inputs_are_refused(make: Make, matmul: Any, inputs: Any, said: st
     assert str(caught.value).isprintable()
 
 
+def test_a_size_that_a_file_leaves_free_is_the_manifests(make: Make) -> None:
+    # The file takes rows of any length, and its work grows with the square of that.
+    engine = make(hostile.outer_product(), golden_of(EYE.reshape(3, 3)))
+    engine.warm_up(rows=4)
+    assert engine.why_confined == ""
+    assert engine.inputs[0].shape == (-1, 3)
+    np.testing.assert_array_equal(engine.run({"x": EYE})["y"], EYE)
+    with pytest.raises(DataError, match=r"expected shape \[-1, 3\] with at least 1 row"):
+        engine.run({"x": np.zeros((1, 100_000), np.float32)})
+
+
 def test_many_threads_get_their_own_answers(make: Make, matmul: Any) -> None:
     engine = make(matmul.onnx(1.0), matmul.golden(1.0))
     wrong: list[Any] = []
