@@ -124,6 +124,9 @@ class ClientConfig(Section):
     local: Annotated[tuple[Pattern, ...], Field(max_length=64)] = ()
     """Layers that stay on each client and never travel: patterns of names (``head.*``) or of
     layers' classes (``BatchNorm*``)."""
+    frozen: Annotated[tuple[Pattern, ...], Field(max_length=64)] = ()
+    """Parameters that nobody trains, neither clients nor the cloud: patterns of names
+    (``encoder.*``), beside those whose ``requires_grad`` the task sets to False."""
     device: DeviceChoice = "auto"
     """Where to train: CUDA, else MPS, else CPU when ``auto``."""
     schedule: ClientSchedule = Field(default_factory=ClientSchedule)

@@ -20,6 +20,7 @@ from fedcore.seeds import global_streams
 from fedcore.task.answers import new_model
 from fedcore.task.definition import Task
 from fedcore.training.memory import memory_errors
+from fedcore.updates.frozen import freeze
 from fedcore.updates.local import mark_local
 from fedcore.updates.pack import layout_of
 
@@ -60,7 +61,7 @@ def build_model(task: Task, run: RunConfig) -> FullModel:
 
     Raises:
             TaskError: building failed, the preprocessing has parameters, no weight is trained, or
-                ``client.local`` does not fit the model.
+                ``client.local`` or ``client.frozen`` does not fit the model.
             InsufficientMemory: memory is too small for it.
     """
     try:
@@ -82,6 +83,7 @@ def build_model(task: Task, run: RunConfig) -> FullModel:
             f"task {task.name!r}: preprocess has parameters, which would be trained. Nothing was "
             "run; use buffers instead."
         )
+    freeze(model, run.client.frozen)
     if not any(p.requires_grad for p in model.parameters()):
         raise TaskError(
             f"task {task.name!r}: the model has no trainable parameters. Nothing was run."

@@ -9,8 +9,9 @@ message; a device then keeps them on disk.
 from __future__ import annotations
 
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatchcase
 from functools import cached_property
 from typing import TYPE_CHECKING
 
@@ -49,6 +50,34 @@ class FrozenState:
 
 
 NO_FROZEN = FrozenState(b"")
+
+
+def freeze(model: nn.Module, patterns: Sequence[str]) -> None:
+    """Freezes the parameters that a pattern matches by name.
+
+    Raises:
+        TaskError: A pattern matches none, or one that shares its values with one that is trained.
+    """
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    found = set[str]()
+    for pattern in patterns:
+        hits = {name for name in names if fnmatchcase(name, pattern)}
+        if not hits:
+            raise TaskError(
+                f"client.frozen: {pattern!r} matches no parameter of the model; its names are "
+                f"{', '.join(names[:20])}. Nothing was run; correct the pattern."
+            )
+        found |= hits
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    shared = {id(parameters[name]) for name in found}
+    split = [name for name in names if id(parameters[name]) in shared and name not in found]
+    if split:
+        raise TaskError(
+            f"client.frozen: {', '.join(split)} shares its values with a parameter that is to be "
+            "frozen, and is not to be frozen itself. Nothing was run; match both names, or none."
+        )
+    for name in found:
+        parameters[name].requires_grad_(False)
 
 
 def frozen_parameters(model: nn.Module) -> Mapping[str, nn.Parameter]:

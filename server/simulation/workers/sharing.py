@@ -26,8 +26,9 @@ def with_shared_frozen(task: Task, run: RunConfig) -> Task:
 
     def model() -> nn.Module:
         made = task.model()
-        for name, parameter in frozen_parameters(made).items():
-            parameter.data = shared[name]
+        for name, parameter in made.named_parameters():
+            if name in shared:  # frozen by the task, or by the run once it is built
+                parameter.data = shared[name]
         return made
 
     return replace(task, model=model)

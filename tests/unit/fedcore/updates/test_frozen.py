@@ -14,6 +14,7 @@ from fedcore.updates.frozen import (
     FrozenState,
     check_unchanged,
     checksums,
+    freeze,
     frozen_parameters,
     frozen_state,
     load_frozen,
@@ -62,6 +63,22 @@ def test_frozen_parameters_are_no_part_of_a_vector_and_travel_with_every_bit() -
     assert torch.equal(target.again, source.base)
     assert target.codes.tolist() == [1, 2**40]
     assert frozen_state(target).sha256 == instruction.frozen_sha256
+
+
+def test_patterns_freeze_by_name_and_fit() -> None:
+    model = nn.Sequential(nn.Linear(2, 3), nn.Tanh(), nn.Linear(3, 2))
+    freeze(model, ["0.*"])
+    assert list(frozen_parameters(model)) == ["0.weight", "0.bias"]
+    with pytest.raises(
+        TaskError, match=r"client\.frozen: '1\.\*' matches no parameter .* 0\.weight"
+    ):
+        freeze(model, ["1.*"])
+    tied = nn.ModuleDict({"one": nn.Linear(2, 2), "other": nn.Linear(2, 2)})
+    tied["other"].weight = tied["one"].weight
+    with pytest.raises(TaskError, match=r"client\.frozen: other\.weight shares its values with"):
+        freeze(tied, ["one.*"])
+    freeze(tied, ["one.*", "other.*"])
+    assert not any(p.requires_grad for p in tied.parameters())
 
 
 def test_a_model_without_frozen_parameters_sends_what_it_always_did() -> None:

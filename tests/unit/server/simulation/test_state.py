@@ -149,6 +149,21 @@ def test_models_of_a_machine_share_the_memory_of_frozen_parameters() -> None:
     assert with_shared_frozen(plain, run_of()) is plain
 
 
+def test_a_run_freezes_by_pattern_for_all_who_train() -> None:
+    task = task_of(lambda: nn.Sequential(nn.Linear(FEATURES, 4), nn.Linear(4, CLASSES)), SIZES)
+    settings: dict[str, Any] = {
+        "client": {"batch_size": 16, "frozen": ["0.*"]},
+        "compression": {"candidates": ["fp32"], "timing_runs": 100},
+        "simulation": {"workers": 2},
+    }
+    result = fedcore.simulate(task, federation={"rounds": 1}, finetune={"epochs": 1}, **settings)
+    start = build_model(task, result.run).model
+    for model in (result.federated.model, result.model.model):
+        assert torch.equal(model[0].weight, start[0].weight)  # type: ignore[index]
+        assert not torch.equal(model[1].weight, start[1].weight)  # type: ignore[index]
+    assert result.record.rounds[0].bytes_up < 4 * 500
+
+
 class Target(nn.Module):
     """A frozen copy that follows the trained weights, as in momentum contrast."""
 
