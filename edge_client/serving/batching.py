@@ -6,6 +6,7 @@ company: a batch is what has arrived while the model ran.
 
 from __future__ import annotations
 
+import logging
 import threading
 import time
 from collections import deque
@@ -19,6 +20,9 @@ from edge_client.serving.metrics import ModelMetrics
 from edge_client.serving.protocol import TensorSpec
 from fedcore.artifacts.golden import AnyArray
 from fedcore.errors import DataError, DeviceError, FedcoreError, LimitExceeded, RequestRefused
+from fedcore.observability.foreign import foreign
+
+log = logging.getLogger("fedcore.serving")
 
 
 class ServedVersion(Protocol):
@@ -163,12 +167,14 @@ class Batcher:
         return self._worker is None
 
     def start(self) -> None:
-        """Starts the thread that runs requests, unless the model is quick enough to need none.
+        """Starts the thread that runs requests, unless it runs or the model is quick without it.
+
+        To be called for each new version, which may be slower than the one before.
 
         A model that runs in microseconds is done before another thread has woken up; a slow one
         must not keep a transport's thread from other models and from health checks.
         """
-        if self._limits.max_delay_s == 0 and self._current().quick:
+        if self._worker is not None or (self._limits.max_delay_s == 0 and self._current().quick):
             return
         self._worker = threading.Thread(target=self._work, name="batcher", daemon=True)
         self._worker.start()
@@ -258,6 +264,11 @@ class Batcher:
             return
         except FedcoreError as error:
             self._fail(jobs, failure(error))
+            return
+        except Exception as error:  # whoever runs this answers others, too: it must go on
+            log.error("serve: a batch failed: %s: %s", type(error).__name__, foreign(error))
+            what = "internal error; see the server's log. Nothing was answered."
+            self._fail(jobs, RequestRefused(what, "failed"))
             return
         self._metrics.ran(version, stacked, now_s, self._clock(), [job.arrived_s for job in jobs])
         number = str(version.version)

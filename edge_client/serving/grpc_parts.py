@@ -48,7 +48,9 @@ class Call:
     """Whether initial metadata were sent."""
 
     def answer(self, message: bytes) -> None:
-        """Sends the answer and ends the call. Any thread may call it, once."""
+        """Sends the answer and ends the call, unless it has ended. Any thread may call it."""
+        if self.core is None:
+            return
         self._end().start_server_batch(
             (
                 cygrpc.SendInitialMetadataOperation((), 0),
@@ -59,7 +61,9 @@ class Call:
         )
 
     def fail(self, code: int, details: str) -> None:
-        """Ends the call with a status, one of ``grpc.StatusCode``'s numbers."""
+        """Ends the call with a status, a number of ``grpc.StatusCode``, unless it has ended."""
+        if self.core is None:
+            return
         operations: tuple[Any, ...] = (
             cygrpc.SendStatusFromServerOperation((), code, details.encode(), 0),
         )
@@ -73,7 +77,9 @@ class Call:
         return core
 
     def send(self, message: bytes) -> None:
-        """Sends one message of a stream, which stays open."""
+        """Sends one message of a stream, which stays open, unless it has ended."""
+        if self.core is None:
+            return
         operations: tuple[Any, ...] = (cygrpc.SendMessageOperation(message, 0),)
         if not self.greeted:
             self.greeted = True

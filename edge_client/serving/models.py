@@ -145,7 +145,7 @@ class Models:
         before, served.current, served.fault = served.current, version, ""
         if served.batcher is None:
             served.batcher = Batcher(served.version, self.limits, served.metrics)
-            served.batcher.start()
+        served.batcher.start()
         if before is None:
             return f"{served.name}: version {version.version} answers"
         served.metrics.swapped()

@@ -134,3 +134,14 @@ def test_long_messages_do_not_reach_the_handler_and_compressed_ones_are_not_unfo
         method(bytes(1 << 14))
     assert sizes[-1] == 1 << 14
     assert all(size < 100 for size in sizes[:-1])
+
+
+def test_a_second_answer_to_a_call_does_nothing() -> None:
+    def handler(call: Call, message: bytes) -> None:
+        call.answer(b"first")
+        call.answer(b"second")
+        call.fail(13, "third")
+
+    with serving(handler) as (channel, _):
+        assert channel.unary_unary(METHOD)(b"") == b"first"
+        assert channel.unary_unary(METHOD)(b"") == b"first"

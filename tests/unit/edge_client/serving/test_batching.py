@@ -147,6 +147,39 @@ def test_a_failure_of_the_model_reaches_every_request(error: FedcoreError, reaso
     assert reasons(box) == [reason, reason]
 
 
+def test_a_fault_of_ours_is_an_answer_too(caplog: pytest.LogCaptureFixture) -> None:
+    def fail(inputs: Any) -> Any:
+        raise ZeroDivisionError("not expected " + "x" * 5000)
+
+    version, box = Product(), []
+    version.run = fail  # type: ignore[method-assign]
+    queue = batcher(version)
+    queue.submit(job(rows(1), box))
+    queue.run_waiting()
+    assert reasons(box) == ["failed"]
+    assert "not expected" not in str(box[0])
+    assert "ZeroDivisionError" in caplog.text
+    assert len(caplog.text) < 2000
+    queue.submit(job(rows(1), box))
+    queue.run_waiting()
+    assert len(box) == 2
+
+
+def test_a_version_that_is_slower_than_the_one_before_gets_a_thread() -> None:
+    versions, box = [Product(1)], []
+    queue = Batcher(lambda: versions[-1], QueueLimits(), ModelMetrics())
+    queue.start()
+    assert queue.inline
+    versions.append(Product(2, quick=False))
+    queue.start()
+    queue.start()
+    assert not queue.inline
+    queue.submit(job(rows(1), box))
+    assert versions[-1].entered.acquire(timeout=30)
+    queue.stop()
+    assert [answer[0] for answer in box] == ["2"]
+
+
 def test_outputs_without_a_row_for_each_input_are_an_error() -> None:
     version, box = Product(), []
     version.run = lambda inputs: {"output": np.zeros((1, 2), np.float32)}  # type: ignore

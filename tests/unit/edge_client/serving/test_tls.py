@@ -14,9 +14,9 @@ import pytest
 import tritonclient.grpc as triton
 from tritonclient.utils import InferenceServerException
 
-from edge_client.enrol import enrol, install
+from edge_client.enrol import enrol, install_kit
 from edge_client.serving.access import open_access
-from fedcore.crypto.kit import Kit, client_context, load_kit
+from fedcore.crypto.kit import Kit, client_context
 from fedcore.errors import ConfigError
 from server.provision.issue import Act, initialise, provision_member, provision_server, revoke
 from tests.serving import WIDTH, Running, local, running, store_of
@@ -38,8 +38,7 @@ def member(act: Act, folder: Path, name: str, role: Any) -> Kit:
     request = enrol(folder, name).request.read_bytes()
     kit = provision_member(act, name, role, request, where=name, validity=DAY, num_examples=None)
     (folder / "sent.kit").write_bytes(kit.to_bytes())
-    install(folder, folder / "sent.kit", authority_sha256=None, now=act.now)
-    return load_kit(folder)
+    return install_kit(folder, folder / "sent.kit", now=act.now)
 
 
 def authority(folder: Path, project: str) -> Act:
