@@ -49,6 +49,8 @@ def launch(job: Job, *, processes: int, max_restarts: int) -> None:
         TrainingError: a process ended without giving a reason, more often than ``max_restarts``.
         KeyboardInterrupt: Ctrl-C or SIGTERM ended the processes.
     """
+    for old in Path(job.folder).glob("error-*.json"):  # of an earlier launch
+        old.unlink()
     gentle = any(place is not None for place in job.places)
     forwarded = _HANDLED[1:] if gentle else _HANDLED
     config = LaunchConfig(
