@@ -5,7 +5,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
@@ -50,7 +50,20 @@ class Delivering:
     def server(self) -> ServerIdentity:
         return load_server(self.folder / "server")
 
-    def device(self, name: str, *, role: MemberRole = "device", listed: bool = True) -> Path:
+    def devices(self, names: Sequence[str]) -> list[Path]:
+        """Enrols many devices at once, and returns the folders of their kits."""
+        folders = [self.device(name, written=False) for name in names]
+        self.write_roster()
+        return folders
+
+    def device(
+        self,
+        name: str,
+        *,
+        role: MemberRole = "device",
+        listed: bool = True,
+        written: bool = True,
+    ) -> Path:
         """Enrols a member, and returns the folder of its kit."""
         key = new_key()
         certificate = issue_member(
@@ -65,6 +78,7 @@ class Delivering:
         self._install(self.folder / "kits" / name, key, certificate)
         if listed:
             self.entries[name] = RosterEntry(certificate=pem(certificate).decode())
+        if listed and written:
             self.write_roster()
         return self.folder / "kits" / name
 

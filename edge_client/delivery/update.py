@@ -14,7 +14,7 @@ from edge_client.delivery.held import hold, read_held, release_held
 from edge_client.delivery.roots import anchor
 from edge_client.delivery.source import Source
 from edge_client.delivery.store import Record
-from edge_client.delivery.trust import current_offer
+from edge_client.delivery.trust import Offer, current_offer
 from edge_client.inference.process import ModelLimits
 from edge_client.inference.selftest import self_test
 from fedcore.artifacts.manifest import Manifest
@@ -140,19 +140,7 @@ def update(
         least = read_versions(trust).models.get(model, (0, 0))
         if (record.epoch, record.version) < least:
             raise _older(record, f"version {least[1]} of epoch {least[0]}, installed", model)
-        incoming = store / "incoming"
-        onnx, golden = (
-            fetch(source, offer.locations[entry.path], entry, incoming)
-            for entry in (offer.manifest.onnx, offer.manifest.golden)
-        )
-        with installed.staged(store, model, offer.manifest_raw, onnx, golden) as folder:
-            golden_error = _tested(store, offer.manifest, folder, record, threads, limits)
-            floor = read_versions(trust).with_model(model, record.epoch, record.version)
-            write_versions(trust, floor)  # before what it protects is in force
-            installed.activate(store, model, folder, record, before)
-            release_held(store, model)
-        for unfinished in incoming.iterdir():
-            remove(unfinished)
+        golden_error = _install(source, store, offer, record, before, threads, limits)
         previous = before.version if before else None
         return UpdateResult(
             model,
@@ -163,6 +151,33 @@ def update(
             clock=offer.clock,
             damage=damage,
         )
+
+
+def _install(
+    source: Source,
+    store: Path,
+    offer: Offer,
+    record: Record,
+    before: Record | None,
+    threads: int,
+    limits: ModelLimits | None,
+) -> float:
+    """Fetches, tests and activates an offer; returns the self-test's largest difference."""
+    model, trust = offer.manifest.model, store / "trust"
+    incoming = store / "incoming"
+    onnx, golden = (
+        fetch(source, offer.locations[entry.path], entry, incoming)
+        for entry in (offer.manifest.onnx, offer.manifest.golden)
+    )
+    with installed.staged(store, model, offer.manifest_raw, onnx, golden) as folder:
+        golden_error = _tested(store, offer.manifest, folder, record, threads, limits)
+        floor = read_versions(trust).with_model(model, record.epoch, record.version)
+        write_versions(trust, floor)  # before what it protects is in force
+        installed.activate(store, model, folder, record, before)
+        release_held(store, model)
+    for unfinished in incoming.iterdir():
+        remove(unfinished)
+    return golden_error
 
 
 def _tested(
