@@ -37,10 +37,11 @@ from fedcore.crypto.keys import load_key, public_bytes
 from fedcore.crypto.kit import KEY
 from fedcore.errors import DataError, FedcoreError, PrivacyError
 from fedcore.finite import finite_or_none
-from fedcore.privacy.accounting import Accountant, epsilon_of
+from fedcore.privacy.accounting import Accountant, Charge, epsilon_of
 from fedcore.privacy.ledger import RemainingRounds, remaining_charges
 
 _OLD = ChargeTerms(Privacy().target_delta, "")
+_MOST_ROOMS = 64  # runs of which is counted how many more rounds fit
 """Terms of charges by versions of fedcore that stored none."""
 
 
@@ -91,8 +92,8 @@ class RunView:
     lines: tuple[ChargeView, ...]
     """All charges, or only the first and last ones: composing each takes time."""
     room: RemainingRounds | None
-    """How many more rounds like the latest fit in the owner's budget; None without a budget, or if
-    the ledger is damaged."""
+    """How many more rounds like the latest fit in the owner's budget; None without a budget, if
+    the ledger is damaged, or in a ledger of more than 64 runs, where counting takes too long."""
 
     @property
     def epsilon(self) -> float:
@@ -293,79 +294,99 @@ def view_of(
         accountant: Method of composition.
         max_lines: Most charges to list per run; all of them when None.
     """
+    sets = _DataSets(found, owner)
     totals = tuple(
-        _total(found, owner, name, accountant)
+        _total(sets.of(name), name, accountant)
         for name in ("", *(one.name for one in owner.datasets))
     )
+    charged = [(name, spent) for name, spent in sorted(found.runs.items()) if spent]
+    counts_room = len(charged) <= _MOST_ROOMS
     runs = tuple(
-        _run(name, spent, found, owner, accountant, max_lines or len(spent))
-        for name, spent in sorted(found.runs.items())
-        if spent
+        _run(
+            name,
+            spent,
+            sets.of(name_in(spent[-1].data)) if counts_room else None,
+            accountant,
+            max_lines or len(spent),
+        )
+        for name, spent in charged
     )
     return LedgerView(accountant, runs, totals, found.problems, found.notes)
+
+
+@dataclass(frozen=True)
+class _DataSet:
+    """All charges that count against the budget of one data set."""
+
+    charges: tuple[Charge, ...]
+    target_delta: float
+    limit: float | None
+    whole: bool
+
+
+class _DataSets:
+    """The charges of a ledger by data set, each put together once."""
+
+    def __init__(self, found: LedgerFiles, owner: OwnerPolicy) -> None:
+        self._found, self._owner = found, owner
+        self._every = [one for spent in found.runs.values() for one in spent]
+        self._labels = {one.data for one in self._every}
+        self._contents = read_contents(found.folder)
+        self._known: dict[str, _DataSet] = {}
+
+    def of(self, name: str) -> _DataSet:
+        """Returns the charges for a data set; all of them for data without a name."""
+        if name not in self._known:
+            self._known[name] = self._counted(name)
+        return self._known[name]
+
+    def _counted(self, name: str) -> _DataSet:
+        names: set[str] | None = {name}  # nothing was trained on it yet
+        if not name or self._contents.names.get(name):
+            names = counted_with(name, self._labels, self._contents)
+        there = [
+            one
+            for one in self._every
+            if names is None or not name_in(one.data) or name_in(one.data) in names
+        ]
+        least = min((one.target_delta for one in there), default=Privacy().target_delta)
+        everybody = {"", *(one.name for one in self._owner.datasets)}
+        return _DataSet(
+            tuple(one.charge for one in there),
+            self._owner.target_delta or least,
+            self._owner.budget(everybody if names is None else names),
+            not self._found.problems,
+        )
 
 
 def _run(
     name: str,
     spent: Sequence[StoredCharge],
-    found: LedgerFiles,
-    owner: OwnerPolicy,
+    data: _DataSet | None,
     accountant: Accountant,
     max_lines: int,
 ) -> RunView:
+    charges = [one.charge for one in spent]
     delta = min(one.target_delta for one in spent)
     lines = tuple(
-        ChargeView(place, one, _epsilon(spent[:place], delta, accountant))
+        ChargeView(place, one, _epsilon(charges[:place], delta, accountant))
         for place, one in enumerate(spent, 1)
         if place <= max_lines // 2 or place > len(spent) - -(-max_lines // 2)
     )
-    data = name_in(spent[-1].data)
-    limit, there = _limit(found, owner, data), _counted(found, data)
     left = None
-    if limit is not None and not found.problems:
-        budget = _privacy(accountant, _delta(there, owner), limit)
-        rounds = [one.charge for one in spent if not one.charge.evaluates]
-        if rounds:
-            left = remaining_charges([one.charge for one in there], rounds[-1], budget)
+    rounds = [one for one in charges if not one.evaluates]
+    if rounds and data is not None and data.limit is not None and data.whole:
+        budget = _privacy(accountant, data.target_delta, data.limit)
+        left = remaining_charges(data.charges, rounds[-1], budget)
     return RunView(name, delta, lines, left)
 
 
-def _total(found: LedgerFiles, owner: OwnerPolicy, name: str, accountant: Accountant) -> Total:
-    there = _counted(found, name)
-    delta = _delta(there, owner)
-    limit = _limit(found, owner, name)
-    return Total(name, delta, _epsilon(there, delta, accountant), limit, not found.problems)
+def _total(data: _DataSet, name: str, accountant: Accountant) -> Total:
+    epsilon = _epsilon(data.charges, data.target_delta, accountant)
+    return Total(name, data.target_delta, epsilon, data.limit, data.whole)
 
 
-def _counted(found: LedgerFiles, name: str) -> list[StoredCharge]:
-    """Returns the charges that count against a data set; all charges for data without a name."""
-    every = [one for spent in found.runs.values() for one in spent]
-    names = _names(found, name)
-    if names is None:
-        return every
-    return [one for one in every if not name_in(one.data) or name_in(one.data) in names]
-
-
-def _names(found: LedgerFiles, name: str) -> set[str] | None:
-    labels = {one.data for spent in found.runs.values() for one in spent}
-    contents = read_contents(found.folder)
-    if name and not contents.names.get(name):
-        return {name}  # nothing was trained on it yet
-    return counted_with(name, labels, contents)
-
-
-def _limit(found: LedgerFiles, owner: OwnerPolicy, name: str) -> float | None:
-    names = _names(found, name)
-    return owner.budget({"", *(one.name for one in owner.datasets)} if names is None else names)
-
-
-def _delta(there: Sequence[StoredCharge], owner: OwnerPolicy) -> float:
-    least = min((one.target_delta for one in there), default=Privacy().target_delta)
-    return owner.target_delta or least
-
-
-def _epsilon(there: Sequence[StoredCharge], delta: float, accountant: Accountant) -> float:
-    charges = [one.charge for one in there]
+def _epsilon(charges: Sequence[Charge], delta: float, accountant: Accountant) -> float:
     return epsilon_of(charges, target_delta=delta, accountant=accountant)
 
 

@@ -50,7 +50,7 @@ from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from scipy.optimize import brentq
@@ -58,7 +58,7 @@ from scipy.optimize import brentq
 from fedcore.errors import PrivacyError
 from fedcore.observability.words import counted
 from fedcore.privacy.losses import MechanismSteps, composed_epsilon, gaussian_epsilon
-from fedcore.privacy.renyi import ORDERS, FloatArray, renyi_divergences, renyi_epsilons
+from fedcore.privacy.renyi import ORDERS, FloatArray, renyi_divergences, renyi_epsilons, renyi_table
 
 Accountant = Literal["rdp", "prv"]
 Settings = Literal["fixed", "adaptive"]
@@ -251,7 +251,8 @@ def _filtered(history: History, target_delta: float) -> float:
     add up.
     """
     with _countable(history, target_delta):
-        spent = sum(steps.number * _filter_costs(*steps[:2]) for steps in history)
+        costs = _FILTER_COSTS.of([steps[:2] for steps in history])
+        spent = np.array([steps.number for steps in history], np.float64) @ costs
         share = target_delta / len(FILTER_ORDERS)
         return float(renyi_epsilons(np.asarray(spent), FILTER_ORDERS, share).min())
 
@@ -261,9 +262,41 @@ def _renyi_costs(noise_multiplier: float, sample_rate: float) -> FloatArray:
     return renyi_divergences(noise_multiplier, sample_rate, ORDERS)
 
 
-@lru_cache(maxsize=MAX_KEPT)
-def _filter_costs(noise_multiplier: float, sample_rate: float) -> FloatArray:
-    return renyi_divergences(noise_multiplier, sample_rate, FILTER_ORDERS)
+class _CacheInfo(NamedTuple):
+    currsize: int
+    maxsize: int
+
+
+class _KeptCosts:
+    """Costs of mechanisms at the filter's orders; those of many new ones are computed together."""
+
+    def __init__(self) -> None:
+        self._kept: dict[tuple[float, float], FloatArray] = {}
+
+    def of(self, mechanisms: Sequence[tuple[float, float]]) -> FloatArray:
+        """Returns the costs ``(M, len(FILTER_ORDERS))`` of noise multipliers and sample rates."""
+        new = [one for one in dict.fromkeys(mechanisms) if one not in self._kept]
+        for start in range(0, len(new), _TOGETHER):
+            some = new[start : start + _TOGETHER]
+            noises, rates = np.array(some, np.float64).T
+            table = renyi_table(noises, rates, FILTER_ORDERS)
+            self._kept.update((one, row.copy()) for one, row in zip(some, table, strict=True))
+        found = np.stack([self._kept[one] for one in mechanisms])
+        for oldest in list(self._kept)[: max(0, len(self._kept) - MAX_KEPT)]:
+            del self._kept[oldest]
+        return found
+
+    def cache_info(self) -> _CacheInfo:
+        """Returns the number of mechanisms that are kept, and the most that may be."""
+        return _CacheInfo(len(self._kept), MAX_KEPT)
+
+    def cache_clear(self) -> None:
+        """Forgets everything."""
+        self._kept.clear()
+
+
+_TOGETHER = 1024  # mechanisms whose costs are computed together: 1 MB per array
+_FILTER_COSTS = _KeptCosts()
 
 
 def _ratio(noise_multiplier: float) -> float:

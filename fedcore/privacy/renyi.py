@@ -23,41 +23,62 @@ def renyi_divergences(
 ) -> FloatArray:
     """Returns one step's cost at each order (2 or more), in the worse direction; costs add up.
 
+    Returns:
+        Shape ``(len(orders),)``, see `renyi_table`.
+    """
+    table = renyi_table(np.array([noise_multiplier]), np.array([sample_rate]), orders)
+    first: FloatArray = table[0]
+    return first
+
+
+def renyi_table(
+    noise_multipliers: FloatArray, sample_rates: FloatArray, orders: tuple[float, ...]
+) -> FloatArray:
+    """Returns one step's cost of each mechanism at each order (2 or more), in the worse direction.
+
     Integer orders have a finite sum. Orders between are bounded by linear interpolation, as the
     logarithm of a moment is convex in the order: the exact series for those does not end in
     reasonable time near a rate of one half, and turns negative at large noise.
 
+    Args:
+        noise_multipliers: Of each mechanism, shape ``(M,)``.
+        sample_rates: Of each mechanism, shape ``(M,)``.
+        orders: The orders.
+
     Returns:
-        Shape ``(len(orders),)``, each at least 0; infinite beyond float range.
+        Shape ``(M, len(orders))``, each at least 0; infinite beyond float range.
 
     Source:
         Mironov, Talwar, Zhang 2019, arXiv:1908.10530, sections 3.1 and 3.3.
     """
     alphas = np.asarray(orders, dtype=np.float64)
     with np.errstate(divide="ignore", over="ignore", invalid="ignore"):
-        half_ratio = 0.5 / np.square(np.float64(noise_multiplier))
-        if sample_rate == 1:
-            return np.asarray(alphas * half_ratio)
-        whole = sorted({*map(math.floor, orders), *map(math.ceil, orders)})
-        logarithms = [_log_moment(order, half_ratio, sample_rate) for order in whole]
-        costs = np.interp(alphas, whole, logarithms) / (alphas - 1)
+        half_ratios = 0.5 / np.square(np.asarray(noise_multipliers, np.float64))
+        costs = half_ratios[:, None] * alphas
+        sampled = np.asarray(sample_rates) != 1
+        if sampled.any():
+            whole = sorted({*map(math.floor, orders), *map(math.ceil, orders)})
+            ratios, rates = half_ratios[sampled], np.asarray(sample_rates)[sampled]
+            moments = np.stack([_log_moments(order, ratios, rates) for order in whole], axis=1)
+            if tuple(whole) != tuple(orders):
+                moments = np.stack([np.interp(alphas, whole, row) for row in moments])
+            costs[sampled] = moments / (alphas - 1)
     return np.asarray(np.nan_to_num(costs, nan=np.inf, posinf=np.inf))
 
 
-def _log_moment(order: int, half_ratio: float, rate: float) -> float:
-    """Returns a moment's logarithm as ``log(1 + x)``, which is accurate for tiny ``x``."""
+def _log_moments(order: int, half_ratios: FloatArray, rates: FloatArray) -> FloatArray:
+    """Returns moments' logarithms ``(M,)`` as ``log(1 + x)``, which is accurate for tiny ``x``."""
     i = np.arange(2, order + 1, dtype=np.float64)
-    growth = half_ratio * (i * i - i)
+    growth = half_ratios[:, None] * (i * i - i)
     terms = (
-        gammaln(order + 1)
-        - gammaln(i + 1)
-        - gammaln(order - i + 1)
-        + i * np.log(rate)
-        + (order - i) * np.log1p(-rate)
+        (gammaln(order + 1) - gammaln(i + 1) - gammaln(order - i + 1))
+        + i * np.log(rates)[:, None]
+        + (order - i) * np.log1p(-rates)[:, None]
         + growth
         + np.log(-np.expm1(-growth))
     )
-    return float(np.logaddexp(0.0, logsumexp(terms))) * (1 + 1e-12)  # exceeds all rounding errors
+    found = np.logaddexp(0.0, logsumexp(terms, axis=1))
+    return np.asarray(found * (1 + 1e-12))  # exceeds all rounding errors
 
 
 def renyi_epsilons(

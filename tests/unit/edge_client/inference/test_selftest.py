@@ -41,6 +41,24 @@ def test_the_tolerance_is_the_bound(tested: Test, matmul: Any) -> None:
         tested(golden_bytes(EYE, off))
 
 
+@pytest.mark.parametrize(("allowed", "places"), [(0.61, None), (1e300, None), (6.1, [1])])
+def test_a_manifest_may_not_allow_what_proves_nothing(
+    manifest: Manifest, matmul: Any, tmp_path: Path, allowed: float, places: list[int] | None
+) -> None:
+    """The largest golden output is 6: a tenth of it, or all of it where only places are kept."""
+    onnx = tmp_path / "model.onnx"
+    onnx.write_bytes(matmul.onnx(1.0))
+    exact = np.arange(1, 7).reshape(3, 2).astype(np.float32)
+    golden = golden_bytes(EYE, exact)
+    if places is not None:
+        golden = golden_bytes(EYE, exact[:, places], np.array(places, np.int64))
+    wide = manifest.model_copy(update={"golden_tolerance": allowed})
+    with pytest.raises(SelfTestFailed, match="its manifest allows a difference"):
+        self_test(wide, onnx, golden, threads=1, limits=ModelLimits())
+    least = manifest.model_copy(update={"golden_tolerance": 0.6})
+    assert self_test(least, onnx, golden, threads=1, limits=ModelLimits()) == 0
+
+
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_an_answer_that_is_not_finite_fails(tested: Test, value: float) -> None:
     with pytest.raises(SelfTestFailed, match="differs by inf"):
