@@ -164,3 +164,21 @@ def test_frames_by_site_give_a_report_by_site_in_a_few_lines(tmp_path: Path) -> 
     ]
     assert all(float(line.split()[2]) > 0.8 for line in lines[:4])
     assert "south" in (tmp_path / "runs" / "sites" / "report.html").read_text()
+
+
+def test_a_gpt_is_trained_over_roles(data_folder: Path) -> None:
+    task = load_task(EXAMPLES / "shakespeare" / "small.py")
+    clients = task.clients(data_folder)
+    assert "kinghenryv.FLUELLEN" in clients
+    assert not any(name.startswith(("hamlet.", "othello.")) for name in clients)
+    inputs, targets = task.client_data(clients[0], data_folder)[0]
+    assert inputs[1:].tolist() == targets[:-1].tolist()
+    text = "".join(task.labels[place] for place in inputs)
+    assert text.startswith("So shaken as we are, so wan with care,\nFind we a time")
+    outputs = task.model()(inputs.unsqueeze(0))
+    assert outputs.shape == (1, 64, len(task.labels))
+    small, large = (
+        load_run(EXAMPLES / "shakespeare" / f"{name}.toml") for name in ("small", "run")
+    )
+    assert (small.finetune.every, large.finetune.every) == (5, 10)
+    assert sum(p.numel() for p in load_task(large.path(large.task)).model().parameters()) > 10e6
