@@ -100,7 +100,7 @@ class InferenceConnection(asyncio.Protocol):
         self._server = server
         self._loop = asyncio.get_running_loop()
         self._transport: asyncio.Transport | None = None
-        self._parser: Any = None
+        self._parser: Any = httptools.HttpRequestParser(self)
         self._timer: asyncio.TimerHandle | None = None
         self._certificate = b""
         self._later = bytearray()
@@ -108,13 +108,13 @@ class InferenceConnection(asyncio.Protocol):
         self._reset()
 
     def _reset(self) -> None:
-        self._parser = httptools.HttpRequestParser(self)
         self._head_bytes = 0
         self._url = bytearray()
         self._headers: dict[str, str] = {}
         self._body = bytearray()
         self._headed = False
         self._refused = 0
+        self._overrun = False
 
     def connection_made(self, transport: asyncio.BaseTransport) -> None:
         """Starts a connection; closes it if there are too many."""
@@ -140,6 +140,8 @@ class InferenceConnection(asyncio.Protocol):
     def data_received(self, data: bytes) -> None:
         """Reads a part of a request."""
         if self._busy:
+            if self._overrun:
+                return
             self._later += data
             if len(self._later) > _PIPELINED_BYTES and self._transport is not None:
                 self._transport.pause_reading()
@@ -158,13 +160,24 @@ class InferenceConnection(asyncio.Protocol):
             if not self._headed and not self._busy and self._head_bytes > MAX_HEAD_BYTES:
                 self._refuse(HTTPStatus.REQUEST_HEADER_FIELDS_TOO_LARGE, "the headers are too long")
 
+    def on_message_begin(self) -> None:
+        """Notes a request that was sent before the one before was answered, in the same data.
+
+        The one before is answered, and the connection closed: its client sends the other again.
+        """
+        self._overrun = self._busy
+
     def on_url(self, url: bytes) -> None:
         """Collects the address."""
+        if self._overrun:
+            return
         self._url += url
         self._limit_head()
 
     def on_header(self, name: bytes, value: bytes) -> None:
         """Keeps a header."""
+        if self._overrun:
+            return
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
         self._limit_head()
 
@@ -175,6 +188,8 @@ class InferenceConnection(asyncio.Protocol):
 
     def on_headers_complete(self) -> None:
         """Refuses a body that is announced as too long, before it is read."""
+        if self._overrun:
+            return
         self._headed = True
         length = self._headers.get("content-length", "0")
         if not length.isdecimal() or int(length[:20]) > self._server.max_body_bytes:
@@ -186,6 +201,8 @@ class InferenceConnection(asyncio.Protocol):
 
     def on_body(self, body: bytes) -> None:
         """Keeps a part of the body."""
+        if self._overrun:
+            return
         self._body += body
         if len(self._body) > self._server.max_body_bytes:
             self._stop(HTTPStatus.REQUEST_ENTITY_TOO_LARGE)
@@ -196,8 +213,7 @@ class InferenceConnection(asyncio.Protocol):
 
     def on_message_complete(self) -> None:
         """Hands the request over."""
-        if self._busy:  # a second request in the same data
-            self._refuse(HTTPStatus.BAD_REQUEST, "send requests one after another")
+        if self._overrun:
             return
         self._busy = True
         self._expect(None)
@@ -227,7 +243,7 @@ class InferenceConnection(asyncio.Protocol):
         transport = self._transport
         if transport is None:
             return
-        keep = keep and not self._server.draining
+        keep = keep and not self._server.draining and not self._overrun
         transport.write(response_bytes(answer, keep=keep))
         if not keep:
             transport.close()

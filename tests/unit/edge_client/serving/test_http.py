@@ -177,6 +177,34 @@ def test_requests_on_one_connection(first_server: Running) -> None:
             assert json.loads(response.read())["model_name"] == "product"
 
 
+@pytest.mark.parametrize("rest", [1.0, 0.7, 0.1])
+def test_a_second_request_in_the_same_data_never_answers_for_the_first(
+    first_server: Running, rest: float
+) -> None:
+    body = json.dumps({"id": "first", "inputs": [ROW]}).encode()
+    head = f"POST {INFER} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
+    second = b"GET /nowhere HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    found = sent(first_server, head.encode() + body + second[: int(rest * len(second))])
+    assert found.startswith(b"HTTP/1.1 200 ")
+    assert b'"id":"first"' in found
+    assert found.count(b"HTTP/1.1") == 1
+    assert b"connection: close" in found
+
+
+def test_requests_that_are_answered_at_once_may_follow_each_other(first_server: Running) -> None:
+    one = b"GET /v2/health/live HTTP/1.1\r\nhost: localhost\r\n\r\n"
+    host, port = first_server.http.split(":")
+    with socket.create_connection((host, int(port)), timeout=30) as connection:
+        connection.sendall(one + one[:20])
+        found = b""
+        while b"true}" not in found:  # then the rest comes by itself
+            found += connection.recv(65536)
+        connection.sendall(one[20:] + one.replace(b"\r\n\r\n", b"\r\nconnection: close\r\n\r\n"))
+        while piece := connection.recv(65536):
+            found += piece
+    assert found.count(b"HTTP/1.1 200 OK") == 3
+
+
 def test_metrics(first_server: Running) -> None:
     ask(first_server, "POST", INFER, {"inputs": [ROW]})
     ask(first_server, "POST", INFER, {"inputs": []})
