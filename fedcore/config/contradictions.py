@@ -58,6 +58,7 @@ def contradictions(run: RunConfig) -> list[str]:
         )
     found += _of_tuning(run)
     found += _of_sharding(run.finetune)
+    found += _of_nodes(run.finetune)
     if privacy.participations and privacy.participations > federation.rounds:
         found.append(
             f"privacy.participations = {privacy.participations} is more than federation.rounds = "
@@ -99,6 +100,23 @@ def _of_tuning(run: RunConfig) -> list[str]:
         found.append(
             f"finetune.after_stall = {settings.after_stall} contradicts federation.patience = "
             f"{patience}, which ends the run no later. Set a larger patience, or fewer rounds."
+        )
+    return found
+
+
+def _of_nodes(settings: Finetune) -> list[str]:
+    """Returns the contradictions among the numbers of nodes, processes and examples."""
+    found, world = list[str](), settings.nodes * settings.processes
+    if settings.nodes > 1 and settings.rendezvous is None:
+        found.append(
+            f"finetune.nodes = {settings.nodes} needs finetune.rendezvous: HOST:PORT of one of the "
+            "nodes, at which they meet."
+        )
+    if world > settings.batch_size:
+        found.append(
+            f"finetune.batch_size = {settings.batch_size} is less than the {world} processes of "
+            "all nodes, and each needs an example of every batch. Raise it, or set fewer "
+            "finetune.processes or finetune.nodes."
         )
     return found
 

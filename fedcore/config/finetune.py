@@ -20,6 +20,9 @@ from fedcore.config.section import (
     WeightDecay,
 )
 
+ENDPOINT = r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$"
+"""A host, or an IPv6 address in brackets, and a port."""
+
 
 class Finetune(Section):
     """``[finetune]``: training on the cloud's data by DDP, after the rounds."""
@@ -63,6 +66,13 @@ class Finetune(Section):
     interval counts, and in a simulation they also judge candidates, together with the cloud."""
     timeout_s: Seconds = 3600.0
     """Fine-tuning fails when it takes longer, or when a process waits this long for another."""
+    nodes: Annotated[int, Field(ge=1, le=1024)] = 1
+    """Machines that train together, each with ``processes`` processes. On all but one run
+    ``fedcore finetune RUN --join``."""
+    rendezvous: Annotated[str, Field(pattern=ENDPOINT)] | None = None
+    """``HOST:PORT`` at which nodes meet, on the one that has the model."""
+    rendezvous_s: Seconds = 45.0
+    """How long a node waits for the others, at the beginning and after one was lost."""
     precision: Literal["fp32", "bf16", "fp16"] = "fp32"
     """Arithmetic of matrix products and convolutions; weights stay in float32. ``fp16`` scales the
     loss, so that small gradients do not vanish; ``bf16`` needs no scaling."""

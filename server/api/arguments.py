@@ -117,8 +117,9 @@ def refuse_elsewhere(run: RunConfig, task: Task, *, rounds: bool) -> None:
     if run.task != IN_MEMORY:
         return
     needs = []
-    if task.cloud_data is not None and run.finetune.epochs and run.finetune.processes > 1:
-        needs.append(f"finetune.processes = {run.finetune.processes}")
+    if task.cloud_data is not None and run.finetune.epochs:
+        several = {name: getattr(run.finetune, name) for name in ("processes", "nodes")}
+        needs += [f"finetune.{name} = {number}" for name, number in several.items() if number > 1]
     if rounds and run.simulation.engine == "ray":
         needs.append("simulation.engine = 'ray'")
     gpus = torch.cuda.device_count() if available(run.client.device).type == "cuda" else 0

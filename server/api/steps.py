@@ -53,7 +53,7 @@ from server.simulation.judging import judge_in_simulation, measure_onnx_in_simul
 
 
 def finetune(
-    task: AnyTask,
+    task: AnyTask | None,
     run: AnyRun | None,
     model: AnyModel,
     *,
@@ -75,7 +75,7 @@ def finetune(
         tuned.kept, tuned.before, tuned.after, tuned.model
 
     Args:
-        task: A task, or the file that defines one.
+        task: A task, or the file that defines one; None for the one that the run names.
         run: The run, or its file; ``[finetune]``, ``[federation]`` and the seed are used. None for
             default settings.
         model: The model to start from, or its checkpoint. Not changed.

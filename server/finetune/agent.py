@@ -17,52 +17,70 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
+from typing import Any
 
+import torch
 from torch.distributed.elastic.multiprocessing.api import DefaultLogsSpecs, SignalException, Std
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+from torch.distributed.elastic.rendezvous.api import RendezvousError
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 import fedcore.errors as errors
-from fedcore.errors import FedcoreError, TrainingError
+from fedcore.config.finetune import Finetune
+from fedcore.errors import ConfigError, FedcoreError, TrainingError
 from server.finetune.job import Job
 from server.finetune.worker import work
 from server.process.spawn import main_script_hidden
 
-_LOGGERS = ("torch.distributed.elastic.multiprocessing.api", "torch.multiprocessing.spawn")
+_LOGGERS = (
+    "torch.distributed.elastic.multiprocessing.api",
+    "torch.distributed.elastic.rendezvous.dynamic_rendezvous",
+    "torch.distributed.elastic.agent.server.api",
+    "torch.multiprocessing.spawn",
+)
 """Loggers that print a traceback per failed or stopped process; the error file replaces them."""
 _HANDLED = (signal.SIGTERM, signal.SIGHUP)
 """Signals that torchrun forwards to its processes before it ends."""
+_LOOPBACK = ("localhost", "127.0.0.1", "[::1]")
 _OWN_STORE = "TORCH_DISABLE_SHARE_RDZV_TCP_STORE"
 _LOOK_S = 0.5
 _STOP_S = 25.0
 """How long processes may take to write a checkpoint once they are asked to stop."""
 
 
-def launch(job: Job, *, processes: int, max_restarts: int) -> None:
-    """Runs a job in new processes on this machine, and waits for them.
+def launch(job: Job) -> None:
+    """Runs a job in new processes on this machine, together with other nodes' if there are any.
 
     With checkpoints, Ctrl-C and SIGTERM ask the processes to write one first; a second signal ends
     them at once.
 
     Raises:
         FedcoreError: the first process that failed raised it.
-        TrainingError: a process ended without giving a reason, more often than ``max_restarts``.
+        ConfigError: there are fewer GPUs than processes.
+        TrainingError: a process ended without giving a reason, more often than
+            ``finetune.max_restarts``; or nodes did not meet within ``finetune.rendezvous_s``.
         KeyboardInterrupt: Ctrl-C or SIGTERM ended the processes.
     """
     for old in Path(job.folder).glob("error-*.json"):  # of an earlier launch
         old.unlink()
+    settings = job.config.finetune
+    _check_gpus(settings.processes)
     gentle = any(place is not None for place in job.places)
     forwarded = _HANDLED[1:] if gentle else _HANDLED
+    endpoint = settings.rendezvous if settings.nodes > 1 else None
+    host = (endpoint or "localhost").rpartition(":")[0] or "localhost"
     config = LaunchConfig(
-        min_nodes=1,
-        max_nodes=1,
-        nproc_per_node=processes,
-        run_id=uuid.uuid4().hex,
+        min_nodes=settings.nodes,
+        max_nodes=settings.nodes,
+        nproc_per_node=settings.processes,
+        run_id=f"fedcore-{job.config.name}" if endpoint else uuid.uuid4().hex,
         rdzv_backend="c10d",
-        rdzv_endpoint="localhost:0",
-        local_addr="localhost",  # one machine: no listening to the network
+        rdzv_endpoint=endpoint or "localhost:0",
+        # On one machine, addresses that others learn are those of loopback.
+        local_addr="localhost" if host in _LOOPBACK else None,
+        rdzv_configs=_meeting(settings, hosts=not job.joins) if endpoint else {},
         start_method="spawn",
-        max_restarts=max_restarts,
+        max_restarts=settings.max_restarts,
         monitor_interval=0.05,
         signals_to_handle=",".join(number.name for number in forwarded),
         # Output of the processes would mix with the events of `--json`.
@@ -76,10 +94,49 @@ def launch(job: Job, *, processes: int, max_restarts: int) -> None:
         raise _reason(job, failure) from failure
     except SignalException as stopped:
         raise KeyboardInterrupt from stopped
-    if told := _told(job, range(processes)):
+    except RendezvousError as apart:
+        raise _apart(settings) from apart
+    if told := _told(job, range(settings.processes)):
         raise told
     if job.stop_file.exists():
         raise KeyboardInterrupt
+
+
+def _meeting(settings: Finetune, *, hosts: bool) -> dict[str, Any]:
+    """Returns who hosts torchrun's rendezvous, and how long it waits.
+
+    A node that joins never hosts it, not even on the machine of the one that does, so that it can
+    be lost and come back. A lost node is noticed within seconds.
+    """
+    seconds = settings.rendezvous_s
+    return {
+        "is_host": hosts,
+        "timeout": seconds,
+        "join_timeout": seconds,
+        "read_timeout": max(1, round(seconds)),
+        "keep_alive_interval": 2,
+        "keep_alive_max_attempt": 3,
+    }
+
+
+def _check_gpus(processes: int) -> None:
+    there = torch.cuda.device_count() if torch.cuda.is_available() else processes
+    if processes > there:
+        raise ConfigError(
+            f"finetune.processes = {processes}: each process needs a GPU of its own, and there are "
+            f"{there}. Nothing was trained; set at most {there}, or hide the GPUs "
+            "(CUDA_VISIBLE_DEVICES='')."
+        )
+
+
+def _apart(settings: Finetune) -> TrainingError:
+    return TrainingError(
+        f"fine-tuning: {settings.nodes} nodes did not meet at {settings.rendezvous} within "
+        f"finetune.rendezvous_s = {settings.rendezvous_s:g}, or one left and did not come back. "
+        "Nothing more was trained; start the command on every node, one of them the host of that "
+        "address, and see what the others report. With finetune.checkpoints training continues "
+        "where it was."
+    )
 
 
 @contextmanager

@@ -30,6 +30,13 @@ class Group:
             dist.all_reduce(values, group=self.control)
         return values
 
+    def least(self, value: int) -> int:
+        """Returns the smallest of the numbers that processes give."""
+        found = torch.tensor([value], dtype=torch.int64)
+        if self.world > 1:
+            dist.all_reduce(found, dist.ReduceOp.MIN, group=self.control)
+        return int(found)
+
     def agreed(self, value: int) -> int:
         """Returns the number that the first process gives."""
         told = torch.tensor([value], dtype=torch.int64)

@@ -35,6 +35,9 @@ class Job:
         config = RunConfig.model_validate_json(self.run)
         return config.model_copy(update={"base": Path(self.base)})
 
+    joins: bool = False
+    """Whether this machine takes the starting points, and leaves results, to another one."""
+
     def error_file(self, rank: int) -> Path:
         """Returns the file in which process ``rank`` reports its failure."""
         return Path(self.folder) / f"error-{rank}.json"
@@ -53,6 +56,14 @@ class Job:
     def stop_file(self) -> Path:
         """The file whose existence asks processes to write a checkpoint and end."""
         return Path(self.folder) / "stop"
+
+
+def settings_digest(run: RunConfig) -> int:
+    """Returns a number of 63 bits that nodes with other settings for fine-tuning don't have."""
+    own = {"processes", "rendezvous", "rendezvous_s", "max_restarts", "checkpoints"}
+    shared = run.finetune.model_dump_json(exclude=own)
+    text = f"{shared} {run.finetune.checkpoints is None} {run.seed} {run.client.local}"
+    return int(sha256_hex(text.encode())[:15], 16)
 
 
 def remember_by_start(run: RunConfig, starts: int) -> list[float]:

@@ -11,12 +11,11 @@ import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
-from functools import partial
 from pathlib import Path
 
 from fedcore.config.finetune import Finetune
 from fedcore.config.run import RunConfig
-from fedcore.errors import FedcoreError, RoundFailed, TrainingError
+from fedcore.errors import ConfigError, FedcoreError, RoundFailed, TrainingError
 from fedcore.files import sha256_hex, write_atomic
 from fedcore.observability.foreign import say
 from fedcore.seeds import kept_streams
@@ -164,19 +163,40 @@ class _TrainedModels:
     notes: tuple[str, ...] = ()
 
 
+def join(task: Task, run: RunConfig, cloud: CloudData) -> None:
+    """Trains along with a node that fine-tunes: this one has no model, and keeps no result.
+
+    Raises:
+        ConfigError: ``finetune.nodes`` is 1, or the nodes have different settings.
+        TrainingError: the nodes did not meet, or training failed.
+        FedcoreError: what a process of this node raised.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, which ends training in all nodes.
+    """
+    if run.finetune.nodes == 1:
+        raise ConfigError(
+            "finetune.nodes = 1: there is nothing to join. Nothing was trained; set the number of "
+            "nodes and finetune.rendezvous, the same ones on every node."
+        )
+    untrained = checkpoint_bytes(build_model(task, run))
+    starts = [untrained, untrained]
+    results = [build_model(task, run) for _ in starts]
+    places = places_of(run, starts, size_of(cloud.train))
+    _train_apart(run, starts, results, places, joins=True)
+
+
 def _trained_from(
     task: Task, run: RunConfig, cloud: CloudData, starts: Sequence[bytes]
 ) -> _TrainedModels:
     """Trains a model from each checkpoint; the first is a federated one."""
     results = [build_model(task, run) for _ in starts]
     places = places_of(run, starts, size_of(cloud.train))
-    if run.finetune.processes == 1:
+    if run.finetune.processes == run.finetune.nodes == 1:
         found = _train_here(task, run, cloud, starts, results, places)
     else:
         found = _train_apart(run, starts, results, places)
     for place in places:
         if place is not None:
-            shutil.rmtree(place)
+            shutil.rmtree(place, ignore_errors=True)  # another node may do so, too
     return found
 
 
@@ -250,6 +270,8 @@ def _train_apart(
     starts: Sequence[bytes],
     results: Sequence[FullModel],
     places: Sequence[Path | None],
+    *,
+    joins: bool = False,
 ) -> _TrainedModels:
     """Trains each result from its start, in new processes that load the task from its file."""
     with tempfile.TemporaryDirectory(prefix="fedcore-finetune-") as folder:
@@ -262,15 +284,14 @@ def _train_apart(
             starts=tuple(map(str, paths)),
             folder=folder,
             places=tuple(None if place is None else str(place) for place in places),
+            joins=joins,
         )
-        settings = run.finetune
-        begin = partial(launch, processes=settings.processes, max_restarts=settings.max_restarts)
         try:
-            begin(job)
+            launch(job)
         except TrainingError as error:
             if _UNUSED not in str(error):
                 raise
-            begin(replace(job, unused=True))
+            launch(replace(job, unused=True))
         for path, result in zip(map(trained, paths), results, strict=True):
             load_checkpoint(path.read_bytes(), result.eval(), where=str(path))
         curves = [Curve(job.curve_file(number)) for number in range(len(starts))]

@@ -273,8 +273,7 @@ def _exchange(trainer: Trainer, position: Position) -> None:
         return
     if trainer.checkpoints and not told.finite:
         raise NotFinite
-    if trainer.group.rank == 0:
-        trainer.curve.append(told)
+    trainer.curve.append(told)
     if told.stop:
         if trainer.checkpoints:
             _save(trainer, position)

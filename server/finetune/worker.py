@@ -26,6 +26,7 @@ from server.finetune.curve import Curve
 from server.finetune.failures import is_consequence, unknown_failure
 from server.finetune.job import Job, remember_by_start, trained
 from server.finetune.loop import train_start
+from server.finetune.nodes import check_alike, share_weights, shared_place
 from server.finetune.parallel import device_of, threads_of
 from server.finetune.sharding import whole_state
 from server.process.parent import die_with_parent
@@ -43,7 +44,7 @@ def work(job: Job) -> None:
     die_with_parent()
     signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})  # torchrun ends processes by it
     rank = int(os.environ["LOCAL_RANK"])
-    lone = int(os.environ.get("GROUP_WORLD_SIZE", "1")) == 1
+    lone = job.config.finetune.nodes == 1
     if _failed_for_good(job) and lone:
         return
     job.error_file(rank).unlink(missing_ok=True)  # of an attempt before a restart
@@ -89,16 +90,19 @@ def _train_all(job: Job, local_rank: int) -> None:
         timeout=timedelta(seconds=run.finetune.timeout_s),
     )
     group = make_group(device)
+    source = check_alike(group, run, joins=job.joins)
     remembered = remember_by_start(run, len(job.starts))
     for number, (start, remember) in enumerate(zip(map(Path, job.starts), remembered, strict=True)):
-        if group.agreed(int(trained(start).exists())):
+        if group.least(int(trained(start).exists())):
             continue  # trained before processes were started again
         model = build_model(task, run)
         raw = read_bytes(start, max_bytes=MAX_CHECKPOINT_BYTES, what="a checkpoint")
         load_checkpoint(raw, model, where=str(start))
-        place = job.places[number]
+        model.to(device)
+        share_weights(group, model, source=source)
+        place = shared_place(group, job.places[number], source=source)
         train_start(
-            model.to(device),
+            model,
             task,
             cloud.train,
             run,
@@ -107,10 +111,10 @@ def _train_all(job: Job, local_rank: int) -> None:
             rank=group.rank,
             world=world,
             unused=job.unused,
-            place=None if place is None else Path(place),
+            place=place,
             stop=job.stop_file.exists,
-            curve=Curve(job.curve_file(number)) if group.rank == 0 else None,
-            note=partial(_note, job) if group.rank == 0 else None,
+            curve=Curve(job.curve_file(number)) if group.rank == source else None,
+            note=partial(_note, job) if group.rank == source else None,
         )
         whole = save(whole_state(model))  # by every process, as the model may be divided
         if local_rank == 0:

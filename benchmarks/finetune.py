@@ -1,0 +1,287 @@
+"""Fine-tuning: what two processes give over one and send, and what dividing a model saves.
+
+``make bench NAME=finetune`` runs it; ``runs/bench/finetune.json`` has the figures, and
+``runs/bench/finetune.png`` the time against workers beside the ideal T_s/N. Workers have one thread
+each and talk by gloo over loopback. Systems alternate within a repeat. Wall time is honest only on
+a machine that does nothing else.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from multiprocessing import get_context
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from benchmarks.deployment import machine
+from benchmarks.figures import at_least, at_most, row
+from benchmarks.gpt import GPT, Tokens, bare_loop
+from fedcore import Task
+from fedcore.config.run import RunConfig
+from fedcore.files import write_json
+from server.finetune import control
+from server.finetune.curve import Curve
+from server.finetune.loop import train_start
+
+OUT = Path("runs/bench")
+_WARM = 2
+"""Steps before those that count."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How large the model is, and how long it trains."""
+
+    layers: int
+    width: int
+    context: int
+    batch: int
+    steps: int
+    repeats: int
+    long: int
+    """Steps after which losses are compared."""
+
+
+FULL = Sizes(layers=6, width=372, context=128, batch=32, steps=12, repeats=5, long=300)
+QUICK = Sizes(layers=2, width=64, context=16, batch=4, steps=6, repeats=1, long=20)
+
+
+@dataclass(frozen=True)
+class Course:
+    """One training in a group of processes."""
+
+    losses: tuple[float, ...]
+    seconds: float
+    """Time of the steps after the first few."""
+    steps: int
+    busy_s: tuple[float, ...]
+    sent_bytes: int
+    """What one process gave to collectives in the hook or DDP's buckets, over all steps."""
+    peak_bytes: int
+    """Growth of a process's resident memory since before the model was built; the largest."""
+
+
+def grouped(world: int, work: Callable[[int, int], Any]) -> list[Any]:
+    """Runs ``work(rank, world)`` in forked processes that share a gloo group."""
+    context, started = get_context("fork"), []
+    with tempfile.TemporaryDirectory() as folder:
+
+        def serve(rank: int, sent: Any) -> None:
+            torch.set_num_threads(1)
+            if world > 1:
+                store = f"file://{folder}/store"
+                dist.init_process_group("gloo", init_method=store, rank=rank, world_size=world)
+            sent.send(work(rank, world))
+            os._exit(0)
+
+        for rank in range(world):
+            here, there = context.Pipe(duplex=False)
+            process = context.Process(target=serve, args=(rank, there))
+            process.start()
+            there.close()
+            started.append((process, here))
+        found = [here.recv() for _, here in started]
+        for process, _ in started:
+            process.join()
+    return found
+
+
+def train(sizes: Sizes, world: int, steps: int, **settings: Any) -> Course:
+    """Trains the GPT with fedcore's loop."""
+
+    def work(rank: int, world: int) -> Any:
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak counts from here
+        data = Tokens(steps * sizes.batch, sizes.context)
+        finetune = {"epochs": 1, "batch_size": sizes.batch, "optimizer": "adamw"}
+        finetune |= {"learning_rate": 1e-3, "remember": 0.0} | settings
+        run = RunConfig.model_validate({"name": "b", "task": "b.py", "finetune": finetune})
+        task = Task(
+            name="characters",
+            kind="next_token",
+            model=lambda: nn.Identity(),
+            clients=lambda folder: [],
+            client_data=lambda client, folder: data,
+            example_input=data[0][0],
+        )
+        torch.manual_seed(0)
+        model, curve, sent = GPT(sizes.layers, sizes.width, sizes.context), Curve(), list[int]()
+        _count_sent(sent)
+        control._MOST_STEPS = 1  # the time of each step
+        device = torch.device("cpu")
+        train_start(
+            model, task, data, run, device, remember=0.0, rank=rank, world=world, curve=curve
+        )
+        return curve, sum(sent), _resident("VmHWM") - before
+
+    found = grouped(world, work)
+    curve = found[0][0]
+    counted = [part for part in curve.parts if part.first_step >= _WARM]
+    return Course(
+        losses=curve.losses,
+        seconds=sum(part.seconds for part in counted),
+        steps=sum(len(part.losses) for part in counted),
+        busy_s=tuple(map(sum, zip(*(part.busy_s for part in counted), strict=True))),
+        sent_bytes=max(one[1] for one in found),
+        peak_bytes=max(one[2] for one in found),
+    )
+
+
+def _resident(name: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(name):
+            return int(line.split()[1]) * 1024
+    raise RuntimeError(name)
+
+
+def _count_sent(sent: list[int]) -> None:
+    """Counts the bytes of gradients that communication hooks hand to collectives."""
+    all_reduce = dist.all_reduce
+
+    def counted(tensor: Tensor, *rest: Any, **more: Any) -> Any:
+        if tensor.dtype is not torch.float64:  # losses and requests to stop
+            sent.append(tensor.numel() * tensor.element_size())
+        return all_reduce(tensor, *rest, **more)
+
+    dist.all_reduce = counted
+
+
+def communication_s(parameters: int, repeats: int) -> float:
+    """Returns the time of one all-reduce of all gradients between two processes."""
+
+    def work(rank: int, world: int) -> float:
+        gradients = torch.ones(parameters)
+        dist.all_reduce(gradients)
+        started = time.perf_counter()
+        for _ in range(repeats):
+            dist.all_reduce(gradients)
+        return (time.perf_counter() - started) / repeats
+
+    return max(grouped(2, work))
+
+
+def matrix_peak() -> float:
+    """Returns the float32 operations a second of one thread in large matrix products."""
+
+    def work(rank: int, world: int) -> float:
+        one = torch.randn(1024, 1024)
+        best = 0.0
+        for _ in range(5):
+            started = time.perf_counter()
+            one @ one
+            best = max(best, 2 * 1024**3 / (time.perf_counter() - started))
+        return best
+
+    return float(grouped(1, work)[0])
+
+
+def measure(sizes: Sizes, price_per_hour: float) -> dict[str, Any]:
+    """Runs everything; returns rows and checks."""
+    model = GPT(sizes.layers, sizes.width, sizes.context)
+    parameters = sum(each.numel() for each in model.parameters())
+    tokens = sizes.batch * sizes.context
+    rates: dict[str, list[float]] = {"1 worker": [], "2 workers": [], "bare loop": []}
+    balance = list[float]()
+    for _ in range(sizes.repeats):
+        one = train(sizes, 1, sizes.steps)
+        two = train(sizes, 2, sizes.steps)
+        bare_s = grouped(1, lambda rank, world: bare_loop(sizes, _WARM))[0]
+        rates["1 worker"].append(one.steps * tokens / one.seconds)
+        rates["2 workers"].append(two.steps * tokens / two.seconds)
+        rates["bare loop"].append((sizes.steps - _WARM) * tokens / bare_s)
+        balance.append(min(two.busy_s) / max(two.busy_s))
+    sent_s, peak = communication_s(parameters, 5), matrix_peak()
+    rows = [row(name, "gpt", "tokens_per_s", "1/s", values) for name, values in rates.items()]
+    speedups = _ratios(rates["2 workers"], rates["1 worker"])
+    step_s = [tokens / rate for rate in rates["2 workers"]]
+    rows += [
+        row("2 workers", "gpt", "efficiency", "fraction", [each / 2 for each in speedups]),
+        row("2 workers", "gpt", "load_balance", "fraction", balance),
+        row("2 workers", "gpt", "communication_alone", "fraction", [sent_s / s for s in step_s]),
+        row("1 worker", "gpt", "flops_utilisation", "fraction",
+            [6 * parameters * rate / peak for rate in rates["1 worker"]]),
+        row("2 workers", "gpt", "flops_utilisation", "fraction",
+            [6 * parameters * rate / peak / 2 for rate in rates["2 workers"]]),
+        row("2 workers", "gpt", "cost_per_million_tokens", "currency",
+            [1e6 / rate / 3600 * price_per_hour for rate in rates["2 workers"]]),
+    ]  # fmt: skip
+    checks = [
+        at_least("two workers over one, tokens a second", speedups, 1.7),
+        at_least(
+            "one worker over a bare loop", _ratios(rates["1 worker"], rates["bare loop"]), 0.97
+        ),
+    ]
+    checks += _compressed(sizes, parameters) + _divided(sizes)
+    _plot(rates, tokens)
+    return {"rows": [asdict(each) for each in rows], "checks": [asdict(each) for each in checks]}
+
+
+def _ratios(over: list[float], under: list[float]) -> list[float]:
+    return [one / other for one, other in zip(over, under, strict=True)]
+
+
+def _compressed(sizes: Sizes, parameters: int) -> list[Any]:
+    whole, found = train(sizes, 2, sizes.long), []
+    for name, least, first in (("bf16", 2.0, 0), ("powersgd", 8.0, 10)):
+        course = train(sizes, 2, sizes.long, communication=name)
+        whole_steps = 4 * parameters * first  # steps whose gradients travel whole
+        each = (course.sent_bytes - whole_steps) / (len(course.losses) - first)
+        found.append(at_least(f"bytes a step, whole over {name}", [4 * parameters / each], least))
+        gap = abs(course.losses[-1] / whole.losses[-1] - 1)
+        found.append(at_most(f"loss after {sizes.long} steps, {name} against whole", [gap], 0.02))
+    return found
+
+
+def _divided(sizes: Sizes) -> list[Any]:
+    copied = train(sizes, 2, 50, shard="never")
+    divided = train(sizes, 2, 50, shard="always")
+    gaps = [abs(a - b) for a, b in zip(copied.losses, divided.losses, strict=True)]
+    return [
+        at_most("loss over 50 steps, FSDP2 against DDP", [max(gaps)], 1e-4),
+        at_most("peak memory, FSDP2 over DDP", [divided.peak_bytes / copied.peak_bytes], 0.65),
+    ]
+
+
+def _plot(rates: dict[str, list[float]], tokens: int) -> None:
+    import matplotlib as mpl
+
+    mpl.use("Agg")
+    from matplotlib import pyplot
+
+    measured = [tokens / sorted(rates[name])[len(rates[name]) // 2] for name in
+                ("1 worker", "2 workers")]  # fmt: skip
+    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
+    axes.plot([1, 2], measured, "o-", label="measured")
+    axes.plot([1, 2], [measured[0], measured[0] / 2], "--", label="ideal: time of one / workers")
+    axes.set(xlabel="workers", ylabel="seconds a step", xticks=[1, 2], ylim=(0, None))
+    axes.legend()
+    OUT.mkdir(parents=True, exist_ok=True)
+    figure.savefig(OUT / "finetune.png", dpi=150)
+
+
+def main() -> int:
+    """Measures, prints and writes; returns 1 when a check does not hold."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all runs")
+    parser.add_argument("--price-per-hour", type=float, default=0.1, help="of the machine")
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    found = measure(QUICK if options.quick else FULL, options.price_per_hour)
+    write_json(OUT / "finetune.json", {"machine": machine(), **found})
+    for each in found["rows"] + found["checks"]:
+        print({name: value for name, value in each.items() if value is not None})
+    return 0 if all(check["holds"] for check in found["checks"]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())
