@@ -1,0 +1,85 @@
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from fedcore.config.settings import load_run
+from fedcore.errors import ConfigError
+from fedcore.task.definition import load_task
+from fedcore.task.model import build_model, checkpoint_bytes, load_checkpoint
+from server.commands import finetune
+
+TASK = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from fedcore import Task
+
+rng = torch.Generator().manual_seed(0)
+targets = torch.randint(3, (90,), generator=rng)
+data = TensorDataset(nn.functional.one_hot(targets, 5).float(), targets)
+task = Task(
+    name="tiny",
+    kind="classification",
+    model=lambda: nn.Linear(5, 3),
+    clients=lambda folder: ["anna"],
+    client_data=lambda client, folder: data,
+    cloud_data=lambda folder: data,
+    example_input=torch.zeros(5),
+)
+"""
+
+
+def command(folder: Path, *more: str) -> int:
+    parser = argparse.ArgumentParser()
+    finetune.arguments(parser)  # type: ignore[misc]
+    given = [str(folder / "run.toml"), "--runs", str(folder / "runs"), *more]
+    return int(finetune.run(parser.parse_args(given)))  # type: ignore[misc]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "task.py").write_text(TASK)
+    text = 'name = "run"\ntask = "task.py"\n[finetune]\nepochs = 3\ncheckpoints = "kept"\n'
+    (tmp_path / "run.toml").write_text(text)
+    start = build_model(load_task(tmp_path / "task.py"), load_run(tmp_path / "run.toml", []))
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "global.safetensors").write_bytes(checkpoint_bytes(start))
+    return tmp_path
+
+
+def test_the_federated_model_is_trained_and_kept(
+    folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert command(folder, "--json") == 0
+    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    out = folder / "runs" / "run" / "finetuned.safetensors"
+    assert told["kept"]
+    assert told["after"] > told["before"]
+    assert told["file"] == str(out)
+    model = build_model(load_task(folder / "task.py"), load_run(folder / "run.toml", []))
+    load_checkpoint(out.read_bytes(), model, where="out")
+    assert all(torch.isfinite(each).all() for each in model.parameters())
+    assert not list((folder / "kept").rglob("step-*"))
+
+
+def test_what_the_gate_refuses_is_not_written(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("server.finetune.launch.passes", lambda *measured: False)
+    out = folder / "other.safetensors"
+    start = folder / "runs" / "run" / "global.safetensors"
+    assert command(folder, "--from", str(start), "--out", str(out)) == 0
+    assert "The gate kept the model as it was." in capsys.readouterr().out
+    assert not out.exists()
+
+
+def test_one_node_has_nothing_to_join(folder: Path) -> None:
+    with pytest.raises(ConfigError, match="there is nothing to join"):
+        command(folder, "--join")
+    with pytest.raises(ConfigError, match=r"needs finetune\.rendezvous"):
+        command(folder, "--nnodes", "2", "--join")
