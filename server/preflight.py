@@ -26,6 +26,7 @@ from fedcore.task.definition import (
     without_folder,
 )
 from fedcore.task.model import FullModel, build_model, warm_start
+from fedcore.task.named import without_release
 from fedcore.training.device import available
 from fedcore.training.evaluate import output_shape
 from fedcore.training.per_example.trial import choose_method
@@ -217,6 +218,7 @@ def read_for_release(
         FedcoreError: the data can't be read, or doesn't match the task's example.
     """
     if run.release.repository is not None and run.release.keys is not None:
+        without_release(task.named_inputs, task=task.name)
         check_publishable(
             run.model_name,
             repository=run.path(run.release.repository),

@@ -166,9 +166,11 @@ class FinalTestDetails:
     method: str
     """How the interval was computed; empty without one."""
     classes: tuple[ClassResult, ...] = ()
-    """By class; empty for other kinds of problem, and for more than 100 classes."""
+    """By class, or by label where an input has several; empty for other kinds of problem, and for
+    more than 100."""
     confusion: tuple[tuple[int, ...], ...] = ()
-    """How often each class (row) was taken for each (column); empty where ``classes`` is."""
+    """How often each class (row) was taken for each (column); empty without classes that exclude
+    each other."""
     calibration: tuple[CalibrationBin, ...] = ()
     """By confidence, from the lowest; empty for kinds without decisions."""
     calibration_error: float | None = None

@@ -6,20 +6,18 @@
 from __future__ import annotations
 
 import importlib.util
-import os
 import sys
 import warnings
-from collections.abc import Callable, Sequence, Sized
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Literal, cast
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import Dataset
 
-from fedcore.errors import DataError, DataFolderMissing, FedcoreError, TaskError
+from fedcore.errors import DataError, FedcoreError, TaskError
 from fedcore.files import sha256_hex
 from fedcore.rpc.hello import is_task_name
 from fedcore.seeds import global_streams
@@ -30,9 +28,16 @@ from fedcore.task.kinds.protocol import Loss as Loss
 from fedcore.task.kinds.registry import KindName, kind_of
 from fedcore.task.kinds.settings import check_options, check_outputs
 from fedcore.task.metrics import Metric, check_metrics
+from fedcore.task.named import NamedBefore, NamedInputs, NamedModel, load_with
+from fedcore.task.reading import Examples as Examples
+from fedcore.task.reading import Folder as Folder
+from fedcore.task.reading import data_folder as data_folder
+from fedcore.task.reading import read_examples as read_examples
+from fedcore.task.reading import require_folder as require_folder
+from fedcore.task.reading import size_of as size_of
+from fedcore.task.reading import told
+from fedcore.task.reading import without_folder as without_folder
 
-Folder = Path | None
-Examples = Dataset[tuple[Tensor, Tensor]]
 Part = Literal["heldout", "test", "all"]
 """Which of a client's examples: held back from training (``federation.holdout``), the task's
 ``client_test``, or all of ``client_data``."""
@@ -79,7 +84,11 @@ class Task:
     client_data: Callable[[str, Folder], Examples]
     """Returns the examples of one client."""
     example_input: Tensor
-    """One input, without the batch dimension."""
+    """One input, without the batch dimension; a dictionary of tensors where examples are pairs
+    ``({"image": x, "age": a}, target)``. It is kept as one vector then, see ``named_inputs``, and
+    model and preprocessing receive the dictionary."""
+    named_inputs: NamedInputs | None = None
+    """Names and shapes of the inputs; set from an ``example_input`` that is a dictionary."""
     test_data: Callable[[Folder], Examples] | None = None
     """Returns the final test split, if the server has one. It is read once, at the end; it decides
     only whether the result is published."""
@@ -115,6 +124,7 @@ class Task:
                 "digits, '.', '_' and '-', because devices and the server exchange it. Nothing "
                 "was run; choose another name in the task file."
             )
+        self._name_inputs()
         kind, options = kind_of(self.kind, task=self.name), self.options
         loss = kind.loss(options)
         own_loss = self.loss is not None and self.loss != loss  # a copy states the usual one
@@ -132,6 +142,30 @@ class Task:
                 f"task {self.name!r}: its kind {kind.name!r} has no usual {' or '.join(missing)}. "
                 f"Nothing was run; state {' and '.join(missing)} in the task or in the kind."
             )
+
+    def _name_inputs(self) -> None:
+        """Turns named inputs into vectors: the example, the loaders, and what the model takes."""
+        example: Any = self.example_input
+        if isinstance(example, Mapping):
+            named = NamedInputs.of(example, task=self.name)
+            object.__setattr__(self, "named_inputs", named)
+            object.__setattr__(self, "example_input", named.vector(example))
+        elif not isinstance(example, Tensor):
+            raise TaskError(
+                f"task {self.name!r}: example_input is a {type(example).__name__}, expected a "
+                "tensor, or a dictionary of tensors by name. Nothing was run; correct it."
+            )
+        inputs = self.named_inputs
+        if inputs is None:
+            return
+        for field in ("client_data", "cloud_data", "cloud_heldout", "test_data", "client_test"):
+            object.__setattr__(self, field, load_with(getattr(self, field), inputs))
+        vector = self.example_input
+        if self.preprocess is not None and not isinstance(self.preprocess, NamedBefore):
+            before = NamedBefore(self.preprocess, inputs, vector, self.name)
+            object.__setattr__(self, "preprocess", before)
+        build = self.model.build if isinstance(self.model, NamedModel) else self.model
+        object.__setattr__(self, "model", NamedModel(build, inputs, self.preprocess, vector))
 
     @property
     def problem(self) -> Kind:
@@ -272,102 +306,6 @@ def load_task(path: Path) -> Task:
     return task
 
 
-def data_folder() -> Folder:
-    """Returns the data folder of a server or a simulation: ``FEDCORE_DATA``, or ``None``.
-
-    Raises:
-        DataError: the variable names a folder that does not exist.
-    """
-    value = os.environ.get("FEDCORE_DATA")
-    if not value:
-        return None
-    folder = Path(value)
-    if not folder.is_dir():
-        raise DataError(f"FEDCORE_DATA = {value}: this folder does not exist. Nothing was run.")
-    return folder
-
-
-def read_examples(
-    load: Callable[[], Examples], *, what: str, folder: Folder, least: int = 1
-) -> Examples:
-    """Calls a task's loader, and turns its failures into errors that name the data.
-
-    Args:
-        load: The loader, with its arguments.
-        what: The data, for errors.
-        folder: The folder that the loader receives. If it is None and the loader fails, the error
-            says so.
-        least: Smallest number of examples, 0 or 1.
-
-    Raises:
-        DataError: the loader failed, or returned fewer than ``least`` examples.
-        DataFolderMissing: it failed because ``folder`` is None.
-    """
-    try:
-        examples = load()
-    except FedcoreError:
-        raise
-    except (Exception, SystemExit) as error:  # user code: any failure counts as one of the data
-        require_folder(what, folder, error)
-        raise DataError(
-            f"{what}: reading it failed: {_told(error)}. {without_folder(folder)}"
-            "Nothing was trained on it; fix the file or the task's loader."
-        ) from error
-    try:
-        count = len(cast(Sized, examples))
-    except (Exception, SystemExit) as error:
-        raise DataError(
-            f"{what}: the task's loader returned a {type(examples).__name__} whose length is not "
-            f"known: {_told(error)}. Nothing was trained on it; return a torch Dataset with a "
-            "length."
-        ) from error
-    if count < least:
-        raise DataError(
-            f"{what}: got no examples, expected at least 1. Nothing was trained on it; leave "
-            "this client out, or give it data."
-        )
-    return examples
-
-
-def _told(error: BaseException) -> str:
-    """Returns kind and text of an error, without a full stop at its end."""
-    return f"{type(error).__name__}: {error}".rstrip(". ")
-
-
-def require_folder(what: str, folder: Folder, error: BaseException) -> None:
-    """Raises an error that asks for a data folder, if a loader failed for lack of one.
-
-    Args:
-        what: What the loader reads.
-        folder: What the loader received.
-        error: What it raised.
-
-    Raises:
-        DataFolderMissing: ``folder`` is None, and the loader used it as a path.
-    """
-    if folder is not None:
-        return
-    text = str(error)
-    as_path = isinstance(error, TypeError | AttributeError) and "NoneType" in text
-    as_text = isinstance(error, OSError) and "None" in Path(str(error.filename)).parts
-    if as_path or as_text or isinstance(error, AssertionError):
-        raise DataFolderMissing(
-            f"{what}: the task reads files from a folder, and none is set. Nothing was run; set "
-            "the environment variable FEDCORE_DATA to the folder that holds the data; on a device, "
-            "`data` in its owner.toml."
-        ) from error
-
-
-def without_folder(folder: Folder) -> str:
-    """Returns a sentence for a loader that failed without a data folder; else nothing."""
-    if folder is not None:
-        return ""
-    return (
-        "Its folder was None, as FEDCORE_DATA is not set, nor `data` in an owner's owner.toml: set "
-        "it if the loader reads files. "
-    )
-
-
 def check_inputs(task: Task, examples: Examples, *, what: str) -> None:
     """Checks that a data set's inputs have the shape and dtype of the task's ``example_input``.
 
@@ -381,7 +319,7 @@ def check_inputs(task: Task, examples: Examples, *, what: str) -> None:
         raise
     except (Exception, SystemExit) as error:
         raise DataError(
-            f"{what}: reading its first example failed: {_told(error)}. Nothing "
+            f"{what}: reading its first example failed: {told(error)}. Nothing "
             "was trained; each example must be a pair (input, target)."
         ) from error
     example = task.example_input
@@ -391,8 +329,3 @@ def check_inputs(task: Task, examples: Examples, *, what: str) -> None:
             f"{task.name!r} is {example.dtype} {tuple(example.shape)}: the exported model would "
             "refuse them. Nothing was trained; give both the same type and shape."
         )
-
-
-def size_of(examples: Examples) -> int:
-    """Returns the number of examples."""
-    return len(cast(Sized, examples))

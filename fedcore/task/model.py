@@ -106,6 +106,13 @@ def _standardised_shape(task: Task, preprocess: nn.Module) -> torch.Size:
             f"task {task.name!r}: inputs of dtype {task.example_input.dtype} cannot be normalised. "
             "Nothing was run; set federation.normalisation to 'task'."
         )
+    named = task.named_inputs
+    if named is not None and not all(dtype.is_floating_point for dtype in named.dtypes):
+        raise TaskError(
+            f"task {task.name!r}: not all of its named inputs are floats, so they cannot be "
+            "normalised. Nothing was run; set federation.normalisation to 'task', and scale "
+            "floats in preprocess."
+        )
     with torch.inference_mode():
         return preprocess(task.example_input.unsqueeze(0)).shape[1:]  # type: ignore[no-any-return]
 

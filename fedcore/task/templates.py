@@ -14,7 +14,15 @@ from fedcore.errors import ConfigError, FedcoreError
 from fedcore.files import write_atomic
 from fedcore.observability.foreign import say
 
-KINDS = ("classification", "binary", "regression", "next_token")
+KINDS = (
+    "classification",
+    "binary",
+    "multilabel",
+    "regression",
+    "segmentation",
+    "next_token",
+    "sequence",
+)
 _NAME = re.compile(r"[a-z0-9][a-z0-9_-]{0,63}")  # valid values of `name` in a run's file
 _PLACEHOLDER = "NAME"
 
@@ -45,7 +53,8 @@ def new_task(folder: str | PathLike[str], *, kind: str = KINDS[0]) -> NewTask:
 
     Args:
         folder: Created if missing; its last part names the run and the task.
-        kind: ``"classification"``, ``"binary"``, ``"regression"`` or ``"next_token"``.
+        kind: ``"classification"``, ``"binary"``, ``"multilabel"``, ``"regression"``,
+            ``"segmentation"``, ``"next_token"`` or ``"sequence"``.
 
     Returns:
         The paths of ``task.py`` and ``run.toml``.

@@ -224,14 +224,14 @@ def _differences(ranges: FeatureRanges, task: Task) -> list[ClientFault]:
                 else "mend the row, or bound the column in the loader or in preprocess"
             )
             text = (
-                f"row {value.row}: {position_text(column)} is {value.value:g}, but {usual} "
+                f"row {value.row}: {position_text(task, column)} is {value.value:g}, but {usual} "
                 f"{value.high:g}; {remedy}"
             )
             fault = DataFault("extreme", value.row, text, column, required=False)
             found.append(ClientFault(value.client, fault))
     extreme = {(one.client, one.fault.column) for one in found}
     for other in ranges.scales():
-        which = "inputs" if other.feature is None else position_text(place(other.feature))
+        which = "inputs" if other.feature is None else position_text(task, place(other.feature))
         text = (
             f"{which}: numbers are about {other.typical:.3g} in size, but {other.others:.3g} at "
             "the other clients; give this client's data the same unit and scale in client_data"

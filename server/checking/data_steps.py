@@ -14,6 +14,7 @@ from fedcore.seeds import derive, torch_rng
 from fedcore.task.definition import Examples, Folder, read_examples, size_of
 from fedcore.task.missing import missing_allowed
 from fedcore.task.model import build_model
+from fedcore.task.named import without_release
 from fedcore.training.batches import split
 from fedcore.training.examples import canonical, task_examples
 from fedcore.updates.pack import layout_of
@@ -45,6 +46,8 @@ def name_clients(state: CheckState) -> StepOutcome:
 
 def make_model(state: CheckState) -> StepOutcome:
     """Builds the model, and tries it on the example input."""
+    if state.run.release.repository is not None:
+        without_release(state.task.named_inputs, task=state.task.name)
     state.built = build_model(state.task, state.run)
     example = state.task.example_input
     outputs = _answers(state, torch.stack([example] * 2))

@@ -20,6 +20,7 @@ from server.checking.rows import BadRow, RowBlock, blocks
 _FORM = "each example must be a pair (input, target) of tensors or numbers"
 _REMEDIES = {
     "unreadable": "mend or leave out this row in the data, or in the task's loader",
+    "inputs": "mend or leave out this row in the data, or in the task's loader",
     "form": f"{_FORM}",
     "input type": f"{_FORM}",
     "target type": "give the class's number, and put the names in the task's `labels`",
@@ -148,7 +149,7 @@ def _inputs_fit(block: RowBlock, expected: Expected, seen: dict[str, _Seen]) -> 
     if inputs.is_floating_point() or inputs.is_complex():
         odd = ~torch.isfinite(inputs) & ~(torch.isnan(inputs) & expected.missing)
         if bool(odd.any()):
-            _note_not_finite(odd, block, seen)
+            _note_not_finite(odd, block, expected.task, seen)
     return True
 
 
@@ -166,11 +167,11 @@ def _converts(block: RowBlock, task: Task, seen: dict[str, _Seen]) -> bool:
     return True
 
 
-def _note_not_finite(odd: Tensor, block: RowBlock, seen: dict[str, _Seen]) -> None:
+def _note_not_finite(odd: Tensor, block: RowBlock, task: Task, seen: dict[str, _Seen]) -> None:
     flat = odd.reshape(len(odd), -1)
     first = tuple(torch.nonzero(odd)[0].tolist())
     value = block.inputs[first].item()
-    got = f"{position_text(first[1:])} is {value}, expected a finite number"
+    got = f"{position_text(task, first[1:])} is {value}, expected a finite number"
     remedy = (
         "fill or leave out such rows, or have the task's preprocess turn NaN into a number"
         if value != value
@@ -180,8 +181,10 @@ def _note_not_finite(odd: Tensor, block: RowBlock, seen: dict[str, _Seen]) -> No
     _note(seen, "not finite", count, block.rows[first[0]], got, remedy, first[1:])
 
 
-def position_text(place: tuple[int, ...]) -> str:
+def position_text(task: Task, place: tuple[int, ...]) -> str:
     """Returns the name of a number in an input: its column, or its position."""
+    if task.named_inputs is not None:
+        return task.named_inputs.place(place[0])
     if not place:
         return "the input"
     return f"column {place[0]}" if len(place) == 1 else f"position {place}"

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Subset, TensorDataset, default_collate
 
+from fedcore.errors import DataError
 from fedcore.task.definition import Examples
 
 _BLOCK_ROWS = 1024
@@ -100,6 +101,8 @@ def _cut(
 def _example(examples: Examples, row: int) -> tuple[Tensor, Tensor] | BadRow:
     try:
         pair: Any = examples[row]
+    except DataError as error:
+        return BadRow(row, "inputs", str(error).removeprefix("data: ").rstrip("."))
     except (Exception, SystemExit) as error:  # the task's code may raise anything
         return BadRow(row, "unreadable", f"reading it failed: {type(error).__name__}: {error}")
     if not isinstance(pair, tuple | list) or len(pair) != 2:

@@ -6,6 +6,7 @@ from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Lineage, TestStatement
 from fedcore.artifacts.presentation import presentation_of
 from fedcore.task.definition import Task
+from fedcore.task.named import without_release
 from server.compression.compress import Compressed
 from server.release.draft import Draft, Origin
 
@@ -21,7 +22,11 @@ def draft_of(
         origin: Provenance and privacy of the federated rounds.
         compressed: The candidates; the chosen one is released.
         tested: The chosen candidate's result on the final test split; None without one.
+
+    Raises:
+        TaskError: the task has several named inputs.
     """
+    without_release(task.named_inputs, task=task.name)
     golden = compressed.golden
     kind = task.problem
     return Draft(

@@ -52,7 +52,11 @@ def details_of(task: Task, outputs: Tensor, targets: Tensor) -> FinalTestDetails
         scores, true = decisions.scores(outputs, targets)
     except ValueError:  # targets of the task's own form, such as shares of classes
         return FinalTestDetails(len(targets), interval, method)
-    classes, confusion = _by_class(task, outputs, targets, decisions)
+    confusion: tuple[tuple[int, ...], ...] = ()
+    if task.problem.presentation == "labels":
+        classes = _by_label(task, outputs, targets)
+    else:
+        classes, confusion = _by_class(task, outputs, targets, decisions)
     bins = calibration_of(scores, true)
     return FinalTestDetails(
         len(targets),
@@ -126,21 +130,38 @@ def _by_class(
     for place, name in enumerate(names):
         right = float(counts[place, place])
         decided, support = float(counts[:, place].sum()), float(counts[place].sum())
-        both = decided + support
-        found.append(
-            ClassResult(
-                name,
-                int(support),
-                right / decided if decided else None,
-                right / support if support else None,
-                2 * right / both if both else None,
-            )
-        )
+        found.append(_result(name, right, decided, support))
     return tuple(found), tuple(tuple(int(cell) for cell in row) for row in counts.tolist())
 
 
+def _by_label(task: Task, outputs: Tensor, targets: Tensor) -> tuple[ClassResult, ...]:
+    """Returns for each of several labels how its decisions are; empty for many labels."""
+    if outputs.dim() != 2 or outputs.shape[1] > MAX_CLASSES:
+        return ()
+    ignored, told, true = task.options.ignore_index, outputs > 0, targets > 0
+    counted = torch.ones_like(true) if ignored is None else targets != ignored
+    found = []
+    for place, name in enumerate(_names(task, outputs.shape[1])):
+        counts = counted[:, place]
+        yes, should = told[counts, place], true[counts, place]
+        right, decided, support = (int(n.sum()) for n in (yes & should, yes, should))
+        found.append(_result(name, right, decided, support))
+    return tuple(found)
+
+
+def _result(name: str, right: float, decided: float, support: float) -> ClassResult:
+    both = decided + support
+    return ClassResult(
+        name,
+        int(support),
+        right / decided if decided else None,
+        right / support if support else None,
+        2 * right / both if both else None,
+    )
+
+
 def _names(task: Task, count: int) -> Sequence[str]:
-    if len(task.labels) == count and task.problem.presentation != "labels":
+    if len(task.labels) == count:
         return task.labels
     return [str(number) for number in range(count)]
 

@@ -42,19 +42,20 @@ def final_test(record: RunRecord) -> list[str]:
 
 
 def classes_table(details: FinalTestDetails | None) -> Table | None:
-    """Returns precision, recall and F1 by class; None without classes."""
+    """Returns precision, recall and F1 by class, or by label; None without any."""
     if details is None or not details.classes:
         return None
     rows = [
         [each.label, f"{each.support:,}", *map(figure, (each.precision, each.recall, each.f1))]
         for each in details.classes
     ]
-    return Table(["class", "examples", "precision", "recall", "F1"], rows)
+    each = "class" if details.confusion else "label"
+    return Table([each, "examples", "precision", "recall", "F1"], rows)
 
 
 def confusion_table(details: FinalTestDetails | None) -> Table | None:
-    """Returns how often each class was taken for each; None without classes, or for too many."""
-    if details is None or not 0 < len(details.classes) <= _MAX_SHOWN:
+    """Returns how often each class was taken for each; None without any, or for too many."""
+    if details is None or not details.confusion or not 0 < len(details.classes) <= _MAX_SHOWN:
         return None
     names = [each.label for each in details.classes]
     rows = [

@@ -213,9 +213,14 @@ def rounds_table(record: RunRecord) -> Table:
     devices = ["on devices", "away", "dropped", "late", "wasted"]
     on_devices = devices if any(each.virtual for each in record.rounds) else []
     of_clients = any(each.client_epsilon is not None for each in record.rounds)
+    changing = list(dict.fromkeys(name for each in record.rounds for name in each.client))
     rows = [
         [
             str(each.round),
+            *(
+                figure(each.client.get(name, record.settings.get(f"client.{name}")))
+                for name in changing
+            ),
             *(figure(each.metrics.get(name)) for name in metrics),
             figure(each.train_loss),
             epsilon_text(each.epsilon_max),
@@ -234,6 +239,7 @@ def rounds_table(record: RunRecord) -> Table:
     shown = [f"{name}{_MEAN if name in means else ''}" for name in metrics]
     headings = [
         "round",
+        *(name.replace("_", " ") for name in changing),
         *shown,
         "training loss",
         "epsilon",
@@ -277,7 +283,7 @@ def candidates_table(record: RunRecord) -> Table:
             *([_drop_on_clients(each)] if measured else []),
             figure(each.agreement),
             figure(each.max_abs_error, 2),
-            bytes_text(each.bytes),
+            bytes_text(each.bytes) if each.bytes else NOTHING,  # it could not be built
             figure(each.p50_us, 3),
             f"{figure(each.p50_min_us, 3)} to {figure(each.p50_max_us, 3)}",
             Digest(each.sha256),

@@ -20,6 +20,7 @@ from server.release.final_details import (
     expected_calibration_error,
     interval_of,
 )
+from server.report.final_test import classes_table, confusion_table
 from tests.unit.fedcore.clients import make_task
 
 
@@ -94,7 +95,7 @@ def test_figures_by_class_and_the_confusion_matrix_count_every_row() -> None:
     ("kind", "outputs", "targets", "classes"),
     [
         ("binary", torch.zeros(6, 1), torch.ones(6, 1), 2),
-        ("multilabel", torch.zeros(6, 4), torch.ones(6, 4), 2),
+        ("multilabel", torch.zeros(6, 4), torch.ones(6, 4), 4),
         ("segmentation", torch.zeros(6, 3, 2, 2), torch.zeros(6, 2, 2).long(), 3),
         ("next_token", torch.zeros(6, 2, 5), torch.zeros(6, 2).long(), 5),
         ("next_token", torch.zeros(6, 2, 500), torch.zeros(6, 2).long(), 0),
@@ -109,6 +110,21 @@ def test_each_kind_has_the_details_that_it_can_have(
     assert (details.examples, len(details.classes)) == (6, classes)
     decides = (kind != "regression" and targets.shape != outputs.shape) or kind == "multilabel"
     assert (details.calibration_error is not None) == (decides or kind == "binary")
+
+
+def test_each_of_several_labels_has_its_name_and_its_figures() -> None:
+    task = make_task(kind="multilabel", labels=("rain", "wind"), ignore_index=-1)
+    outputs = torch.tensor([[1.0, -1], [1, -1], [-1, 1], [1, 1]])
+    targets = torch.tensor([[1.0, 0], [0, 0], [1, -1], [1, 1]])
+    details = details_of(task, outputs, targets)
+    rain, wind = details.classes
+    assert (rain.label, rain.support, rain.precision, rain.recall) == ("rain", 3, 2 / 3, 2 / 3)
+    assert (wind.label, wind.support, wind.precision, wind.recall) == ("wind", 1, 1.0, 1.0)
+    assert details.confusion == ()
+    table = classes_table(details)
+    assert table is not None
+    assert table.headings[0] == "label"
+    assert confusion_table(details) is None
 
 
 def test_calibration_is_the_distance_of_confidence_and_share_of_right_ones() -> None:

@@ -20,7 +20,7 @@ from server.records import (
     VirtualRecord,
 )
 from server.report.html import report_html
-from server.report.sections import client_tests_table
+from server.report.sections import candidates_table, client_tests_table, rounds_table
 from server.report.summary import summary
 
 
@@ -74,6 +74,18 @@ def test_a_whole_run_shows_every_part(record: RunRecord) -> None:
     assert "refused: drops 0.06, 0.05 more than allowed" in words.text
     assert "1.2 times as long" in words.text  # fp32 against the released model
     assert "a note" in words.text
+
+
+def test_settings_of_a_round_and_what_could_not_be_built_are_shown(record: RunRecord) -> None:
+    first, *others = record.rounds
+    changed = replace(first, client={"learning_rate": 0.0125})
+    settings = {**record.settings, "client.learning_rate": 0.1}
+    unbuilt = replace(record.candidates[1], bytes=0, sha256="", reason="refused: not built")
+    rounds = rounds_table(replace(record, rounds=(changed, *others), settings=settings))
+    place = rounds.headings.index("learning rate")
+    assert [row[place] for row in rounds.rows] == ["0.0125", "0.1000", "0.1000"]
+    candidates = candidates_table(replace(record, candidates=(record.candidates[0], unbuilt)))
+    assert candidates.rows[1][candidates.headings.index("bytes")] == "-"
 
 
 def test_the_page_stands_alone(record: RunRecord) -> None:
