@@ -22,7 +22,7 @@ JUDGED = (
     'name = "trial"\ntask = "task.py"\n'
     "[federation]\nrounds = 2\ncohort = 2\nevaluate_cohort = 2\nholdout = 0.3\n"
     "[client]\nbatch_size = 8\n"
-    "[finetune]\nepochs = 2\nmax_metric_drop = 1.0\n"
+    "[finetune]\nepochs = 2\nevery = 1\nmax_metric_drop = 1.0\n"
     '[compression]\ncandidates = ["fp32"]\ntiming_runs = 100\n'
     '[release]\nrepository = "releases"\nkeys = "keys"\n'
 )
@@ -188,6 +188,8 @@ def test_devices_judge_what_fine_tuning_gives(
     devices, server = judged(project, launch, launch_device)
     server.wait_for('"stage_finished", "stage": "finetune"', 120)
     text = server.log.read_text()
+    assert "round 1: fine-tuned on the cloud's data" in text
+    assert text.count('"finetuned": true') == 1  # of two rounds
     assert "on held-out data of 2 clients" in text, text[-3000:]
     assert server.end(120) == 0
     assert len(published(project.root)) == 1
