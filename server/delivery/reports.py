@@ -25,7 +25,6 @@ from fedcore.observability.foreign import foreign
 from fedcore.observability.words import counted
 from fedcore.rpc.delivery import MAX_REASON
 from fedcore.rpc.delivery_pb2 import DeviceReport
-from server.delivery.serve import log_report
 from server.release.channels import end_trial, rollouts
 from server.release.draft import check_name
 
@@ -41,6 +40,19 @@ _OUTCOMES = {
     DeviceReport.RETURNED: "returned",
 }
 _MAX_BYTES = 8192
+
+
+def log_report(member: Member, report: DeviceReport) -> None:
+    """Logs what became of a version on a device."""
+    outcome = DeviceReport.Outcome.Name(report.outcome).lower()
+    log.info(
+        "device %s: %s version %d %s %s",
+        member.name,
+        foreign(report.model, 64),
+        report.version,
+        outcome,
+        foreign(report.reason, 500),
+    )
 
 
 class KeptReport(BaseModel):

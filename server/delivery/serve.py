@@ -14,11 +14,9 @@ from pathlib import Path
 
 import grpc
 
-from fedcore.crypto.roster import Member, ServerIdentity
+from fedcore.crypto.roster import ServerIdentity
 from fedcore.errors import ConfigError, ResourceError
-from fedcore.observability.foreign import foreign
 from fedcore.rpc.delivery import MAX_REQUEST_BYTES, PORT_OFFSET
-from fedcore.rpc.delivery_pb2 import DeviceReport
 from server.delivery.files import PublishedFiles
 from server.delivery.service import Deliveries, OnReport
 from server.delivery.watchers import Watchers
@@ -55,19 +53,6 @@ class DeliveryAddress:
     def target(self) -> str:
         """The address as gRPC takes it."""
         return f"[{self.host}]:{self.port}" if ":" in self.host else f"{self.host}:{self.port}"
-
-
-def log_report(member: Member, report: DeviceReport) -> None:
-    """Logs what became of a version on a device."""
-    outcome = DeviceReport.Outcome.Name(report.outcome).lower()
-    log.info(
-        "device %s: %s version %d %s %s",
-        member.name,
-        foreign(report.model, 64),
-        report.version,
-        outcome,
-        foreign(report.reason, 500),
-    )
 
 
 def default_port(identity: ServerIdentity) -> int:

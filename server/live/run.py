@@ -25,7 +25,8 @@ from fedcore.observability.jsonl import json_lines
 from fedcore.observability.patience import FIRST_STEP, note_if_slow
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
-from server.delivery.serve import log_report, serve_releases
+from server.delivery.reports import log_report
+from server.delivery.serve import serve_releases
 from server.live.deployment import Deployment, LiveRun
 from server.live.inputs import Inputs
 from server.live.journal.journal import Journal, OnPoint, ignore_point
