@@ -188,9 +188,8 @@ def after_rounds(
     model = tuned.model if tuned else outcome.model
     kept = tuned is None or tuned.kept
     compressed = _compressed(run, task, cloud, model, kept, trained, folder, story, steps)
-
-    asked = 2 * bool(tuned and trained.judge)  # models: before and after fine-tuning
-    asked += len(compressed.files) * bool(trained.measure_onnx)
+    # Models that clients judged: before and after fine-tuning, and candidates.
+    asked = 2 * bool(tuned and trained.judge) + len(compressed.files) * bool(trained.measure_onnx)
     origin = origin_of(
         run, outcome, trained.clients, parent, noise=trained.noise, evaluations=asked
     )
@@ -201,10 +200,8 @@ def after_rounds(
     withheld = untrained and reason_untrained(run)
     if tested.statement and not withheld:
         withheld = reason_to_withhold(run, task.primary, tested.statement)
-    for text in (tested.warning, untrained, withheld):
-        if text:
-            story.note(text)
-
+    for text in filter(None, (tested.warning, untrained, withheld)):
+        story.note(text)
     manifest, unreleased = None, ""
     if not withheld:
         manifest, unreleased = _released(
@@ -242,8 +239,7 @@ def after_rounds(
         stages=story.seconds,
         notes=tuple(story.notes),
     )
-    torch_p50_us = compressed.torch_p50_us
-    return Completed(record, torch_p50_us, outcome.model, model, compressed, origin)
+    return Completed(record, compressed.torch_p50_us, outcome.model, model, compressed, origin)
 
 
 def _task_sha256(run: RunConfig) -> str | None:
