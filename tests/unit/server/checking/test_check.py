@@ -62,8 +62,11 @@ def test_every_kind_of_task_passes_every_step(tmp_path: Path, kind: str) -> None
     checked = check_call(None, run) if kind == "regression" else check_call(task)
     findings = checked.findings
     assert checked.ok
-    assert [finding.step for finding in findings] == STEPS
-    assert all(finding.ok for finding in findings), findings
+    noted = [finding.detail for finding in findings if finding.fault]
+    only = "int8_dynamic: refused: none of its layers can be quantised"  # convolutions alone
+    assert noted == ([only] if kind == "segmentation" else [])
+    assert [finding.step for finding in findings if not finding.fault] == STEPS
+    assert all(finding.ok or finding.fault for finding in findings), findings
     assert all(finding.seconds >= 0 for finding in findings)
 
 
