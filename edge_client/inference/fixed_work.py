@@ -15,7 +15,7 @@ from edge_client.inference.graph import PlainGraph, UnreadableGraph, read_graph
 _GROUPS = (
     # arithmetic, element by element
     "Abs Add And BitShift BitwiseAnd BitwiseNot BitwiseOr BitwiseXor Cast CastLike Ceil Clip Div",
-    "Equal Erf Exp Floor Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Log Max Mean Min Mod",
+    "Equal Erf Exp Floor Greater GreaterOrEqual IsInf IsNaN Less LessOrEqual Log Max Mean Min",
     "Mul Neg Not Or Pow Reciprocal Round Sign Sqrt Sub Sum Where Xor",
     "Acos Acosh Asin Asinh Atan Atanh Cos Cosh Sin Sinh Tan Tanh",
     # activations and normalisations
@@ -73,6 +73,8 @@ _SHAPED_BY: dict[str, tuple[int, ...]] = {
     "Upsample": (1,),
 }
 """Operators that take the shape of their output from these inputs, by place."""
+_OF_CONSTANTS = frozenset({"Mod"})
+"""Operators that end the process for some numbers: the least integer modulo -1 is a trap of x86."""
 _ONLY_SHAPES = frozenset({"Shape", "Size"})
 """Operators whose outputs depend on the shape of their input, and not on its numbers."""
 _CONSTANT = "Constant"
@@ -127,6 +129,9 @@ def _first_doubt(graph: PlainGraph) -> str:
             shaping = [node.inputs[at] for at in _SHAPED_BY[operator] if at < len(node.inputs)]
             if any(from_numbers[name] for name in shaping):
                 return f"{operator} takes a shape from the numbers of an input"
+        elif operator in _OF_CONSTANTS:
+            if any(from_numbers[name] for name in node.inputs):
+                return f"{operator} ends the process for some numbers of an input"
         elif operator not in _BY_SHAPE | _ONLY_SHAPES | {_CONSTANT}:
             return f"the work of {operator} may depend on the numbers of an input"
         tainted = operator not in _ONLY_SHAPES and any(from_numbers[n] for n in node.inputs)

@@ -86,6 +86,16 @@ def test_operators_that_count_or_loop_or_are_not_known_are_not(operator: str) ->
     assert why(node(operator, ["x"], ["y"])).startswith(f"the work of {operator} may depend")
 
 
+def test_an_operator_that_some_numbers_trap_is_for_constants_alone() -> None:
+    # int32: -2**31 modulo -1 is a signal, which ends the process that runs the model.
+    cast, back = node("Cast", ["x"], ["n"], to=TensorProto.INT32), node("Identity", ["r"], ["y"])
+    least = np.int32(-1)
+    said = "Mod ends the process for some numbers of an input"
+    assert why(cast, node("Mod", ["n", "k"], ["r"]), back, k=least) == said
+    assert why(cast, node("Mod", ["k", "n"], ["r"]), back, k=least) == said
+    assert why(node("Shape", ["x"], ["n"]), node("Mod", ["n", "k"], ["y"]), k=np.array([2])) == ""
+
+
 def test_operators_of_other_domains_are_not_those_of_the_same_name() -> None:
     assert "the work of evil:Relu" in why(node("Relu", ["x"], ["y"], domain="evil"))
     assert why(node("Relu", ["x"], ["y"], domain="ai.onnx")) == ""
