@@ -31,6 +31,7 @@ MAX_JSON_BYTES = 4 << 20
 """Longest JSON: as objects of Python it takes up to thirty times the room."""
 HEADER_LENGTH = "inference-header-content-length"
 _REFUSED = ("sequence_id", "sequence_start", "sequence_end", "shared_memory_region")
+_NUMBERS = {int, float, bool, type(None)}
 _REFUSED_OUTPUT = ("classification", "shared_memory_region")
 
 
@@ -183,14 +184,13 @@ def _tensor(one: Mapping[str, Any], view: memoryview, at: int) -> tuple[Tensor, 
 
 
 def _elements(one: Mapping[str, Any], name: str) -> AnyArray:
-    found = None
-    with suppress(ValueError, RecursionError, OverflowError):  # lists of unequal length
-        found = np.asarray(one.get("data", []))
-    if (
-        found is not None
-        and found.dtype.kind == "O"
-        and all(value is None or type(value) in (int, float) for value in found.flat)
-    ):
+    data, found = one.get("data", []), None
+    data = data if isinstance(data, list) else [data]
+    # Before NumPy looks: it would give each element the room of the longest text among them.
+    if _are_numbers(data, MAX_DIMENSIONS):
+        with suppress(ValueError, OverflowError):  # lists of unequal length
+            found = np.asarray(data)
+    if found is not None and found.dtype.kind == "O":
         found = _with_missing(found)
     if found is None or found.dtype.kind not in "biuf":
         raise _invalid(
@@ -198,6 +198,14 @@ def _elements(one: Mapping[str, Any], name: str) -> AnyArray:
             "equal lengths, with null for a missing one"
         )
     return found.reshape(-1)
+
+
+def _are_numbers(values: list[Any], depth: int) -> bool:
+    """Returns whether JSON's lists, nested at most ``depth`` deep, hold nothing but numbers."""
+    kinds = set(map(type, values))
+    if kinds == {list} and depth > 1:
+        return all(_are_numbers(each, depth - 1) for each in values)
+    return kinds <= _NUMBERS
 
 
 def _with_missing(values: AnyArray) -> AnyArray:

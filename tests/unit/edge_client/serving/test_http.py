@@ -6,6 +6,7 @@ import http.client
 import json
 import socket
 import threading
+import tracemalloc
 from contextlib import suppress
 from typing import Any
 
@@ -15,6 +16,8 @@ import pytest
 from edge_client.serving.batching import QueueLimits
 from edge_client.serving.http_parts import MAX_HEAD_BYTES
 from edge_client.serving.http_service import is_loopback
+from edge_client.serving.rest import read_infer_request
+from fedcore.errors import RequestRefused
 from tests.serving import WIDTH, Product, Running, local, running, store_of
 
 ROW = {"name": "input", "datatype": "FP32", "shape": [1, WIDTH], "data": [1] * WIDTH}
@@ -85,6 +88,20 @@ def test_bodies_that_cannot_be_answered(first_server: Running, body: Any, why: s
     status, answer, _ = ask(first_server, "POST", INFER, body)
     assert status == 400
     assert why in answer["error"]
+
+
+def test_a_text_among_numbers_costs_no_more_than_its_own_length() -> None:
+    # NumPy gives each element the room of the longest: 400 GB for these 4 MB.
+    data = ["a" * 2_000_000, *[""] * 50_000]
+    row = {"name": "input", "datatype": "FP32", "shape": [1, WIDTH], "data": data}
+    for listed in (data, [data], [[1.0, *data]]):
+        body = json.dumps({"inputs": [{**row, "data": listed}]}).encode()
+        tracemalloc.start()
+        with pytest.raises(RequestRefused, match="expected numbers"):
+            read_infer_request("product", "", body, None)
+        peak = tracemalloc.get_traced_memory()[1]
+        tracemalloc.stop()
+        assert peak < 16 << 20
 
 
 def test_paths_and_methods(first_server: Running) -> None:
