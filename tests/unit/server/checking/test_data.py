@@ -346,4 +346,6 @@ def test_a_device_reads_its_own_data_alone() -> None:
 
 def test_a_loader_that_needs_the_data_folder_is_told_its_name() -> None:
     found = looked(client_data=lambda name, folder: data(folder / name))
-    assert "FEDCORE_DATA is not set" in faults(found)[0].detail
+    (fault,) = faults(found)
+    assert fault.fault == "data folder"
+    assert "none is set. Nothing was run; set the environment variable FEDCORE_DATA" in fault.detail
