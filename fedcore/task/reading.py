@@ -98,8 +98,10 @@ def require_folder(what: str, folder: Folder, error: BaseException) -> None:
         return
     text = str(error)
     as_path = isinstance(error, TypeError | AttributeError) and "NoneType" in text
-    as_text = isinstance(error, OSError) and "None" in Path(str(error.filename)).parts
-    if as_path or as_text or isinstance(error, AssertionError):
+    file = error.filename if isinstance(error, OSError) else None
+    as_text = file is not None and "None" in Path(str(file)).parts
+    demanded = isinstance(error, AssertionError) and not text  # `assert folder`
+    if as_path or as_text or demanded:
         raise DataFolderMissing(
             f"{what}: the task reads files from a folder, and none is set. Nothing was run; set "
             "the environment variable FEDCORE_DATA to the folder that holds the data; on a device, "

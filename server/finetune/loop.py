@@ -41,7 +41,7 @@ class NotFinite(Exception):  # control flow of this room: never leaves it
 
 
 @dataclass(frozen=True)
-class Trainer:
+class FineTuner:
     """One training: what is trained, on what, and by which settings."""
 
     state: TrainingState
@@ -137,7 +137,7 @@ def train_start(
         if share < least:
             use_running_statistics(trained)
         optimizer = make_optimizer(model, settings, fused=settings.fused)
-        trainer = Trainer(
+        trainer = FineTuner(
             state=TrainingState(model, optimizer, make_scaler(settings, device)),
             parallel=parallel,
             loss_of=loss_of,
@@ -164,7 +164,7 @@ def _checkpoints(place: Path, settings: Finetune, group: Group) -> CheckpointFol
     return CheckpointFolder(place, place.name, every, keep, group)
 
 
-def _train(trainer: Trainer) -> None:
+def _train(trainer: FineTuner) -> None:
     """Trains from the newest checkpoint to the end, with returns to a checkpoint on the way."""
     position = Position()
     if trainer.checkpoints:
@@ -182,7 +182,7 @@ def _train(trainer: Trainer) -> None:
         trainer.checkpoints.save(trainer.state, position)
 
 
-def _train_epoch(trainer: Trainer, position: Position) -> Position:
+def _train_epoch(trainer: FineTuner, position: Position) -> Position:
     """Trains to the end of an epoch, and returns the beginning of the next one."""
     group, settings = trainer.group, trainer.settings
     rows, _ = rows_of_epoch(
@@ -218,13 +218,13 @@ def _train_epoch(trainer: Trainer, position: Position) -> Position:
     return replace(position, epoch=position.epoch + 1, consumed=0)
 
 
-def _parts(trainer: Trainer, rows: Tensor) -> list[Tensor]:
+def _parts(trainer: FineTuner, rows: Tensor) -> list[Tensor]:
     """Returns the rows of a step in the parts that are computed one after the other."""
     size = -(-len(rows) // trainer.settings.accumulate_steps)
     return batches_of(rows, size, least=trainer.least)
 
 
-def _take_step(trainer: Trainer, batches: Iterable[Batch], parts: int, count: int) -> Tensor:
+def _take_step(trainer: FineTuner, batches: Iterable[Batch], parts: int, count: int) -> Tensor:
     """Takes one step on the examples of this process; returns the sum of their losses.
 
     Args:
@@ -255,13 +255,13 @@ def _take_step(trainer: Trainer, batches: Iterable[Batch], parts: int, count: in
     return total
 
 
-def _set_rate(trainer: Trainer, position: Position) -> None:
+def _set_rate(trainer: FineTuner, position: Position) -> None:
     rate = rate_of(trainer.settings, position, trainer.steps_per_epoch)
     for options in trainer.state.optimizer.param_groups:
         options["lr"] = rate
 
 
-def _exchange(trainer: Trainer, position: Position) -> None:
+def _exchange(trainer: FineTuner, position: Position) -> None:
     """Shares losses with the other processes, and does what they lead to.
 
     Raises:
@@ -280,7 +280,7 @@ def _exchange(trainer: Trainer, position: Position) -> None:
         raise KeyboardInterrupt
 
 
-def _save(trainer: Trainer, position: Position) -> None:
+def _save(trainer: FineTuner, position: Position) -> None:
     """Saves a checkpoint, unless weights aren't finite: then training returns to the last one."""
     assert trainer.checkpoints is not None
     parameters = trainer.state.model.parameters()
@@ -295,7 +295,7 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor.detach()
 
 
-def _rolled_back(trainer: Trainer, position: Position) -> Position:
+def _rolled_back(trainer: FineTuner, position: Position) -> Position:
     """Returns to the newest checkpoint with half the learning rate.
 
     Raises:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 
@@ -15,6 +17,7 @@ from fedcore.task.model import checkpoint_bytes
 from server.finetune.in_rounds import tuner_of
 from server.live.deployment import LiveRun
 from server.live.evaluate import EvaluateOnDevices
+from server.live.journal.journal import Journal
 from server.live.network.members import Members
 from server.live.rounds.journaled import REJOIN_S, JournalCheckpointer, JournalGrid
 from server.records import RoundRecord
@@ -91,14 +94,21 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         on_note=lambda text: live.emit(Noted(text)),
         name=peers.name,
     )
-    try:
+    with _cohorts_dropped_after_failure(journal):
         app(journaled, server_context(grid.run.run_id))
+    return outcomes[0]
+
+
+@contextmanager
+def _cohorts_dropped_after_failure(journal: Journal) -> Iterator[None]:
+    """Drops selected cohorts if the rounds fail, unless a fault of this machine is the reason."""
+    try:
+        yield
     except ResourceError:
-        raise  # a fault of this machine: once fixed, a resume continues with the same cohort
+        raise  # once fixed, a resume continues with the same cohort
     except FedcoreError:
         journal.drop_cohorts()  # a resume selects among the devices that are connected then
         raise
-    return outcomes[0]
 
 
 def finished(record: RoundRecord) -> RoundFinished:

@@ -157,7 +157,7 @@ def test_a_release_that_fails_keeps_what_was_computed_and_can_go_on(site: Site) 
 
     with site.patch.context() as patch:
         patch.setattr(finish_module, "publish", full)
-        with pytest.raises(ReleaseError, match=r"the disk has no room\. .*--resume continues"):
+        with pytest.raises(ReleaseError, match=r"the disk has no room\. .*--resume .*continues"):
             site.finish()
     assert "the disk has no room" in site.summary()["release"]["failed"]
     assert "The release failed." in (site.folder / "report.html").read_text()
@@ -207,6 +207,7 @@ def test_a_run_is_finished_released_and_says_how(site: Site) -> None:
         "digest": manifest.onnx.sha256,
         "withheld": None,
         "failed": None,
+        "untrained": None,
     }
     assert list(summary["seconds"]) == [
         *("federate", "finetune", "compress", "test", "release", "total")
@@ -252,6 +253,7 @@ def test_whatever_it_dies_of_each_step_is_done_once(site: Site, point: str) -> N
         "digest": manifest.onnx.sha256,
         "withheld": None,
         "failed": None,
+        "untrained": None,
     }
     assert (site.done["fine-tuning"], site.done["compression"]) == POINTS[point]
 
