@@ -177,9 +177,12 @@ class GrpcLoop:
     def stop(self, grace_s: float) -> None:
         """Accepts no new calls, lets open ones end for ``grace_s`` seconds, and stops."""
         self._stopping.set()
-        self._server.shutdown(self._queue, _SHUT_DOWN)
+        # The core does not check whether the server is still there, and the loop may destroy it as
+        # soon as it hears of the shutdown: before this call has returned.
+        with self._destroying:
+            self._server.shutdown(self._queue, _SHUT_DOWN)
         if not self.stopped.wait(grace_s):
-            with self._destroying:  # the core does not check whether the server is still there
+            with self._destroying:
                 if not self.stopped.is_set():
                     self._server.cancel_all_calls()
             self.stopped.wait(_STOPPED_S)

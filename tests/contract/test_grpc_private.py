@@ -145,3 +145,19 @@ def test_a_second_answer_to_a_call_does_nothing() -> None:
     with serving(handler) as (channel, _):
         assert channel.unary_unary(METHOD)(b"") == b"first"
         assert channel.unary_unary(METHOD)(b"") == b"first"
+
+
+def test_a_stop_never_ends_the_process() -> None:
+    """The loop must not destroy the server while the core is still inside the shutdown's call."""
+    for _ in range(300):
+        loop = GrpcLoop(
+            lambda call, message: None,
+            lambda: None,
+            max_message_bytes=1 << 16,
+            max_calls=2,
+            max_connections=2,
+        )
+        thread = loop.start()
+        loop.stop(5)
+        thread.join(20)
+        assert loop.stopped.is_set()
