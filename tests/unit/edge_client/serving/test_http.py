@@ -7,7 +7,7 @@ import json
 import socket
 import threading
 import tracemalloc
-from contextlib import suppress
+from contextlib import ExitStack, suppress
 from typing import Any
 
 import numpy as np
@@ -22,6 +22,8 @@ from tests.serving import WIDTH, Product, Running, local, running, store_of
 
 ROW = {"name": "input", "datatype": "FP32", "shape": [1, WIDTH], "data": [1] * WIDTH}
 INFER = "/v2/models/product/infer"
+_NEXT = b"GET /nowhere HTTP/1.1\r\nhost: localhost\r\n\r\n"
+SECOND = [_NEXT, _NEXT[: len(_NEXT) * 7 // 10], _NEXT[: len(_NEXT) // 10], b"\0 garbage\r\n\r\n"]
 
 
 def ask(
@@ -143,6 +145,30 @@ def test_long_heads_are_refused(first_server: Running, raw: bytes) -> None:
     assert found.startswith((b"HTTP/1.1 431 ", b"HTTP/1.1 400 "))
 
 
+def test_what_follows_a_body_changes_no_header(first_server: Running) -> None:
+    head = "GET /v2 HTTP/1.1\r\nhost: example.org\r\ntransfer-encoding: chunked\r\n\r\n"
+    found = sent(first_server, head.encode() + b"0\r\nhost: localhost\r\n\r\n")
+    assert found.startswith(b"HTTP/1.1 403 ")
+
+
+@pytest.mark.parametrize(("body", "status"), [(b"", 200), (b"{}", 501)])
+def test_another_protocol_is_not_offered(first_server: Running, body: bytes, status: int) -> None:
+    """A client that asks for one gets one answer, in the protocol that there is."""
+    length = b"content-length: %d\r\n" % len(body) if body else b""
+    asked = b"connection: upgrade\r\nupgrade: h2c\r\n" + length
+    found = sent(first_server, b"GET /v2 HTTP/1.1\r\nhost: localhost\r\n" + asked + b"\r\n" + body)
+    assert found.startswith(b"HTTP/1.1 %d " % status)
+    assert found.count(b"HTTP/1.1 ") == 1
+
+
+def test_connections_that_send_nothing_keep_nobody_out(tmp_path: Any) -> None:
+    with running(store_of(tmp_path, {"product": 1}), max_calls=4) as server, ExitStack() as held:
+        host, port = server.http.split(":")
+        for _ in range(12):
+            held.enter_context(socket.create_connection((host, int(port)), timeout=30))
+        assert ask(server, "POST", INFER, {"inputs": [ROW]})[0] == 200
+
+
 def test_garbage_gets_a_response(first_server: Running) -> None:
     assert sent(first_server, b"\x16\x03\x01\x02\x00 hello\r\n\r\n").startswith(b"HTTP/1.1 400 ")
 
@@ -194,14 +220,13 @@ def test_requests_on_one_connection(first_server: Running) -> None:
             assert json.loads(response.read())["model_name"] == "product"
 
 
-@pytest.mark.parametrize("rest", [1.0, 0.7, 0.1])
+@pytest.mark.parametrize("second", SECOND)
 def test_a_second_request_in_the_same_data_never_answers_for_the_first(
-    first_server: Running, rest: float
+    first_server: Running, second: bytes
 ) -> None:
     body = json.dumps({"id": "first", "inputs": [ROW]}).encode()
     head = f"POST {INFER} HTTP/1.1\r\nhost: localhost\r\ncontent-length: {len(body)}\r\n\r\n"
-    second = b"GET /nowhere HTTP/1.1\r\nhost: localhost\r\n\r\n"
-    found = sent(first_server, head.encode() + body + second[: int(rest * len(second))])
+    found = sent(first_server, head.encode() + body + second)
     assert found.startswith(b"HTTP/1.1 200 ")
     assert b'"id":"first"' in found
     assert found.count(b"HTTP/1.1") == 1
