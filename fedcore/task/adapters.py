@@ -95,7 +95,7 @@ def with_adapters(
         model: The model, changed in place.
         targets: Patterns of layers' names, such as ``*.attention.*``. Dense layers
             (`torch.nn.Linear`) and projections of `torch.nn.MultiheadAttention` among them get
-            adapters.
+            adapters; subclasses that compute something else do not.
         rank: Inner size of an adapter; a layer ``(out, in)`` gets ``rank * (out + in)`` weights.
         alpha: Adapters count ``alpha / rank`` times.
         trained: Patterns of names of parameters that stay trained as they are, such as ``head.*``.
@@ -104,16 +104,13 @@ def with_adapters(
         The model.
 
     Raises:
-        TaskError: a pattern matches nothing, or ``rank`` or ``alpha`` is not positive.
+        TaskError: a pattern matches nothing, ``rank`` is not a whole number above 0 or ``alpha``
+            not a finite one, patterns are not a list, or the model has adapters already.
 
     Source:
         Hu et al. 2021, arXiv:2106.09685.
     """
-    if rank < 1 or not alpha > 0:
-        raise TaskError(
-            f"with_adapters: got rank {rank} and alpha {alpha}, expected both above 0. Nothing was "
-            "changed."
-        )
+    _check_arguments(model, targets, rank, alpha, trained)
     named = dict(model.named_modules(remove_duplicate=False))
     layers = {name: one for name, one in named.items() if _is_adaptable(one)}
     if isinstance(model, nn.Linear):
@@ -135,8 +132,40 @@ def with_adapters(
     return model
 
 
+def _check_arguments(
+    model: nn.Module, targets: Sequence[str], rank: int, alpha: float, trained: Sequence[str]
+) -> None:
+    """Raises a `TaskError` that says which argument of `with_adapters` cannot be used."""
+    if type(rank) is not int or rank < 1:
+        raise TaskError(
+            f"with_adapters: got rank {rank!r}, expected a whole number above 0. Nothing was "
+            "changed."
+        )
+    if type(alpha) not in (int, float) or not 0 < alpha < math.inf:
+        raise TaskError(
+            f"with_adapters: got alpha {alpha!r}, expected a finite number above 0. Nothing was "
+            "changed."
+        )
+    for what, patterns in (("targets", targets), ("trained", trained)):
+        if isinstance(patterns, str) or not all(isinstance(one, str) for one in patterns):
+            raise TaskError(
+                f"with_adapters: got {what} {patterns!r}, expected a list of patterns, such as "
+                f'{what}=["head*"]. Nothing was changed.'
+            )
+    if any(isinstance(one, LowRankLinear | LowRankSum) for one in model.modules()):
+        raise TaskError(
+            "with_adapters: the model has adapters already, and a second call would freeze them. "
+            "Nothing was changed; call it once, with all targets."
+        )
+
+
 def _is_adaptable(layer: nn.Module) -> bool:
-    return isinstance(layer, nn.Linear | nn.MultiheadAttention)
+    """Returns whether a layer's output is that of its weight, so that adapters can be merged."""
+    if isinstance(layer, nn.Linear):
+        # Norms that hooks compute, as `torch.nn.utils.weight_norm` does, leave a stale weight.
+        own = "weight" in layer._parameters or parametrize.is_parametrized(layer, "weight")
+        return own and type(layer).forward is nn.Linear.forward
+    return isinstance(layer, nn.MultiheadAttention)
 
 
 def _matching(
@@ -189,6 +218,8 @@ def merge_adapters(model: Model) -> Model:
     if not any(_is_adapted(layer) for layer in model.modules()):
         return model
     merged = copy.deepcopy(model)
+    if _is_adapted(merged):
+        return cast(Model, _merged(merged))
     made: dict[nn.Module, nn.Module] = {}
     for name, layer in list(merged.named_modules(remove_duplicate=False)):
         if _is_adapted(layer):
@@ -211,7 +242,10 @@ def _is_peft(layer: nn.Module) -> bool:
 def _merged(layer: nn.Module) -> nn.Module:
     """Returns an adapted layer as a plain one; may change it."""
     if isinstance(layer, LowRankLinear):
-        plain, weight = copy.copy(layer.base), layer.weight.detach()
+        weight = layer.weight.detach()
+        if parametrize.is_parametrized(layer.base):  # such as a norm, which is part of the weight
+            return _dense(weight, layer.bias).train(layer.training)
+        plain = copy.copy(layer.base)
         plain._parameters = dict(layer.base._parameters)  # a tied weight keeps its other owner
         plain.weight = nn.Parameter(weight)
         return plain.requires_grad_()
@@ -221,6 +255,15 @@ def _merged(layer: nn.Module) -> nn.Module:
     own.merge()
     base: nn.Module = own.get_base_layer()
     return base.requires_grad_()
+
+
+def _dense(weight: Tensor, bias: Tensor | None) -> nn.Linear:
+    out, size = weight.shape
+    layer = nn.Linear(size, out, bias=bias is not None, device="meta")
+    layer.weight = nn.Parameter(weight)
+    if bias is not None:
+        layer.bias = nn.Parameter(bias.detach())
+    return layer
 
 
 def _merged_attention(layer: nn.MultiheadAttention) -> nn.MultiheadAttention:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
@@ -101,6 +102,54 @@ class Wrapper(nn.Module):
         return self.layer
 
 
+class Doubled(nn.Linear):
+    """A layer whose output is not that of its weight."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return 2 * super().forward(input)
+
+
+@pytest.mark.parametrize(
+    "layer",
+    [
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(6, 6)),
+        lambda: nn.utils.parametrizations.spectral_norm(nn.Linear(6, 6)),
+        lambda: Doubled(6, 6),
+    ],
+)
+def test_layers_with_a_computation_of_their_own_merge_to_equal_answers(
+    layer: Callable[[], nn.Module],
+) -> None:
+    model = moved(with_adapters(nn.Sequential(layer(), nn.ReLU(), nn.Linear(6, 3)))).eval()
+    inputs = torch.randn(5, 6)
+    merged = merge_adapters(model)
+    torch.testing.assert_close(merged(inputs), model(inputs))
+    assert not any(isinstance(one, LowRankLinear) for one in merged.modules())
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.* is deprecated")
+def test_a_layer_whose_weight_a_hook_computes_gets_no_adapter() -> None:
+    layer = nn.utils.weight_norm(nn.Linear(6, 6))  # type: ignore[no-untyped-call]
+    model = with_adapters(nn.Sequential(layer, nn.ReLU(), nn.Linear(6, 3)))
+    assert trained(model) == ["2.down.weight", "2.up.weight"]
+
+
+def test_an_adapted_layer_by_itself_is_merged() -> None:
+    layer = moved(with_adapters(dense()))[0]  # type: ignore[index]
+    inputs = torch.randn(5, 6)
+    merged = merge_adapters(layer)
+    assert type(merged) is nn.Linear
+    torch.testing.assert_close(merged(inputs), layer(inputs))
+
+
+def test_a_model_with_adapters_is_refused_as_it_is() -> None:
+    for model in (with_adapters(dense()), with_adapters(nn.MultiheadAttention(8, 2))):
+        before = trained(model)
+        with pytest.raises(TaskError, match="adapters already"):
+            with_adapters(model)
+        assert trained(model) == before
+
+
 def test_adapters_of_peft_are_merged() -> None:
     model, inputs = dense().requires_grad_(False), torch.randn(5, 6)
     model[0] = Wrapper(model[0])
@@ -114,13 +163,21 @@ def test_adapters_of_peft_are_merged() -> None:
     [
         ({"targets": ["attn.*"]}, r"targets 'attn\.\*' matches no dense layer .* those are 0, 2\."),
         ({"trained": ["head"]}, r"trained 'head' matches no parameter of the model; .* 0\.weight"),
-        ({"rank": 0}, "got rank 0 and alpha 16.0, expected both above 0"),
-        ({"alpha": float("nan")}, "expected both above 0"),
+        ({"rank": 0}, "got rank 0, expected a whole number above 0"),
+        ({"rank": 2.5}, "got rank 2.5, expected a whole number"),
+        ({"rank": True}, "got rank True, expected a whole number"),
+        ({"alpha": float("nan")}, "got alpha nan, expected a finite number above 0"),
+        ({"alpha": float("inf")}, "got alpha inf, expected a finite number above 0"),
+        ({"alpha": "16"}, "got alpha '16', expected a finite number above 0"),
+        ({"targets": "*2"}, r"got targets '\*2', expected a list of patterns"),
+        ({"trained": ["0.bias", 3]}, "expected a list of patterns"),
     ],
 )
 def test_what_fits_nothing_is_refused(arguments: dict[str, Any], said: str) -> None:
+    model = dense()
     with pytest.raises(TaskError, match=said):
-        with_adapters(dense(), **arguments)
+        with_adapters(model, **arguments)
+    assert trained(model) == trained(dense())
 
 
 def test_a_model_of_one_dense_layer_is_refused_before_it_changes() -> None:
