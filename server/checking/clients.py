@@ -18,6 +18,7 @@ from fedcore.errors import DataFolderMissing, FedcoreError
 from fedcore.observability.words import counted
 from fedcore.task.definition import Examples, Folder, Task, read_examples, size_of
 from fedcore.training.batches import gather
+from fedcore.training.examples import canonical_inputs
 from server.checking.features import MOST_FEATURES, ClientRanges, FeatureRanges
 from server.checking.looking import DataFault, Expected, Looked, look_at, position_text
 from server.checking.progress import StepProgress
@@ -102,7 +103,7 @@ def look_at_clients(
     compared = compared and not task.example_input.is_complex() and 0 < features <= MOST_FEATURES
     compared = compared and task.example_input.dtype not in (torch.int32, torch.int64)
     ranges = FeatureRanges(features) if compared else None
-    tokens, began_s = _Tokens(accepts), clock()
+    tokens, began_s = _Tokens(task, accepts), clock()
     picked = set(chosen)
     order = [*chosen, *(() if only else (n for n in range(len(names)) if n not in picked))]
     for done, place in enumerate(order):
@@ -183,8 +184,8 @@ def _rows(examples: Examples, more: Callable[[], bool]) -> Sequence[int]:
 class _Tokens:
     """Tries the smallest and largest whole numbers in the inputs, which an embedding may lack."""
 
-    def __init__(self, accepts: Callable[[torch.Tensor], object]) -> None:
-        self._accepts = accepts
+    def __init__(self, task: Task, accepts: Callable[[torch.Tensor], object]) -> None:
+        self._task, self._accepts = task, accepts
         self._known: dict[str, int] = {}
 
     def refused(self, examples: Examples, looked: Looked) -> DataFault | None:
@@ -192,8 +193,11 @@ class _Tokens:
         for side, (value, row) in looked.ends.items():
             if side in self._known and value <= self._known[side]:
                 continue
-            try:
-                self._accepts(gather(examples, [row])[0])
+            inputs = gather(examples, [row])[0]
+            try:  # in the dtype that training gives them
+                self._accepts(
+                    canonical_inputs(self._task, inputs, torch.tensor([row]), what="data")
+                )
             except (Exception, SystemExit) as error:  # the task's code may raise anything
                 number = -value if side == "low" else value
                 text = (

@@ -113,6 +113,12 @@ def test_nan_that_the_task_fills_is_data() -> None:
         look(task_of({"site-4": with_row(7, input=torch.inf)}, preprocess=Filled))
 
 
+@pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.float16])
+def test_inputs_that_training_converts_are_data(dtype: torch.dtype) -> None:
+    inputs, targets = good()
+    look(task_of({"b": TensorDataset((inputs > 0).to(dtype), targets)}))
+
+
 def test_a_client_that_is_out_of_reach_is_left_to_the_rounds() -> None:
     look(task_of({"site-4": TensorDataset(torch.zeros(0, 4), torch.zeros(0).long())}))
 
