@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -17,6 +18,8 @@ from fedcore.errors import DataError, DeviceError, FedcoreError, RequestRefused,
 from fedcore.observability.foreign import foreign
 
 MAX_MODELS = 256
+_AGAIN_S, _MOST_AGAIN_S = 2.0, 300.0
+"""How long after a failure to open a version it is tried again; twice as long each time."""
 Opener = Callable[[Path, str], ServedVersion]
 """Opens the version of a model in a store that serves now."""
 
@@ -29,7 +32,15 @@ class Served:
     metrics: ModelMetrics
     current: ServedVersion | None = None
     record: Record | None = None
-    """What ``active`` named when the current version was opened."""
+    """What ``active`` named when a version was last opened, or could not be."""
+    answering: Record | None = None
+    """What ``active`` named when the version that answers was opened."""
+    before: tuple[int, int] = (0, 0)
+    """Requests and failures before the version that answers did."""
+    failures: int = 0
+    """How often in a row the active version could not be opened."""
+    again_s: float = 0.0
+    """When it is tried again, by the clock of `Models`."""
     batcher: Batcher | None = None
     fault: str = ""
     """Why the active version does not answer; empty if it does."""
@@ -66,6 +77,7 @@ class Models:
     opener: Opener
     limits: QueueLimits
     observe: Callable[[str], ModelMetrics] = field(default=lambda name: ModelMetrics())
+    clock: Callable[[], float] = time.monotonic
     _served: dict[str, Served] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
@@ -101,11 +113,15 @@ class Models:
         A store that this user may not write is left as it is: then nobody is told.
         """
         for served in self.served():
-            totals = served.metrics.totals()
-            asked = totals["requests"] + totals["failed"]
-            if served.record is None or asked == served.told:
+            asked, failed = _counted(served)
+            if served.answering is None or asked == served.told:
                 continue
-            counts = ServedCounts(record=served.record, requests=asked, errors=totals["failed"])
+            # A request of the version before that ends now is counted here: one batch at most.
+            counts = ServedCounts(
+                record=served.answering,
+                requests=asked - served.before[0],
+                errors=failed - served.before[1],
+            )
             with suppress(ResourceError):
                 write_served(self.store, served.name, counts)
             served.told = asked
@@ -114,7 +130,8 @@ class Models:
         """Opens the model's active version if it is another one than what answers.
 
         The version before answers until the new one is open, and continues to if it cannot be
-        opened. Returns a line for the log; empty if nothing has changed.
+        opened; then it is tried again later, as what was wrong may pass: an update under way, or
+        no memory. Returns a line for the log; empty if nothing has changed.
         """
         with self._lock:
             served = self._served.get(name)
@@ -126,13 +143,20 @@ class Models:
                 record = read_record(self.store, name, "active")
             except DataError as error:
                 return self._note(served, str(error))
-            if record == served.record:
+            if record != served.record:
+                served.record, served.failures = record, 0
+            elif not served.failures or self.clock() < served.again_s:
                 return ""
-            served.record = record
             try:
                 version = self.opener(self.store, name)
-            except FedcoreError as error:
-                return self._note(served, str(error))
+            except Exception as error:  # the other models must go on being followed
+                wait_s = min(_AGAIN_S * 2 ** min(served.failures, 16), _MOST_AGAIN_S)
+                served.failures, served.again_s = served.failures + 1, self.clock() + wait_s
+                ours = isinstance(error, FedcoreError)
+                fault = str(error) if ours else f"{type(error).__name__}: {foreign(error)}"
+                return self._note(served, fault)
+            served.failures, served.answering = 0, record
+            served.before = _counted(served)
             return self._replace(served, version)
 
     def _note(self, served: Served, fault: str) -> str:
@@ -240,3 +264,9 @@ class Models:
         for served in self.served():
             if served.batcher is not None:
                 served.batcher.stop()
+
+
+def _counted(served: Served) -> tuple[int, int]:
+    """Returns the requests that reached the model since the start, and those that failed."""
+    totals = served.metrics.totals()
+    return totals["requests"] + totals["failed"], totals["failed"]

@@ -21,7 +21,7 @@ from edge_client.serving.http_parts import InferenceHttpServer
 from edge_client.serving.http_service import HttpService
 from edge_client.serving.models import Models, Opener
 from edge_client.serving.page import Page
-from edge_client.serving.service import Service
+from edge_client.serving.service import Service, log_fault
 from fedcore.errors import ResourceError
 
 log = logging.getLogger("fedcore.serving")
@@ -196,10 +196,13 @@ async def _watch(models: Models) -> None:
     """Follows the store: what an update activates answers from then on."""
     for look in itertools.count(1):
         await asyncio.sleep(LOOK_S)
-        for line in await asyncio.to_thread(models.refresh):
-            log.info("serve: %s", line)
-        if look % _TELL_LOOKS == 0:
-            await asyncio.to_thread(models.tell)
+        try:
+            for line in await asyncio.to_thread(models.refresh):
+                log.info("serve: %s", line)
+            if look % _TELL_LOOKS == 0:
+                await asyncio.to_thread(models.tell)
+        except Exception as error:  # without this task no later version would ever answer
+            log_fault("looking for a new version", error)
 
 
 def described(models: Models) -> list[dict[str, Any]]:

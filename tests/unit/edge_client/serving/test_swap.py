@@ -9,6 +9,8 @@ import numpy as np
 import pytest
 import tritonclient.grpc as triton
 
+from edge_client.delivery.health import read_served
+from edge_client.delivery.store import read_record
 from edge_client.serving.batching import QueueLimits
 from edge_client.serving.models import Models
 from fedcore.errors import DeviceError, RequestRefused
@@ -49,6 +51,59 @@ def test_a_version_that_cannot_be_opened_leaves_the_one_before_in_place(tmp_path
     assert [(row.state, row.reason) for row in served.index()] == [("READY", "version 2 is broken")]
     activate(tmp_path, "product", 3)
     assert served.refresh() == ["product: version 3 answers in place of 1"]
+
+
+@pytest.mark.parametrize("fault", [DeviceError("no memory"), OSError("no memory")])
+def test_a_version_that_could_not_be_opened_is_tried_again(
+    tmp_path: Path, fault: Exception
+) -> None:
+    now_s, tries = [0.0], [0]
+
+    def opener(store: Path, name: str) -> Product:
+        if active(store, name) == 2:
+            tries[0] += 1
+            if tries[0] <= 3:
+                raise fault
+        return open_product(store, name)
+
+    served = models(store_of(tmp_path, {"product": 1}), opener=opener, clock=lambda: now_s[0])
+    served.open()
+    activate(tmp_path, "product", 2)
+    assert len(served.refresh()) == 1
+    looks = [(1.9, 1), (2.1, 2), (6.0, 2), (6.2, 3), (14.0, 3)]
+    for now_s[0], expected in looks:
+        assert served.refresh() == []
+        assert tries[0] == expected
+    now_s[0] = 14.4
+    assert served.refresh() == ["product: version 2 answers in place of 1"]
+    assert served.index()[0].reason == ""
+
+
+def test_what_a_version_answered_is_told_of_no_other(tmp_path: Path) -> None:
+    def opener(store: Path, name: str) -> Product:
+        if active(store, name) == 2:
+            raise DeviceError("version 2 is broken")
+        return open_product(store, name)
+
+    served = models(store_of(tmp_path, {"product": 1}), opener=opener)
+    served.open()
+
+    def told() -> dict[int, tuple[int, int]]:
+        served.tell()
+        records = (read_record(tmp_path, "product", "active"), one)
+        return {each.version: read_served(tmp_path, "product", each) for each in records}
+
+    one = read_record(tmp_path, "product", "active")
+    metrics = served.get("product").metrics
+    metrics.failed(RequestRefused("the model failed", "failed"))
+    activate(tmp_path, "product", 2)
+    served.refresh()
+    assert told() == {2: (0, 0), 1: (1, 1)}
+    activate(tmp_path, "product", 3)
+    served.refresh()
+    for _ in range(2):
+        metrics.failed(RequestRefused("the model failed", "failed"))
+    assert told()[3] == (2, 2)
 
 
 def test_an_empty_store_and_a_named_model_that_is_missing(tmp_path: Path) -> None:
