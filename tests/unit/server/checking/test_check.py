@@ -236,7 +236,7 @@ def test_a_client_may_have_no_test_data_of_its_own(tmp_path: Path) -> None:
 
 def test_what_cannot_be_released_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A run without a repository can do without; one with a repository would fail at its end."""
-    monkeypatch.setattr("server.release.publish.MAX_GOLDEN_BYTES", 10)
+    monkeypatch.setattr("server.release.draft.MAX_GOLDEN_BYTES", 10)
     task = write(tmp_path, "del values['cloud_data']")
     found = check_call(task).findings[-1]
     assert (found.step, found.ok, found.required) == ("release", False, False)
