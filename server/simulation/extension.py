@@ -80,7 +80,25 @@ def _depends_on_total(run: RunConfig, progress: Progress, before: int) -> Iterat
             f"federation.strategy = {run.federation.strategy!r} may use the number of rounds, as "
             "an algorithm of your own may"
         )
+    due = _tuned_after(run, done, progress.best_round)
+    if progress.over and done == before and due is not None:
+        yield (
+            f"{due} fine-tunes the model of round {done} for the next round, which it was not "
+            "after the last round"
+        )
     patience = run.federation.patience
     stopped = bool(patience) and done - progress.best_round >= patience
     if progress.over and (done < before or stopped):
         yield f"it ended after round {done}, for its patience or its budgets, and would end again"
+
+
+def _tuned_after(run: RunConfig, number: int, best_round: int) -> str | None:
+    """Returns the setting that may fine-tune the global model after a round; None if none does."""
+    every, stall = run.finetune.every, run.finetune.after_stall
+    if not run.finetune.epochs:
+        return None
+    if every is not None and number % every == 0:
+        return f"finetune.every = {every}"
+    if stall is not None and number - best_round >= stall:
+        return f"finetune.after_stall = {stall}"
+    return None
