@@ -99,7 +99,9 @@ def fine_tune(
 
     Guarantee:
         The run's seed determines every bit of both models, in whichever process they are trained,
-        and however often training was interrupted.
+        and however often training was interrupted. With ``finetune.communication = "powersgd"``,
+        an interrupted training is an exception: its continuation has other bits, as what the
+        low-rank factors missed is not part of a checkpoint.
 
     Raises:
         TrainingDiverged: a loss was not finite.
@@ -145,7 +147,8 @@ def tune(task: Task, run: RunConfig, model: FullModel, cloud: CloudData) -> Full
     It is held to the model's answers by ``finetune.remember``.
 
     Guarantee:
-        The run's seed and the model determine every bit.
+        The run's seed and the model determine every bit; after an interrupted training only as
+        `fine_tune` says.
 
     Raises:
         TrainingDiverged: a loss was not finite.

@@ -87,7 +87,8 @@ def train_start(
 
     Guarantee:
         Every process ends with equal weights, and the run's seed determines all of their bits, also
-        when training was interrupted and continued from a checkpoint with as many processes.
+        when training was interrupted and continued from a checkpoint with as many processes. Not
+        so with PowerSGD, whose error feedback is not part of a checkpoint.
 
     Args:
         model: The model, on ``device``; left in training mode, and divided among the processes

@@ -19,6 +19,7 @@ from fedcore.training.batches import gather
 from server.finetune.control import Group
 from server.finetune.sharding import estimate_memory, shard
 from server.process.cores import usable_cores
+from server.process.memory import return_freed_blocks
 
 _TRIED_STEPS = 3
 
@@ -82,7 +83,8 @@ def distributed(
     """Returns the module to call in place of ``module``, so that processes train it together.
 
     Under DDP each has a copy, and gradients are averaged. Under FSDP2 ``module`` itself is divided
-    among them; ``finetune.shard`` and an estimate of memory decide.
+    among them; ``finetune.shard`` and an estimate of memory decide. On CPUs, this process then
+    returns large blocks of memory to the system as soon as they are freed, until it ends.
 
     Args:
         module: What is trained.
@@ -102,6 +104,9 @@ def distributed(
     )
     if asked or (settings.shard == "auto" and divisible and too_large):
         note(f"Fine-tuning divides the model among {group.world} processes (FSDP2): {estimate}.")
+        if device.type == "cpu":
+            # Blocks are gathered and freed in turn; a heap that keeps them takes what is saved.
+            return_freed_blocks()
         shard(module)
         return module
     if too_large:

@@ -40,7 +40,8 @@ def return_freed_blocks() -> None:
     """Makes glibc map large blocks individually, and unmap each when it is freed.
 
     By default glibc raises its mmap threshold with the first large block that is freed. From then
-    on pieces of updates fill the heaps of several threads, which never shrink again.
+    on pieces of updates, or gathered parts of a divided model, fill the heaps of several threads,
+    which never shrink again.
     """
     _set_heap(mapped_bytes=_SERVING_MAPPED_BYTES, kept_bytes=_SERVING_KEPT_BYTES)
 

@@ -223,14 +223,20 @@ def test_a_divided_model_trains_as_its_copies_do(in_group: Grouped, place: Path)
 def test_a_model_that_does_not_fit_is_divided(
     in_group: Grouped, monkeypatch: pytest.MonkeyPatch, free: int, told: str
 ) -> None:
+    heaps = list[str]()
+
     def work(rank: int, world: int) -> Any:
         notes = list[str]()
         grouped(rank, world, task=deep(64), settings={"epochs": 1}, note=notes.append)
-        return notes
+        return notes, heaps
 
     monkeypatch.setattr("server.finetune.sharding.free_bytes", lambda device: free)
-    notes, _ = in_group(2, work)
+    returned = partial(heaps.append, "returned")
+    monkeypatch.setattr("server.finetune.parallel.return_freed_blocks", returned)
+    (notes, first), (_, second) = in_group(2, work)
     assert bool(notes) == bool(told)
+    # Freed parts of a divided model go back to the system, in every process; copies are not freed.
+    assert first == second == ["returned"] * bool(told)
     if told:
         assert "divides the model among 2 processes (FSDP2): weights, gradients and" in notes[0]
 
