@@ -120,7 +120,7 @@ def test_noise_of_the_system_reaches_sums_on_the_gpu(dtype: torch.dtype) -> None
     assert sums[1].item() != 0
 
 
-def test_fine_tuning_runs_over_nccl(tmp_path: Path) -> None:
+def test_fine_tuning_in_one_process_improves_the_digits(tmp_path: Path) -> None:
     from fedcore.config.settings import load_run
     from fedcore.task.definition import load_task
     from fedcore.task.model import build_model
