@@ -26,7 +26,6 @@ from fedcore.task.definition import (
     without_folder,
 )
 from fedcore.task.model import FullModel, build_model, warm_start
-from fedcore.task.named import without_release
 from fedcore.training.device import available
 from fedcore.training.evaluate import output_shape
 from fedcore.training.per_example.trial import choose_method
@@ -34,6 +33,7 @@ from fedcore.training.state import check_integers
 from fedcore.updates.pack import layout_of, pack
 from server.cloud import CloudData, cloud_data_of
 from server.release.final_test import FinalTest, read_final_test
+from server.release.named import named_tensors
 from server.release.publish import check_publishable
 from server.report.folder import check_outside
 from server.rounds.client_privacy.mechanism import protect
@@ -218,7 +218,7 @@ def read_for_release(
         FedcoreError: the data can't be read, or doesn't match the task's example.
     """
     if run.release.repository is not None and run.release.keys is not None:
-        without_release(task.named_inputs, task=task.name)
+        named_tensors(task.named_inputs, task=task.name)  # fails now, not after the rounds
         check_publishable(
             run.model_name,
             repository=run.path(run.release.repository),

@@ -18,6 +18,8 @@ MAX_VERSION = 10**15
 MAX_MODEL_BYTES = 2 << 30  # 2 GiB: protobuf's limit, and so the limit of one ONNX file
 
 
+MOST_INPUTS = 64
+"""Most inputs with names that a manifest describes."""
 MOST_MISSING = 4096
 MissingAllowed = (
     Literal["all"]
@@ -192,7 +194,9 @@ class Manifest(_Part):
     input_shape: tuple[int, ...]
     """Shape of one input, without the batch dimension."""
     input_dtype: str
-    inputs: Annotated[tuple[NamedTensor, ...], Field(min_length=1, max_length=64)] | None = None
+    inputs: (
+        Annotated[tuple[NamedTensor, ...], Field(min_length=1, max_length=MOST_INPUTS)] | None
+    ) = None
     """What an input of shape ``(N,)`` holds, where a model has inputs with names: the numbers of
     each, in row-major order, one after the other. None for one input without a name."""
     missing: MissingAllowed | None = None

@@ -96,6 +96,12 @@ class NamedInputs:
             {name: _fitting(name, values[name], shape, dtype) for name, shape, dtype in forms}
         )[0]
 
+    @property
+    def floats(self) -> Tensor:
+        """Which numbers of the vector belong to inputs of floats: bool, shape ``(N,)``."""
+        parts = zip(self.dtypes, self.sizes, strict=True)
+        return torch.cat([torch.full((size,), dtype.is_floating_point) for dtype, size in parts])
+
     def place(self, number: int) -> str:
         """Returns the name of the input that a number of the vector belongs to, and its place."""
         for name, shape, size in zip(self.names, self.shapes, self.sizes, strict=True):
@@ -239,17 +245,3 @@ def load_with(load: Callable[..., Any] | None, inputs: NamedInputs) -> Callable[
     if load is None or isinstance(load, NamedLoader):
         return load
     return NamedLoader(load, inputs)
-
-
-def without_release(inputs: NamedInputs | None, *, task: str) -> None:
-    """Rejects a release of a model with several named inputs.
-
-    Raises:
-        TaskError: there are named inputs, which a release does not describe.
-    """
-    if inputs is not None:
-        raise TaskError(
-            f"task {task!r}: its inputs have names ({', '.join(map(repr, inputs.names))}), and a "
-            "release describes one input without a name. Nothing was published; leave [release] "
-            "out, or give the model one tensor that holds all inputs."
-        )

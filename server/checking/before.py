@@ -55,7 +55,7 @@ def refuse_bad_rows(run: RunConfig, task: Task, prepared: Prepared, tell: Tell) 
     nowhere = torch.zeros(task.example_input.shape, dtype=torch.bool)
     found = _faults(task, prepared, Expected(task, nowhere), model, tell)
     if any(kind == "not finite" for kind, _ in found):
-        allowed = missing_allowed(model.built, task.example_input)
+        allowed = missing_allowed(model.built, task.example_input, task.named_inputs)
         if allowed.any():
             found = _faults(task, prepared, Expected(task, allowed), model, tell)
     if not found:

@@ -14,7 +14,6 @@ from fedcore.seeds import derive, torch_rng
 from fedcore.task.definition import Examples, Folder, read_examples, size_of
 from fedcore.task.missing import missing_allowed
 from fedcore.task.model import build_model
-from fedcore.task.named import without_release
 from fedcore.training.batches import split
 from fedcore.training.examples import canonical, task_examples
 from fedcore.updates.pack import layout_of
@@ -24,6 +23,7 @@ from server.checking.progress import StepProgress
 from server.checking.selection import chosen_places
 from server.checking.state import CLOUD, SYNTHETIC, TEST, CheckState, Fault, StepOutcome, few
 from server.preflight import clients_of
+from server.release.named import named_tensors
 
 TRAINED = 6
 """Clients whose training is rehearsed."""
@@ -47,7 +47,7 @@ def name_clients(state: CheckState) -> StepOutcome:
 def make_model(state: CheckState) -> StepOutcome:
     """Builds the model, and tries it on the example input."""
     if state.run.release.repository is not None:
-        without_release(state.task.named_inputs, task=state.task.name)
+        named_tensors(state.task.named_inputs, task=state.task.name)
     state.built = build_model(state.task, state.run)
     example = state.task.example_input
     outputs = _answers(state, torch.stack([example] * 2))
@@ -59,7 +59,7 @@ def make_model(state: CheckState) -> StepOutcome:
         )
     doubt = state.task.check_model()
     state.output_shape = outputs.shape[1:]
-    missing = missing_allowed(state.model, example)
+    missing = missing_allowed(state.model, example, state.task.named_inputs)
     state.wanted = Expected(state.task, missing)
     count = sum(p.numel() for p in state.model.parameters())
     sent = layout_of(state.model.model).size

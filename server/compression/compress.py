@@ -147,7 +147,11 @@ def compress(
         untrained=_untrained(run, tuning_kept),
     )
     golden = golden_inputs(
-        task.example_input, material.examples, seed=run.seed, count=_golden_count(material)
+        task.example_input,
+        material.examples,
+        seed=run.seed,
+        count=_golden_count(material),
+        named=task.named_inputs,
     )
     wanted = [each for each in ALL if each.name in run.compression.candidates] if cloud else [FP32]
 
@@ -180,7 +184,11 @@ def compress(
         golden=stored(golden, released.golden, seed=run.seed),
         golden_tolerance=allowed,
         missing=missing_in_file(
-            released.built.reference, task.example_input, released.built.onnx, tolerance=allowed
+            released.built.reference,
+            task.example_input,
+            released.built.onnx,
+            tolerance=allowed,
+            named=task.named_inputs,
         ),
         calibration=released.built.calibration,
         notes=_notes(cloud, of[chosen], reduce_range, slower_note(of[chosen], measured)),

@@ -6,9 +6,9 @@ from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Lineage, TestStatement
 from fedcore.artifacts.presentation import presentation_of
 from fedcore.task.definition import Task
-from fedcore.task.named import without_release
 from server.compression.compress import Compressed
 from server.release.draft import Draft, Origin
+from server.release.named import named_tensors
 
 
 def draft_of(
@@ -24,9 +24,8 @@ def draft_of(
         tested: The chosen candidate's result on the final test split; None without one.
 
     Raises:
-        TaskError: the task has several named inputs.
+        TaskError: a manifest cannot describe the task's named inputs.
     """
-    without_release(task.named_inputs, task=task.name)
     golden = compressed.golden
     kind = task.problem
     return Draft(
@@ -36,6 +35,7 @@ def draft_of(
         kind=kind.name,
         presentation=None if presentation_of(kind.name) == kind.presentation else kind.presentation,
         missing=compressed.missing,
+        inputs=named_tensors(task.named_inputs, task=task.name),
         labels=task.labels,
         input_shape=tuple(task.example_input.shape),
         input_dtype=str(task.example_input.dtype).removeprefix("torch."),

@@ -13,6 +13,7 @@ from fedcore.artifacts.golden import Golden
 from fedcore.artifacts.parity import FloatArray
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, size_of
+from fedcore.task.named import NamedInputs
 from fedcore.training.batches import in_order
 
 GOLDEN_INPUTS = 32
@@ -28,7 +29,12 @@ _SMALLEST_SCALE = 1e-6  # avoids a zero tolerance for outputs that are always 0
 
 
 def golden_inputs(
-    example_input: Tensor, examples: Examples | None, *, seed: int, count: int = GOLDEN_INPUTS
+    example_input: Tensor,
+    examples: Examples | None,
+    *,
+    seed: int,
+    count: int = GOLDEN_INPUTS,
+    named: NamedInputs | None = None,
 ) -> NDArray[Any]:
     """Returns synthetic inputs that resemble real ones enough to exercise a model.
 
@@ -37,21 +43,28 @@ def golden_inputs(
     magnitude, and ranges alone don't reveal an example. With fewer than 32 examples a range nearly
     reveals one; then, and without data, inputs are ``example_input`` plus uniform noise in ``[-1,
     1]``. Integers (tokens) are uniform between 0 and the largest value in the data or in
-    ``example_input``.
+    ``example_input``. Integers and bools among named inputs keep to the range of their position in
+    the data, or to that between 0 and ``example_input``.
 
     Args:
         example_input: One input, without the batch dimension; gives shape and dtype.
         examples: The cloud's training data, if any.
         seed: The run's seed.
         count: Number of inputs.
+        named: The inputs that the vector ``example_input`` holds, if they have names.
 
     Returns:
         Inputs ``(count, ...)`` of the dtype of ``example_input``.
     """
     rng = torch_rng(seed, "golden")
-    least, largest = _range(example_input, examples)
+    least, largest = _range(example_input, examples, None if named is None else ~named.floats)
     unit = torch.rand((count, *example_input.shape), generator=rng, dtype=torch.float64)
-    if example_input.is_floating_point():
+    if named is not None:
+        wide = least + unit * (largest - least)
+        steps = (least + unit * (largest - least + 1)).floor().minimum(largest)
+        mixed = torch.where(named.floats, wide, steps)
+        inputs = named.pack(named.unpack(mixed))  # each in its own dtype
+    elif example_input.is_floating_point():
         inputs = least + unit * (largest - least)
     else:
         inputs = (unit * (largest.max().clamp(min=0) + 1)).floor()
@@ -89,11 +102,21 @@ def tolerance(reference: FloatArray, *, relative: float) -> float:
     return relative * max(float(np.abs(reference).max(initial=0.0)), _SMALLEST_SCALE)
 
 
-def _range(example_input: Tensor, examples: Examples | None) -> tuple[Tensor, Tensor]:
+def _range(
+    example_input: Tensor, examples: Examples | None, whole: Tensor | None
+) -> tuple[Tensor, Tensor]:
+    """Returns the least and the largest value of each position; ``whole`` marks integers."""
     example = example_input.double()
     if example_input.is_floating_point():
         if examples is None or size_of(examples) < _MIN_EXAMPLES:
-            return example - 1, example + 1
+            least, largest = example - 1, example + 1
+            if whole is None:
+                return least, largest
+            zero = torch.zeros_like(example)
+            return (
+                torch.where(whole, example.minimum(zero), least),
+                torch.where(whole, example.maximum(zero), largest),
+            )
         least, largest = torch.full_like(example, torch.inf), torch.full_like(example, -torch.inf)
     else:
         least = largest = example

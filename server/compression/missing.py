@@ -8,13 +8,19 @@ from torch import Tensor, nn
 
 from fedcore.artifacts.manifest import MOST_MISSING, MissingAllowed
 from fedcore.task.missing import missing_allowed
+from fedcore.task.named import NamedInputs
 from server.compression.runtime import answer, open_session
 
 _TRIED = 64
 
 
 def missing_in_file(
-    reference: nn.Module, example_input: Tensor, onnx: bytes, *, tolerance: float
+    reference: nn.Module,
+    example_input: Tensor,
+    onnx: bytes,
+    *,
+    tolerance: float,
+    named: NamedInputs | None = None,
 ) -> MissingAllowed | None:
     """Returns the positions of an input that may be NaN; None if no number may be missing.
 
@@ -26,8 +32,9 @@ def missing_in_file(
         example_input: One input, without the batch dimension.
         onnx: The file.
         tolerance: Largest absolute difference of an output.
+        named: The inputs that the vector ``example_input`` holds, if they have names.
     """
-    allowed = missing_allowed(reference, example_input)
+    allowed = missing_allowed(reference, example_input, named)
     places = torch.nonzero(allowed.flatten()).flatten()
     if not len(places) or (not allowed.all() and len(places) > MOST_MISSING):
         return None

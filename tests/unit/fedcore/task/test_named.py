@@ -178,16 +178,30 @@ def test_a_check_goes_through_every_step() -> None:
     checked = fedcore.check(named(), progress=False, finetune={"processes": 2})
     wrong = [one for one in checked.findings if not one.ok]
     assert checked.ok, checked
-    assert {one.step for one in wrong} <= {"export", "release"}  # nothing can be pruned
-    assert "its inputs have names ('image', 'age', 'words')" in wrong[-1].detail
+    assert {one.step for one in wrong} <= {"export"}  # nothing can be pruned
 
 
-def test_a_release_is_refused_before_anything_runs(tmp_path: Path) -> None:
+class Accented(Network):
+    def forward(self, x: Named) -> Tensor:
+        return super().forward({**x, "age": x["größe"]})
+
+
+def accented(row: int, values: dict[str, Any]) -> None:
+    values["größe"] = values["age"]
+
+
+def test_names_that_no_manifest_takes_are_refused_before_anything_runs(tmp_path: Path) -> None:
     release = {"repository": str(tmp_path), "keys": str(tmp_path)}
-    with pytest.raises(TaskError, match=r"leave \[release\] out, or give the model one tensor"):
-        run(named(), "auto", release=release)
-    checked = fedcore.check(named(), progress=False, release=release)
-    assert checked.findings[-1].detail.startswith("task 'named': its inputs have names")
+    task = named(
+        example_input={**EXAMPLE, "größe": torch.zeros(())},
+        named_inputs=None,
+        model=Accented,
+        client_data=lambda name, folder: Rows(name, accented),
+    )
+    with pytest.raises(TaskError, match=r"'named': a release cannot describe its input 'größe'"):
+        run(task, "auto", release=release)
+    checked = fedcore.check(task, progress=False, release=release)
+    assert "a release cannot describe its input 'größe'" in checked.findings[-1].detail
 
 
 def without_age(row: int, values: dict[str, Any]) -> None:

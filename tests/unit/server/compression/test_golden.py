@@ -6,6 +6,7 @@ import torch
 from torch.utils.data import TensorDataset
 
 from fedcore.artifacts.golden import golden_bytes, parse_golden
+from fedcore.task.named import NamedInputs
 from server.compression import golden as of
 from server.compression.golden import golden_count, golden_inputs, stored, tolerance
 
@@ -45,6 +46,25 @@ def test_tokens_are_tokens() -> None:
     assert set(np.unique(golden)) == set(range(9))
     alone = golden_inputs(torch.tensor([0, 3]), None, seed=0)
     assert set(np.unique(alone)) == {0, 1, 2, 3}
+
+
+def test_each_named_input_keeps_its_type_and_range() -> None:
+    example = {"x": torch.zeros(2), "word": torch.tensor(3), "flag": torch.tensor(False)}
+    named = NamedInputs.of(example, task="x")
+    batch = {
+        "x": torch.rand(50, 2),
+        "word": torch.randint(2, 9, (50,)),
+        "flag": torch.arange(50) % 2 == 0,
+    }
+    packed = named.pack(batch)
+    golden = golden_inputs(named.vector(example), examples(packed), seed=0, named=named)
+    assert golden.dtype == np.float64  # as the vector
+    assert np.array_equal(named.pack(named.unpack(torch.from_numpy(golden))), golden)
+    assert set(golden[:, 2]) == set(range(2, 9))
+    assert set(golden[:, 3]) == {0, 1}
+    few = golden_inputs(named.vector(example), None, seed=0, named=named)
+    assert set(few[:, 2]) == {0, 1, 2, 3}  # no word that an embedding may lack
+    assert few[:, :2].std() > 0.3
 
 
 def test_the_seed_fixes_them() -> None:

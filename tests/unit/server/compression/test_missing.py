@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from fedcore.task.missing import missing_allowed
+from fedcore.task.named import NamedInputs, NamedModel
 from server.compression.export import export_onnx
 from server.compression.missing import missing_in_file
 
@@ -59,3 +60,24 @@ def test_positions_that_are_filled_by_each_other_are_not_allowed_together() -> N
             return torch.where(gone, x.flip(1), x)  # needs the other one
 
     assert not missing_allowed(First(), torch.ones(2)).any()
+
+
+class Reads(nn.Module):
+    """Fills a missing number beside a word and a flag, which no NaN may reach."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.words, self.layer = nn.Embedding(5, 2), nn.Linear(4, 2)
+
+    def forward(self, x: dict[str, Tensor]) -> Tensor:
+        parts = [torch.nan_to_num(x["x"])[:, None], x["flag"][:, None].float()]
+        return self.layer(torch.cat([self.words(x["word"]), *parts], dim=1))
+
+
+def test_of_named_inputs_only_floats_may_be_missing() -> None:
+    example = {"word": torch.tensor(1), "flag": torch.tensor(True), "x": torch.tensor(0.5)}
+    named = NamedInputs.of(example, task="x")
+    vector = named.vector(example)
+    model = NamedModel(Reads, named, None, vector)().eval()
+    onnx = export_onnx(model, torch.stack([vector] * 2), labels=(), kind="regression")
+    assert missing_in_file(model, vector, onnx, tolerance=1e-4, named=named) == (2,)
