@@ -19,8 +19,7 @@ from edge_client.delivery import store as installed
 from edge_client.delivery.store import Record
 from fedcore.errors import DataError, DeviceError
 from fedcore.files import read_if_exists, write_json
-from fedcore.observability.foreign import foreign
-from fedcore.rpc.delivery import MAX_REASON
+from fedcore.rpc.delivery import MAX_REASON, reason_text
 
 _MAX_BYTES = 8192
 
@@ -61,7 +60,7 @@ def hold(store: Path, model: str, record: Record, outcome: str, reason: str) -> 
         DiskFull: there was no room.
     """
     held = HeldVersion.model_validate(
-        {"record": record, "outcome": outcome, "reason": foreign(reason, MAX_REASON)}
+        {"record": record, "outcome": outcome, "reason": reason_text(reason)}
     )
     write_json(_path(store, model), held.model_dump(mode="json"))
     return held

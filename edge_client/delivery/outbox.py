@@ -9,8 +9,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcore.errors import DataError
 from fedcore.files import read_if_exists, write_json
-from fedcore.observability.foreign import foreign
-from fedcore.rpc.delivery import MAX_REASON
+from fedcore.rpc.delivery import MAX_REASON, reason_text
 from fedcore.rpc.delivery_pb2 import DeviceReport
 
 if TYPE_CHECKING:
@@ -67,7 +66,7 @@ def send_reports(store: Path, link: DeliveryLink) -> None:
                 model=first.model,
                 version=first.version,
                 outcome=_OUTCOMES[first.outcome],
-                reason=foreign(first.reason, MAX_REASON),
+                reason=reason_text(first.reason),
                 golden_error=first.golden_error,
                 p50_us=first.p50_us,
             )

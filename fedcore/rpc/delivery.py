@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import re
 
+from fedcore.observability.foreign import foreign
+
 SERVICE = "fedcore.delivery.v1.Delivery"
 PORT_OFFSET = 2
 """A kit has the server's port for training; wake-up streams are on the next one, releases on the
@@ -23,6 +25,11 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def method(name: str) -> str:
     """Returns the path of one of the service's calls."""
     return f"/{SERVICE}/{name}"
+
+
+def reason_text(text: str) -> str:
+    """Returns a reason on one line of at most `MAX_REASON` characters, without unprintable ones."""
+    return foreign(text, MAX_REASON - 40)[:MAX_REASON]  # a cut text says how long it was
 
 
 def is_metadata_name(name: str) -> bool:

@@ -23,7 +23,7 @@ from fedcore.errors import DataError, FedcoreError
 from fedcore.files import read_bytes, write_json
 from fedcore.observability.foreign import foreign
 from fedcore.observability.words import counted
-from fedcore.rpc.delivery import MAX_REASON
+from fedcore.rpc.delivery import MAX_REASON, reason_text
 from fedcore.rpc.delivery_pb2 import DeviceReport
 from server.release.channels import end_trial, rollouts
 from server.release.draft import check_name
@@ -94,7 +94,7 @@ class ReportBook:
             {
                 "device": member.name,
                 "outcome": _OUTCOMES[report.outcome],
-                "reason": foreign(report.reason, MAX_REASON),
+                "reason": reason_text(report.reason),
                 "golden_error": _present(report, "golden_error"),
                 "p50_us": _present(report, "p50_us"),
             }

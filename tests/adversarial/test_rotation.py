@@ -20,7 +20,7 @@ from edge_client.delivery.source import folder_source
 from fedcore.artifacts.manifest import manifest_bytes
 from fedcore.artifacts.statements import EPOCHS, Epochs
 from fedcore.errors import DataError, ReleaseError, RollbackRefused, SignatureInvalid, TrustError
-from server.release import publish as release
+from server.release.draft import files_of
 from server.release.registry import repository as registry
 from server.release.registry.keys import (
     ONLINE,
@@ -70,10 +70,8 @@ def fast_forward(
 def forge_model(world: Any, keys: Any, version: int = FAR) -> None:
     """Publishes a model of the thief's under a version that the owner never reaches."""
     thief = world.folder / "thief"
-    draft = world.publish  # the owner's own code, by the thief's keys
-    del draft
-
-    manifest, files = release._files(matmul_draft(66.0), version, datetime.now(UTC))
+    # The owner's own code, by the thief's keys.
+    manifest, files = files_of(matmul_draft(66.0), version, datetime.now(UTC))
     assert manifest.version == version
     with registry.locked(thief):
         state = registry.read_state(thief, read_trusted_root(world.keys))

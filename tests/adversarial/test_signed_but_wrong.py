@@ -122,6 +122,7 @@ def test_a_model_that_answers_otherwise_here(world: Any, draft: Callable[..., Dr
     assert sorted(path.name for path in (world.store / "models" / "digits").iterdir()) == [
         "1",
         "active",
+        "held",
     ]
     world.publish(4.0)
     assert world.update().version == 3
