@@ -23,6 +23,7 @@ from fedcore.task.definition import Examples, size_of
 from fedcore.task.measured import measure_outputs
 from fedcore.task.metrics import Metric
 from fedcore.training.batches import gather
+from server.rounds.evaluation.judgement import unseen_loss
 
 CONFIDENCE = 0.95
 """One-sided confidence of the bounds."""
@@ -38,13 +39,16 @@ def loss_bound(
     reference: FloatArray,
     candidate: FloatArray,
     targets: Tensor,
+    *,
+    confidence: float = CONFIDENCE,
 ) -> float:
     """Returns an upper bound on how much worse a candidate's metric is than fp32's.
 
-    The bound is one-sided, at `CONFIDENCE`, and paired: both models answer the same examples. The
+    The bound is one-sided, at ``confidence``, and paired: both models answer the same examples. The
     standard error is that of the jackknife that leaves out one group of examples at a time, which
-    needs nothing of the metric but its value. Where the metric is of decisions, one change for the
-    better and one for the worse are added, so that few examples without a change are no proof.
+    needs nothing of the metric but its value. Where the metric is of decisions, losses are rare and
+    large: the bound is raised for their skewness, and by a loss that no example would have shown,
+    so that few examples without a change are no proof.
 
     Args:
         metric: The primary metric.
@@ -52,6 +56,7 @@ def loss_bound(
         reference: Outputs ``(N, ...)`` of fp32.
         candidate: Outputs of the candidate, of the same shape.
         targets: Targets ``(N, ...)``.
+        confidence: The confidence of the bound.
 
     Returns:
         The bound, as `Metric.worsening` measures; infinite for fewer than two examples, and where
@@ -59,7 +64,7 @@ def loss_bound(
 
     Source:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11 (jackknife);
-        Bonett and Price 2012, doi:10.3102/1076998611411915 (one added change of each kind).
+        Johnson 1978, doi:10.1080/01621459.1978.10480051 (skewness); `unseen_loss`.
     """
     before, after, count = torch.from_numpy(reference), torch.from_numpy(candidate), len(targets)
     loss = _worsening(metric, before, after, targets)
@@ -70,11 +75,23 @@ def loss_bound(
     for group in range(groups):
         rows = torch.arange(count) % groups != group
         without.append(_worsening(metric, before[rows], after[rows], targets[rows]))
-    variance = (groups - 1) * float(np.var(without))
+    scale = float(student.ppf(confidence, groups - 1))
+    margin = scale * math.sqrt((groups - 1) * float(np.var(without)))
     if presentation != "values" and metric.higher_is_better:
-        variance += 2 / (max(1, targets[0].numel()) * (count + 2)) ** 2
-    bound = loss + float(student.ppf(CONFIDENCE, groups - 1)) * math.sqrt(variance)
+        unseen = unseen_loss(count, confidence) / max(1, targets[0].numel())
+        margin = math.hypot(margin, unseen) + _skewness_margin(np.array(without), scale)
+    bound = loss + margin
     return bound if math.isfinite(bound) else math.inf
+
+
+def _skewness_margin(without: NDArray[np.float64], scale: float) -> float:
+    """Returns by how much rare, large losses raise a bound of ``scale`` standard errors; >= 0."""
+    groups = len(without)
+    apart = (groups - 1) * (without.mean() - without)
+    square = float(np.mean(apart**2))
+    if not square > 0:
+        return 0.0
+    return max(0.0, (1 + 2 * scale**2) * float(np.mean(apart**3)) / (6 * square * groups))
 
 
 def _worsening(metric: Metric, before: Tensor, after: Tensor, targets: Tensor) -> float:
@@ -83,20 +100,33 @@ def _worsening(metric: Metric, before: Tensor, after: Tensor, targets: Tensor) -
     return metric.worsening(*values)
 
 
-def disagreement_bound(changed: NDArray[np.float64]) -> float:
+def confidence_of_each(count: int) -> float:
+    """Returns the confidence that each of ``count`` bounds needs, so that all hold at `CONFIDENCE`.
+
+    The lowest of several bounds is too low as soon as one of them is. How many there are must not
+    depend on their values.
+
+    Source:
+        Bonferroni's inequality: Dunn 1961, doi:10.1080/01621459.1961.10482090.
+    """
+    return 1 - (1 - CONFIDENCE) / count
+
+
+def disagreement_bound(changed: NDArray[np.float64], *, confidence: float = CONFIDENCE) -> float:
     """Returns an upper bound on the share of decisions in which two models differ.
 
     No accuracy can be lost in a decision that is the same, so it bounds the loss of accuracy, too.
 
     Args:
         changed: The share of changed decisions of each input, shape ``(N,)``, N >= 1.
+        confidence: The one-sided confidence of the bound.
 
     Source:
         Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404.
     """
     count = len(changed)
     hits = math.ceil(float(changed.sum()) - 1e-9)
-    return 1.0 if hits >= count else float(beta.ppf(CONFIDENCE, hits + 1, count - hits))
+    return 1.0 if hits >= count else float(beta.ppf(confidence, hits + 1, count - hits))
 
 
 def changed_decisions(

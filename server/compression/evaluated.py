@@ -26,6 +26,7 @@ from server.cloud import CloudData
 from server.compression.candidates import FP32, Built
 from server.compression.confidence import (
     changed_decisions,
+    confidence_of_each,
     disagreement_bound,
     is_accuracy,
     loss_bound,
@@ -71,11 +72,12 @@ class LossBounds:
         self._probes: dict[bool, tuple[NDArray[np.generic], FloatArray]] = {}
 
     def of(self, each: Evaluated, drop: float) -> Loss:
-        """Returns the bound on a candidate's loss.
+        """Returns the bound on a candidate's loss, at `server.compression.confidence.CONFIDENCE`.
 
         It is that of the cloud's held-out examples, or of those that clients measured. Where these
         are too few for ``compression.max_accuracy_drop``, and the metric is the accuracy, changed
-        decisions on inputs without labels may give a lower one.
+        decisions on inputs without labels may give a lower one. Each of these bounds has the
+        confidence that the lowest one needs to hold (`confidence_of_each`).
         """
         base, limit = self._base, self._run.compression.max_accuracy_drop
         assert base.heldout is not None
@@ -83,13 +85,18 @@ class LossBounds:
         assert each.targets is not None
         primary = self._task.primary
         shown = self._task.problem.presentation
-        bound = loss_bound(primary, shown, base.heldout, each.heldout, each.targets)
+        measured = bool(base.clients and each.clients)
+        accurate = is_accuracy(base.metric, shown, base.heldout, each.targets)
+        # Counts inputs without labels even where they are not asked: that depends on the others.
+        sure = confidence_of_each(1 + measured + accurate)
+        bound = loss_bound(
+            primary, shown, base.heldout, each.heldout, each.targets, confidence=sure
+        )
         loss = Loss(bound, counted(len(each.targets), "held-out example"))
         if base.clients and each.clients:
-            on_clients = drop_of(primary, base.clients, each.clients, few=True)
+            on_clients = drop_of(primary, base.clients, each.clients, few=True, confidence=sure)
             said = f"the held-out examples of {counted(len(each.clients), 'client')}"
             loss = min(loss, Loss(on_clients, said), key=lambda one: one.bound)
-        accurate = is_accuracy(base.metric, shown, base.heldout, each.targets)
         if drop > limit or loss.bound <= limit or not accurate:
             return loss
         # Retraining fitted the candidate to the training part, where it agrees with fp32 more.
@@ -97,7 +104,7 @@ class LossBounds:
         found = self._answers(each, inputs)
         changed = changed_decisions(expected, found, shown)
         probed = Loss(
-            disagreement_bound(changed),
+            disagreement_bound(changed, confidence=sure),
             f"{counted(len(inputs), 'input')} without labels, of which the answer to "
             f"{int((changed > 0).sum())} changed",
         )

@@ -18,7 +18,8 @@ from fedcore.task.statistics import FloatVector, exact_sum
 from server.rounds.evaluation.pooling import EvaluationAnswer, weighted_sums
 
 CONFIDENCE = 0.95
-"""One-sided confidence of the bound on how much worse a model may be over all clients."""
+"""One-sided confidence of the bound on how much worse a model may be over all clients, unless
+another one is asked for."""
 Pairs = Sequence[tuple[EvaluationAnswer, EvaluationAnswer]]
 """The answers of each client for the first and for the second model."""
 
@@ -37,7 +38,7 @@ class Judgement:
     after: float
     """The same for the second model."""
     margin: float
-    """Half-width of the one-sided confidence bound at `CONFIDENCE`: how far the measured
+    """Half-width of the one-sided confidence bound: how far the measured
     difference may be from the one over all clients, noise included. Infinite where a single client
     measured, or where one client alone makes the metric defined."""
 
@@ -47,7 +48,7 @@ class Judgement:
         return primary.worsening(self.before, self.after + sign * self.margin)
 
 
-def compared(metric: Metric, pairs: Pairs) -> Judgement:
+def compared(metric: Metric, pairs: Pairs, *, confidence: float = CONFIDENCE) -> Judgement:
     """Compares two models.
 
     The metric is that of the sums over all clients, if it has sums. The standard error of the
@@ -58,6 +59,7 @@ def compared(metric: Metric, pairs: Pairs) -> Judgement:
     Args:
         metric: The metric, defined on the data of each client unless it has sums.
         pairs: The answers; not empty.
+        confidence: The one-sided confidence of the margin.
 
     Source:
         Efron and Tibshirani 1993, An Introduction to the Bootstrap, chapter 11.
@@ -67,7 +69,8 @@ def compared(metric: Metric, pairs: Pairs) -> Judgement:
             [
                 (one.weight, one.measured.score(metric), other.measured.score(metric))
                 for one, other in pairs
-            ]
+            ],
+            confidence=confidence,
         )
     tables = [[weighted_sums(metric, pair[place]) for pair in pairs] for place in (0, 1)]
     totals = [exact_sum(table) for table in tables]
@@ -84,7 +87,7 @@ def compared(metric: Metric, pairs: Pairs) -> Judgement:
         mean = math.fsum(gaps) / count
         squares = math.fsum((gap - mean) ** 2 for gap in gaps)
         error = math.sqrt(squares * (count - 1) / count)
-        margin = float(student.ppf(CONFIDENCE, count - 1)) * error
+        margin = float(student.ppf(confidence, count - 1)) * error
     return Judgement(count, examples, before, after, margin)
 
 
@@ -97,11 +100,14 @@ def _value(metric: Metric, sums: FloatVector) -> float:
         return math.nan
 
 
-def judgement(measured: Sequence[tuple[int, float, float]]) -> Judgement:
+def judgement(
+    measured: Sequence[tuple[int, float, float]], *, confidence: float = CONFIDENCE
+) -> Judgement:
     """Compares the means of clients' values, weighted by their examples.
 
     Args:
         measured: Number of examples and metric of both models, one tuple per client; not empty.
+        confidence: The one-sided confidence of the margin.
     """
     total = sum(examples for examples, _, _ in measured)
     # Exact sums: the result must not depend on the order of the replies.
@@ -112,8 +118,17 @@ def judgement(measured: Sequence[tuple[int, float, float]]) -> Judgement:
         gap = after - before
         squares = ((examples * (other - one - gap)) ** 2 for examples, one, other in measured)
         error = math.sqrt(math.fsum(squares) * count / (count - 1)) / total
-        margin = float(student.ppf(CONFIDENCE, count - 1)) * error
+        margin = float(student.ppf(confidence, count - 1)) * error
     return Judgement(count, total, before, after, margin)
+
+
+def unseen_loss(count: int, confidence: float) -> float:
+    """Returns the share of lost decisions that ``count`` >= 1 examples miss with 1 - confidence.
+
+    Source:
+        Clopper and Pearson 1934, doi:10.1093/biomet/26.4.404, for no loss among ``count``.
+    """
+    return float(1 - (1 - confidence) ** (1 / count))
 
 
 def drop_of(
@@ -122,6 +137,7 @@ def drop_of(
     other: Mapping[str, EvaluationAnswer],
     *,
     few: bool = False,
+    confidence: float = CONFIDENCE,
 ) -> float:
     """Returns an upper bound on how much worse the second file is than the first.
 
@@ -131,17 +147,20 @@ def drop_of(
         primary: The metric.
         base: Answers for the first file, by client.
         other: Answers for the second file, by client.
-        few: Whether to add one decision that changed for the better and one for the worse, where
-            the metric is a share: clients that all measured the same do not show that no example of
-            theirs is lost (see `server.compression.confidence.loss_bound`).
+        few: Whether to raise the bound where the metric is a share: by a loss that no example would
+            have shown, as clients that all measured the same do not show that no example of theirs
+            is lost; and for the greatest skewness of rare losses, where something changed (see
+            `server.compression.confidence.loss_bound`).
+        confidence: The one-sided confidence of the bound.
     """
     both = sorted(base.keys() & other.keys())
     if not both:
         return math.inf
-    found = compared(primary, [(base[name], other[name]) for name in both])
+    found = compared(primary, [(base[name], other[name]) for name in both], confidence=confidence)
     if few and primary.higher_is_better and primary.low >= 0 and primary.high <= 1:
-        unseen = math.sqrt(2) / (found.examples + 2)
-        scale = float(student.ppf(CONFIDENCE, max(found.clients - 1, 1)))
-        found = replace(found, margin=math.hypot(found.margin, scale * unseen))
+        scale = float(student.ppf(confidence, max(found.clients - 1, 1)))
+        skewness = (1 + 2 * scale**2) / (6 * found.examples) if found.margin > 0 else 0.0
+        margin = math.hypot(found.margin, unseen_loss(found.examples, confidence))
+        found = replace(found, margin=margin + skewness)
     drop = found.worsening(primary)
     return math.inf if math.isnan(drop) else drop
