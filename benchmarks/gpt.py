@@ -93,7 +93,7 @@ class Tokens(BatchReader):
 
 
 def bare_loop(sizes: GptSizes, warm: int) -> float:
-    """Trains as nanoGPT's loop does; returns the seconds of the steps after the first ``warm``.
+    """Trains as nanoGPT's loop does; returns the CPU seconds of the steps after the first ``warm``.
 
     Source:
         karpathy/nanoGPT, train.py: AdamW, the gradient of one batch a step.
@@ -102,13 +102,13 @@ def bare_loop(sizes: GptSizes, warm: int) -> float:
     model = GPT(sizes.layers, sizes.width, sizes.context)
     data = Tokens(sizes.steps * sizes.batch, sizes.context)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, weight_decay=0.0)
-    started = time.perf_counter()
+    started = time.process_time()
     for step in range(sizes.steps):
         if step == warm:
-            started = time.perf_counter()
+            started = time.process_time()
         x, y = data.rows(range(step * sizes.batch, (step + 1) * sizes.batch))
         loss = nn.functional.cross_entropy(model(x).flatten(0, 1), y.flatten())
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    return time.perf_counter() - started
+    return time.process_time() - started
