@@ -146,13 +146,7 @@ def compress(
         reduce_range=reduce_range,
         untrained=_untrained(run, tuning_kept),
     )
-    golden = golden_inputs(
-        task.example_input,
-        material.examples,
-        seed=run.seed,
-        count=_golden_count(material),
-        named=task.named_inputs,
-    )
+    golden = _golden_of(material)
     wanted = [each for each in ALL if each.name in run.compression.candidates] if cloud else [FP32]
 
     evaluated, refused = _evaluate_candidates(wanted, material, golden, cloud, on_clients, progress)
@@ -203,11 +197,18 @@ def _untrained(run: RunConfig, tuning_kept: bool) -> str:
     return "" if tuning_kept else "the gate did not keep the model that was fine-tuned on them"
 
 
-def _golden_count(material: Material) -> int:
+def _golden_of(material: Material) -> NDArray[Any]:
     _ = material.fp32  # refuses a model that fails on its example
     with torch.inference_mode():
         outputs = material.module(material.example_batch)
-    return golden_count(material.task.example_input.nbytes, outputs[0].nbytes)
+    task = material.task
+    return golden_inputs(
+        task.example_input,
+        material.examples,
+        seed=material.run.seed,
+        count=golden_count(task.example_input.nbytes, outputs[0].nbytes),
+        named=task.named_inputs,
+    )
 
 
 def _evaluate_candidates(
