@@ -31,6 +31,7 @@ from fedcore.files import (
     read_bytes,
     read_if_exists,
     remove,
+    remove_unfinished,
     sha256_hex,
     write_atomic,
 )
@@ -332,4 +333,5 @@ def lock_device_folder(path: Path) -> Iterator[DeviceFolder]:
             for name in ("state", "spool"):  # earlier versions made them readable for all users
                 (path / name).mkdir(exist_ok=True, mode=0o700)
                 (path / name).chmod(0o700)
+                remove_unfinished(path / name)  # not in the folder itself: it may hold the user's
         yield DeviceFolder(path)

@@ -7,6 +7,7 @@ import fcntl
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import tempfile
@@ -18,6 +19,8 @@ from typing import Any
 from fedcore.errors import ConfigError, DataError, DiskFull, FedcoreError, ResourceError
 
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+_UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}", re.DOTALL)
+"""Names that `write_atomic` gives to temporary files."""
 PICTURES = (".png", ".pdf", ".svg")
 """File extensions of pictures; each one determines the format."""
 _REFUSED = {
@@ -76,6 +79,21 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
             Path(temporary).unlink(missing_ok=True)
             raise
     sync_folder(path.parent)
+
+
+def remove_unfinished(folder: Path) -> None:
+    """Removes files that `write_atomic` left in a folder when its process was killed.
+
+    Call it only while nothing else can write there, such as under the folder's lock. Leaves
+    subfolders, links and all other names alone.
+
+    Raises:
+        ResourceError: a file cannot be removed.
+    """
+    with disk_errors(folder), os.scandir(folder) as entries:
+        for entry in entries:
+            if _UNFINISHED.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+                Path(entry.path).unlink(missing_ok=True)
 
 
 def check_file(path: Path, *, option: str) -> None:

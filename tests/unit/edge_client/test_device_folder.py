@@ -289,3 +289,14 @@ def test_frozen_parameters_of_few_runs_are_kept_whatever_a_server_opens(tmp_path
         assert sorted(path.name for path in (tmp_path / "frozen").iterdir()) == [
             *("run-5", "run-7", "run-8")
         ]
+
+
+def test_what_a_killed_process_left_goes_when_the_next_one_starts(tmp_path: Path) -> None:
+    with lock_device_folder(tmp_path):
+        pass
+    for folder in (tmp_path, tmp_path / "state", tmp_path / "spool"):
+        (folder / ".bashrc.original").touch()
+        (folder / "file").touch()
+    with lock_device_folder(tmp_path):
+        left = {str(path.relative_to(tmp_path)) for path in tmp_path.rglob("*")}
+    assert left == {".bashrc.original", "file", "state", "state/file", "spool", "spool/file"}

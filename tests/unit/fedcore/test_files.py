@@ -21,6 +21,7 @@ from fedcore.files import (
     read_bytes,
     read_if_exists,
     remove,
+    remove_unfinished,
     sha256_hex,
     write_atomic,
     write_json,
@@ -32,6 +33,28 @@ def test_a_file_is_written_with_its_folders(tmp_path: Path) -> None:
     write_atomic(path, b"bytes")
     assert path.read_bytes() == b"bytes"
     assert [p.name for p in path.parent.iterdir()] == ["file"]
+
+
+def test_what_a_killed_writer_left_is_removed_and_nothing_else(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise SystemExit
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "replace", killed)
+        patch.setattr(Path, "unlink", lambda *_, **__: None)
+        with pytest.raises(SystemExit):
+            write_atomic(tmp_path / "state.json", b"half")
+    assert len(list(tmp_path.iterdir())) == 1
+    others = (".lock", ".env.production", "a.b.abcdefgh", ".state.json.ABCDEFGH", ".x.abcdefghi")
+    for name in others:
+        (tmp_path / name).touch()
+    (tmp_path / ".folder.abcdefgh").mkdir()
+    (tmp_path / ".link.abcdefgh").symlink_to(tmp_path / ".lock")
+    remove_unfinished(tmp_path)
+    kept = {*others, ".folder.abcdefgh", ".link.abcdefgh"}
+    assert {each.name for each in tmp_path.iterdir()} == kept
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])
