@@ -27,6 +27,7 @@ _HELPERS = ("multiprocessing.resource_tracker", "multiprocessing.forkserver")
 
 def pytest_configure() -> None:
     os.environ["FLWR_TELEMETRY_ENABLED"] = "0"  # read when Flower is imported
+    os.environ.setdefault("GRPC_VERBOSITY", "NONE")  # its threads in a worker: a note at each fork
     # How long an example takes says more about the machine's other work than about the code.
     hypothesis.settings.register_profile("fedcore", deadline=None)
     hypothesis.settings.load_profile("fedcore")

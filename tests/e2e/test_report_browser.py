@@ -123,7 +123,7 @@ def test_the_browser_has_nothing_to_complain_about(tmp_path: Path, page: str) ->
     (tmp_path / "report.html").write_text(page, "utf-8")
     dom, log = browse(tmp_path / "report.html", "--dump-dom")
     assert "CONSOLE" not in log
-    assert dom.count("<svg") == 5
+    assert dom.count("<svg") == 6
 
 
 def test_the_console_is_heard(tmp_path: Path, page: str) -> None:
@@ -146,7 +146,7 @@ def test_nothing_is_wider_than_a_phone(tmp_path: Path, page: str) -> None:
     assert measured is not None, dom
     scroll_px, inner_px, plots = (int(number) for number in measured.groups())
     assert inner_px == PHONE_PX
-    assert plots == 5
+    assert plots == 6
     assert scroll_px <= PHONE_PX
 
 

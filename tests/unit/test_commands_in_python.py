@@ -22,6 +22,7 @@ CALLS = {
     "device update": "update_model",
     "doctor": "diagnose",
     "evaluate": "evaluate",
+    "finetune": "finetune",
     "new": "new_task",
     "privacy audit": "audit_privacy",
     "privacy export": "export_ledger",

@@ -216,6 +216,7 @@ def _classifiers() -> Iterator[Case]:
             sizes=ONE_ROW,
         ),
     )
+    yield Case("a pair of outputs", made("pair", model=m.Two))
     grey = cast(IMAGE, torch.uint8)
     groups = partial(m.cnn, m.group_norm)
     yield Case(
@@ -378,7 +379,6 @@ def _refused_models() -> Iterator[Case]:
     wide = partial(nn.Linear, m.FEATURES + 1, m.CLASSES)
     given: list[tuple[str, m.Build, str]] = [
         ("one output for classes", partial(m.mlp, 1), "kind='binary'"),
-        ("two results", m.Two, "one tensor"),
         ("branching on values", m.Branching, "without control flow"),
         ("a mean over the batch", m.OverBatch, "depends on the others of its batch"),
         ("batch norm without statistics", without, "BatchNorm with running statistics"),

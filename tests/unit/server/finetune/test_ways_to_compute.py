@@ -80,7 +80,8 @@ def test_recomputed_activations_give_the_same_bits() -> None:
         results.append(checkpoint_bytes(trained_here(run, deep(dropout=0.3))[0]))
         calls.append(len(CALLS))
     assert results[0] == results[1]
-    assert calls[1] == 2 * calls[0]
+    looked = 3  # blocks, once: what form the outputs have is found without a backward pass
+    assert calls[1] - looked == 2 * (calls[0] - looked)
     model = Deep(8, 0)
     with recomputed(model, active=True) as number:
         assert number == len(blocks_of(model)) == 3

@@ -67,7 +67,7 @@ def test_a_plan_is_one_call_with_a_runs_settings(tmp_path: Path) -> None:
     assert fedcore.plan_example_privacy(6000, run).forecast == found.forecast
     found.plot(tmp_path / "plan.svg")
     assert "<svg" in (tmp_path / "plan.svg").read_text()
-    with pytest.raises(ConfigError, match="did you mean"):
+    with pytest.raises(ConfigError, match="Did you mean"):
         fedcore.plan_example_privacy(6000, privacy={"max_epsilom": 3.0})
     with pytest.raises(ConfigError, match="plan_client_privacy"):
         fedcore.plan_example_privacy(6000, privacy={"unit": "client"})

@@ -56,7 +56,7 @@ def test_what_is_no_quota_is_none(tmp_path: Path, group: Path) -> None:
 def test_threads_of_fine_tuning_are_those_that_the_user_asks_for(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr("server.finetune.loop.usable_cores", lambda: 8)
+    monkeypatch.setattr("server.finetune.parallel.usable_cores", lambda: 8)
     for asked, expected in (("1", 1), ("3", 3), ("2,1", 2), ("", 4), ("0", 4), ("many", 4)):
         monkeypatch.setenv("OMP_NUM_THREADS", asked)
         assert threads_of(2) == expected
