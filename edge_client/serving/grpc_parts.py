@@ -29,6 +29,8 @@ _AHEAD = 8
 """Calls that the core may announce before the loop has looked at the first."""
 _MESSAGE_S = 30.0
 """A caller that opens a call must send its message within so many seconds."""
+_PATIENCE_S = 1.0
+"""After so long without a message a call makes room for another, if there is none."""
 _LOOK_S = 5.0
 _STOPPED_S = 2.0
 
@@ -42,8 +44,10 @@ class Call:
     deadline_s: float | None
     """When the caller stops waiting, by the clock of `time.time`; None if it does not."""
     core: Any
-    opened_s: float
+    waits_since_s: float
+    """When the caller's next message was last waited for, by `time.monotonic`."""
     streaming: bool = False
+    cancelled: bool = False
     greeted: bool = False
     """Whether initial metadata were sent."""
 
@@ -116,7 +120,8 @@ class GrpcLoop:
             run_waiting: Called after all that has arrived was handed over.
             streaming: Paths of methods whose calls have many messages.
             max_message_bytes: Longest message; longer ones are refused by the core.
-            max_calls: Most calls that are open; others get RESOURCE_EXHAUSTED.
+            max_calls: Most calls that are open; others get RESOURCE_EXHAUSTED, unless one that
+                waits for its caller's message makes room.
             max_connections: Most connections; others are closed by the core.
         """
         self._handler, self._run_waiting = handler, run_waiting
@@ -133,6 +138,7 @@ class GrpcLoop:
                 # Identity alone: a compressed message may unfold to any size. The core hands its
                 # packed bytes over and has ended the call by then.
                 ("grpc.compression_enabled_algorithms_bitset", 1),
+                ("grpc.max_connection_idle_ms", 120_000),
                 ("grpc.keepalive_time_ms", 60_000),
                 ("grpc.http2.min_ping_interval_without_data_ms", 5_000),
             ),
@@ -227,16 +233,36 @@ class GrpcLoop:
             method=details.method.decode(errors="replace"),
             deadline_s=deadline_s if deadline_s is not None and deadline_s < 1e12 else None,
             core=event.call,
-            opened_s=time.monotonic(),
+            waits_since_s=time.monotonic(),
         )
         self._open += 1
-        if self._open > self._max_calls:
+        if self._open > self._max_calls and not self._made_room():
             call.fail(RESOURCE_EXHAUSTED, "too many calls are open; send the request again later")
             return
         call.streaming = call.method in self._streaming
         self._receive(call)
 
+    def _made_room(self) -> bool:
+        """Ends the call that has waited longest for a message, which may be a stream's next.
+
+        Otherwise one caller could open as many calls as there may be, and keep all others out.
+        """
+        limit_s = time.monotonic() - _PATIENCE_S
+        for call in self._receiving:
+            if call.waits_since_s > limit_s:  # as all after it
+                return False
+            if not call.cancelled:
+                self._cancel(call)
+                return True
+        return False
+
+    def _cancel(self, call: Call) -> None:
+        """Ends the operation that waits for a call's message; `_moved` ends the call."""
+        call.cancelled = True
+        call.core.cancel()
+
     def _receive(self, call: Call) -> None:
+        call.waits_since_s = time.monotonic()
         self._receiving[call] = None
         call.core.start_server_batch((cygrpc.ReceiveMessageOperation(0),), call)
 
@@ -261,9 +287,9 @@ class GrpcLoop:
     def _expire(self) -> None:
         """Ends calls whose caller opened them and sent nothing."""
         limit_s = time.monotonic() - _MESSAGE_S
-        for call in [call for call in self._receiving if call.opened_s < limit_s]:
+        for call in [call for call in self._receiving if call.waits_since_s < limit_s]:
             if not call.streaming:
-                call.core.cancel()  # which ends the operation that waits for the message
+                self._cancel(call)
 
 
 def code(status: grpc.StatusCode) -> int:

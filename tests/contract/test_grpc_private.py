@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -10,6 +11,7 @@ import grpc
 import pytest
 from grpc._cython import cygrpc
 
+from edge_client.serving import grpc_parts
 from edge_client.serving.grpc_parts import Call, GrpcLoop, Handler
 
 METHOD, STREAM = "/a.Service/Method", "/a.Service/Stream"
@@ -161,3 +163,35 @@ def test_a_stop_never_ends_the_process() -> None:
         loop.stop(5)
         thread.join(20)
         assert loop.stopped.is_set()
+
+
+def test_streams_that_send_nothing_keep_nobody_out(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_parts, "_PATIENCE_S", 0.0)
+    over = threading.Event()
+
+    def nothing() -> Iterator[bytes]:
+        over.wait(60)
+        yield from ()
+
+    loop = GrpcLoop(
+        lambda call, message: call.answer(message),
+        lambda: None,
+        streaming=frozenset({STREAM}),
+        max_message_bytes=1 << 16,
+        max_calls=2,
+        max_connections=4,
+    )
+    target = f"127.0.0.1:{loop.bind('127.0.0.1', 0, None)}"
+    loop.start()
+    apart = [("grpc.use_local_subchannel_pool", 1)]
+    with grpc.insecure_channel(target, apart) as idle, grpc.insecure_channel(target, apart) as own:
+        held = [idle.stream_stream(path)(nothing()) for path in (METHOD, STREAM)]
+        deadline_s = time.monotonic() + 20
+        while len(loop._receiving) < 2 and time.monotonic() < deadline_s:
+            time.sleep(0.005)
+        assert own.unary_unary(METHOD)(b"a", timeout=20) == b"a"
+        over.set()
+        for call in held:
+            call.cancel()
+        loop.stop(20.0)
+    assert loop.stopped.is_set()
