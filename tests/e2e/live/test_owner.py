@@ -75,6 +75,9 @@ def test_bandwidth_is_kept_to_and_memory_is_given_back(
     assert server.end(60) == 0
     # Two further rounds of 40 kB each way, and the reply of the first.
     assert time.monotonic() - started > 2.0
+    end = time.monotonic() + 30  # a device says so after the reply, with which the server ends
+    while device.log.read_text().count("trial train: done") < 3 and time.monotonic() < end:
+        time.sleep(0.05)
     assert device.log.read_text().count("trial train: done") == 3
 
 
