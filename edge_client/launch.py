@@ -5,11 +5,11 @@ The device runs in a process of its own, ``fedcore client start``. Imports neith
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 
-from fedcore.background import Background
+from fedcore.background import Background, RunningCommand
 from fedcore.config.owner import load_owner
 from fedcore.crypto.kit import Kit, load_kit
 from fedcore.errors import CertificateRefused, TaskError
@@ -18,7 +18,7 @@ Place = str | PathLike[str]
 
 
 @dataclass(frozen=True)
-class LiveClient:
+class LiveClient(RunningCommand):
     """A device that `fedcore.start_client` has started; used in a ``with`` block, it stops there.
 
     Example::
@@ -29,45 +29,6 @@ class LiveClient:
 
     kit: Kit
     """The device's identity."""
-    _process: Background = field(repr=False)
-
-    @property
-    def running(self) -> bool:
-        """Whether the device still takes part."""
-        return self._process.running
-
-    @property
-    def log(self) -> str:
-        """What the device has logged on standard error."""
-        return self._process.log.read_text(errors="replace")
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Waits until the device has ended; it takes part until it is stopped.
-
-        Returns:
-            True; or False if it was killed.
-
-        Raises:
-            FedcoreError: the error that ended it.
-            ResourceError: it still runs after ``timeout_s``.
-        """
-        return self._process.wait(timeout_s)
-
-    def stop(self, *, timeout_s: float = 15.0) -> None:
-        """Stops the device; what it has spent and finished is kept.
-
-        Args:
-            timeout_s: Seconds after which its process is killed, which loses nothing finished.
-        """
-        self._process.stop(timeout_s)
-
-    def __enter__(self) -> LiveClient:
-        """Returns the device."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stops the device, if it still runs."""
-        self.stop()
 
 
 def start_client(
@@ -117,4 +78,4 @@ def start_client(
     words: list[object] = ["--kit", kit, "--task", task]
     for option, value in (("--owner", owner), ("--state", state), ("--log", log)):
         words += [] if value is None else [option, value]
-    return LiveClient(found, Background("client", "start", *words))
+    return LiveClient(found, _process=Background("client", "start", *words))

@@ -211,7 +211,8 @@ class EdgeModel:
             temperature: Divides the logits, >= 0: higher is more surprising, 0 always takes the
                 most likely token.
             top_k: Draws from this many of the most likely tokens alone; from all when None.
-            seed: Equal seeds give equal tokens on one machine; drawn anew when None.
+            seed: Seed of the sampling: equal seeds give equal tokens on one machine. Random when
+                None.
 
         Raises:
             DataError: the prompt is empty or has tokens without a label, or ``temperature`` or

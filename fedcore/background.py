@@ -12,8 +12,9 @@ import subprocess
 import sys
 import tempfile
 import weakref
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from fedcore import errors
 from fedcore.errors import INTERRUPTED, FedcoreError, ResourceError
@@ -21,6 +22,51 @@ from fedcore.errors import INTERRUPTED, FedcoreError, ResourceError
 _MAX_TAIL_BYTES = 1 << 16
 _LAST_S = 5.0
 """Seconds to end a process that nobody has stopped."""
+
+
+@dataclass(frozen=True)
+class RunningCommand:
+    """A started server or device; used in a ``with`` block, it stops at the block's end."""
+
+    _process: Background = field(repr=False, kw_only=True)
+
+    @property
+    def running(self) -> bool:
+        """Whether it still runs."""
+        return self._process.running
+
+    @property
+    def log(self) -> str:
+        """The text that it has logged on standard error."""
+        return self._process.log.read_text(errors="replace")
+
+    def wait(self, timeout_s: float | None = None) -> bool:
+        """Waits until it has ended.
+
+        Returns:
+            Whether it ended by itself, with success; False if it was stopped.
+
+        Raises:
+            FedcoreError: the error that ended it.
+            ResourceError: it still runs after ``timeout_s``.
+        """
+        return self._process.wait(timeout_s)
+
+    def stop(self, *, timeout_s: float = 60.0) -> None:
+        """Stops it as soon as it can; everything that it has finished is kept.
+
+        Args:
+            timeout_s: Seconds after which its process is killed.
+        """
+        self._process.stop(timeout_s)
+
+    def __enter__(self) -> Self:
+        """Returns the started command."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Stops it, if it still runs."""
+        self.stop()
 
 
 class Background:

@@ -18,15 +18,15 @@ from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
-from pydantic import AwareDatetime, BaseModel, ConfigDict, ValidationError
+from pydantic import AwareDatetime, BaseModel, ConfigDict
 from tuf.api.metadata import (  # type: ignore[attr-defined]  # implicit re-export
     Root,
     Timestamp,
 )
 
+from edge_client.delivery.state_file import read_state
 from fedcore.artifacts.statements import signed_at
-from fedcore.errors import DataError
-from fedcore.files import read_if_exists, write_atomic
+from fedcore.files import write_atomic
 
 _MAX_BYTES = 1024
 _SLACK = timedelta(minutes=10)
@@ -113,18 +113,14 @@ def read_floor(trust: Path) -> TimeFloor:
     Raises:
         DataError: the file is damaged.
     """
-    path = _path(trust)
-    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="the earliest possible time")
-    if raw is None:
-        return TimeFloor()
-    try:
-        return TimeFloor.model_validate_json(raw)
-    except ValidationError:
-        raise DataError(
-            f"{path}: its contents are not the times that were written; the disk may be failing. "
-            "Nothing was installed; the previous version keeps serving. Check that this device's "
-            "clock is right, then remove the file and run again."
-        ) from None
+    found = read_state(
+        _path(trust),
+        TimeFloor,
+        max_bytes=_MAX_BYTES,
+        what="the earliest possible time",
+        remedy="Check that this device's clock is right, then remove the file and run again.",
+    )
+    return found or TimeFloor()
 
 
 def write_floor(trust: Path, floor: TimeFloor) -> None:

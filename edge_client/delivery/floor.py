@@ -11,11 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from edge_client.delivery.state_file import read_state
 from fedcore.config.run import Name
-from fedcore.errors import DataError, RollbackRefused
-from fedcore.files import read_if_exists, write_atomic
+from fedcore.errors import RollbackRefused
+from fedcore.files import write_atomic
 
 _MAX_BYTES = 1 << 20
 _MAX_MODELS = 4096
@@ -64,18 +65,15 @@ def read_versions(trust: Path) -> VersionFloor:
     Raises:
         DataError: the file is damaged.
     """
-    path = _path(trust)
-    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="the versions seen")
-    if raw is None:
-        return VersionFloor()
-    try:
-        return VersionFloor.model_validate_json(raw)
-    except ValidationError:
-        raise DataError(
-            f"{path}: its contents are not the versions that were written; the disk may be "
-            "failing. Nothing was installed; the previous version keeps serving. Make sure that "
-            "the repository is the current one, then remove the file and run again."
-        ) from None
+    found = read_state(
+        _path(trust),
+        VersionFloor,
+        max_bytes=_MAX_BYTES,
+        what="the versions seen",
+        remedy="Make sure that the repository is the current one, then remove the file and run "
+        "again.",
+    )
+    return found or VersionFloor()
 
 
 def write_versions(trust: Path, floor: VersionFloor) -> None:

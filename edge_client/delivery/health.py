@@ -10,15 +10,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from edge_client.delivery.state_file import read_state
 from edge_client.delivery.store import Installed, Record
 from edge_client.inference.bench import bench
 from edge_client.inference.process import ModelLimits
 from edge_client.inference.selftest import self_test
 from fedcore.artifacts.golden import parse_golden
 from fedcore.errors import DataError, DeviceError
-from fedcore.files import read_if_exists, write_json
+from fedcore.files import write_json
 
 STRIKES = 3
 """Failed checks in a row after which a device returns to the version before."""
@@ -54,7 +55,7 @@ class ServedCounts(BaseModel):
     requests: Annotated[int, Field(ge=0)]
     """Requests that reached the model since the server started."""
     errors: Annotated[int, Field(ge=0)]
-    """Those of them that failed in the model; refused input and overload do not count."""
+    """Requests that failed in the model; refused inputs and overload do not count."""
 
 
 class HealthBaseline(BaseModel):
@@ -146,7 +147,6 @@ def write_served(store: Path, model: str, counts: ServedCounts) -> None:
 def _read(path: Path, kind: type[_Stored]) -> _Stored | None:
     """Reads a measurement; a damaged one counts as missing: it is only measured again."""
     try:
-        raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="a measurement")
-        return None if raw is None else kind.model_validate_json(raw)
-    except (DataError, ValidationError):
+        return read_state(path, kind, max_bytes=_MAX_BYTES, what="a measurement")
+    except DataError:
         return None

@@ -13,12 +13,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
 from edge_client.delivery import store as installed
+from edge_client.delivery.state_file import read_state
 from edge_client.delivery.store import Record
-from fedcore.errors import DataError, DeviceError
-from fedcore.files import read_if_exists, write_json
+from fedcore.errors import DeviceError
+from fedcore.files import write_json
 from fedcore.rpc.delivery import MAX_REASON, reason_text
 
 _MAX_BYTES = 8192
@@ -41,16 +42,13 @@ def read_held(store: Path, model: str) -> HeldVersion | None:
     Raises:
         DataError: the file cannot be read.
     """
-    path = _path(store, model)
-    raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="the version held back")
-    try:
-        return None if raw is None else HeldVersion.model_validate_json(raw)
-    except ValidationError:
-        raise DataError(
-            f"{path}: its contents are not what was written; the disk may be failing. Nothing was "
-            "installed; the version before keeps serving. Remove the file to try the newest "
-            "version again."
-        ) from None
+    return read_state(
+        _path(store, model),
+        HeldVersion,
+        max_bytes=_MAX_BYTES,
+        what="the version held back",
+        remedy="Remove the file to try the newest version again.",
+    )
 
 
 def hold(store: Path, model: str, record: Record, outcome: str, reason: str) -> HeldVersion:

@@ -5,10 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from edge_client.delivery.state_file import read_state
 from fedcore.errors import DataError
-from fedcore.files import read_if_exists, write_json
+from fedcore.files import write_json
 from fedcore.rpc.delivery import MAX_REASON, reason_text
 from fedcore.rpc.delivery_pb2 import DeviceReport
 
@@ -77,10 +78,10 @@ def send_reports(store: Path, link: DeliveryLink) -> None:
 def _read(store: Path) -> tuple[PendingReport, ...]:
     """Reads the pending reports; a damaged file counts as empty: reports only inform."""
     try:
-        raw = read_if_exists(_path(store), max_bytes=_MAX_BYTES, what="the pending reports")
-        return () if raw is None else _Outbox.model_validate_json(raw).reports
-    except (DataError, ValidationError):
+        found = read_state(_path(store), _Outbox, max_bytes=_MAX_BYTES, what="the pending reports")
+    except DataError:
         return ()
+    return found.reports if found else ()
 
 
 def _write(store: Path, reports: tuple[PendingReport, ...]) -> None:

@@ -24,7 +24,7 @@ class Sampling:
     top_k: int | None = None
     """Draws from this many of the most likely tokens alone; from all when None."""
     seed: int | None = None
-    """Of the draws: equal seeds give equal tokens on one machine. Drawn anew when None."""
+    """Seed of the sampling: equal seeds give equal tokens on one machine. Random when None."""
 
     def __post_init__(self) -> None:
         if not 0 <= self.temperature < math.inf or (self.top_k is not None and self.top_k < 1):

@@ -190,7 +190,7 @@ class Batcher:
 
     def run_waiting(self) -> None:
         """Runs requests until none waits; returns at once if another thread is doing so."""
-        # Whoever holds the lock looks at the queue once more after it has let go.
+        # A thread looks at the queue again after it has released the lock: none is left waiting.
         while self._waiting and self._running.acquire(blocking=False):
             try:
                 while jobs := self._take():
@@ -265,7 +265,7 @@ class Batcher:
         except FedcoreError as error:
             self._fail(jobs, failure(error))
             return
-        except Exception as error:  # whoever runs this answers others, too: it must go on
+        except Exception as error:  # this thread answers other requests, too
             log.error("serve: a batch failed: %s: %s", type(error).__name__, foreign(error))
             what = "internal error; see the server's log. Nothing was answered."
             self._fail(jobs, RequestRefused(what, "failed"))

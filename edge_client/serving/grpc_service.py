@@ -78,7 +78,7 @@ class GrpcService:
                         call.answer(raw)
                 else:
                     self._fail(call, outcome)
-            except Exception as error:  # whoever runs the batch has other requests to answer
+            except Exception as error:  # this thread has other requests to answer
                 log_fault("an answer", error)
                 call.fail(_INTERNAL, "internal error; see the server's log")
 

@@ -196,7 +196,7 @@ class InferenceConnection(asyncio.Protocol):
         try:
             self._parser.feed_data(data)
         except httptools.HttpParserUpgrade:
-            pass  # the request is answered as if it had not asked for another protocol
+            return  # the request is answered as if it had not asked for another protocol
         except httptools.HttpParserError:
             self._misread()
         else:

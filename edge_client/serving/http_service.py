@@ -134,7 +134,7 @@ class HttpService:
                     reply(_error(outcome))
             except FedcoreError as error:
                 reply(_error(error))
-            except Exception as error:  # whoever runs the batch has other requests to answer
+            except Exception as error:  # this thread has other requests to answer
                 log_fault("an answer", error)
                 reply(HttpAnswer(500, b'{"error":"internal error; see the server\'s log"}'))
 

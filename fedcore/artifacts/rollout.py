@@ -1,9 +1,9 @@
 """Rollout of a model: which devices get a version before the others, signed with the releases.
 
 A repository has two channels for each model. ``stable`` is the version that its pointer names.
-``canary`` is a later version for some devices: a share of all, drawn by their keys, and those that
-are named. Both are in metadata signed with the online keys, so whoever delivers a repository can
-neither give a device another channel nor keep a rollback from it without being noticed.
+``canary`` is a later version for some devices: a share of all, drawn by their keys, and named
+devices. Both are in metadata signed with the online keys, so a server that delivers a repository
+can neither give a device another channel nor keep a rollback from it without being noticed.
 """
 
 from __future__ import annotations

@@ -83,6 +83,18 @@ def told(error: BaseException) -> str:
     return f"{type(error).__name__}: {error}".rstrip(". ")
 
 
+def lacks_folder(folder: Folder, error: BaseException) -> bool:
+    """Returns whether a loader failed because it used a missing data folder as a path."""
+    if folder is not None:
+        return False
+    text = str(error)
+    as_path = isinstance(error, TypeError | AttributeError) and "NoneType" in text
+    file = error.filename if isinstance(error, OSError) else None
+    as_text = file is not None and "None" in Path(str(file)).parts
+    demanded = isinstance(error, AssertionError) and not text  # `assert folder`
+    return as_path or as_text or demanded
+
+
 def require_folder(what: str, folder: Folder, error: BaseException) -> None:
     """Raises an error that asks for a data folder, if a loader failed for lack of one.
 
@@ -94,14 +106,7 @@ def require_folder(what: str, folder: Folder, error: BaseException) -> None:
     Raises:
         DataFolderMissing: ``folder`` is None, and the loader used it as a path.
     """
-    if folder is not None:
-        return
-    text = str(error)
-    as_path = isinstance(error, TypeError | AttributeError) and "NoneType" in text
-    file = error.filename if isinstance(error, OSError) else None
-    as_text = file is not None and "None" in Path(str(file)).parts
-    demanded = isinstance(error, AssertionError) and not text  # `assert folder`
-    if as_path or as_text or demanded:
+    if lacks_folder(folder, error):
         raise DataFolderMissing(
             f"{what}: the task reads files from a folder, and none is set. Nothing was run; set "
             "the environment variable FEDCORE_DATA to the folder that holds the data; on a device, "

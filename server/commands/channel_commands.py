@@ -3,50 +3,21 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 from typing import Any
 
-from fedcore.cli import Command, json_option, show
+from fedcore.cli import Command, show
 from server.api.releases import (
     clean_repository,
     list_rollouts,
     promote_canary,
     verify_repository,
 )
-
-
-def _repository_options(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--repository",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of the signed repository, e.g. --repository releases",
-    )
-    parser.add_argument(
-        "--keys",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of the keys, e.g. --keys keys",
-    )
-    json_option(parser)
+from server.commands.release_options import reports_option, repository_options
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
-    _repository_options(parser)
+    repository_options(parser)
     reports_option(parser)
-
-
-def reports_option(parser: argparse.ArgumentParser) -> None:
-    """Adds the option for the folder of devices' reports."""
-    parser.add_argument(
-        "--reports",
-        type=Path,
-        default=Path("reports"),
-        metavar="DIR",
-        help="folder of devices' reports, never within the repository (default: %(default)s)",
-    )
 
 
 def _show(options: argparse.Namespace) -> int:
@@ -72,7 +43,7 @@ def _text(row: dict[str, Any]) -> str:
 
 
 def _promote_arguments(parser: argparse.ArgumentParser) -> None:
-    _repository_options(parser)
+    repository_options(parser)
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="name of the model, e.g. --model digits"
     )
@@ -111,13 +82,13 @@ CHANNEL_VERBS = {
     ),
     "verify": Command(
         "Check every published file against its signature.",
-        _repository_options,
+        repository_options,
         _verify,
         "fedcore release verify --repository releases --keys keys",
     ),
     "gc": Command(
         "Remove files that no signed metadata names.",
-        _repository_options,
+        repository_options,
         _gc,
         "fedcore release gc --repository releases --keys keys",
     ),

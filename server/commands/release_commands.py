@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from fedcore.artifacts.manifest import Manifest
-from fedcore.cli import Command, group, json_option, show
+from fedcore.cli import Command, group, show
 from server.api.releases import (
     ROLE_GROUPS,
     create_repository,
@@ -16,30 +15,13 @@ from server.api.releases import (
     rotate_keys,
 )
 from server.commands.channel_commands import CHANNEL_VERBS
+from server.commands.release_options import repository_options
 from server.commands.serve_command import serve
 from server.release.registry.keys import ROLES
 
 
-def _places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--repository",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of the signed repository, e.g. --repository releases",
-    )
-    parser.add_argument(
-        "--keys",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of the keys, e.g. --keys keys; never within the repository",
-    )
-    json_option(parser)
-
-
 def _init_arguments(parser: argparse.ArgumentParser) -> None:
-    _places(parser)
+    repository_options(parser)
     parser.add_argument(
         "--model",
         action="append",
@@ -96,7 +78,7 @@ def _init(options: argparse.Namespace) -> int:
 
 
 def _rollback_arguments(parser: argparse.ArgumentParser) -> None:
-    _places(parser)
+    repository_options(parser)
     parser.add_argument(
         "--model", required=True, metavar="NAME", help="name of the model, e.g. --model digits"
     )
@@ -136,7 +118,7 @@ def _line(manifest: Manifest) -> str:
 
 
 def _refresh_arguments(parser: argparse.ArgumentParser) -> None:
-    _places(parser)
+    repository_options(parser)
     parser.add_argument(
         "--offline",
         action="store_true",
@@ -153,7 +135,7 @@ def _refresh(options: argparse.Namespace) -> int:
 
 
 def _rotate_arguments(parser: argparse.ArgumentParser) -> None:
-    _places(parser)
+    repository_options(parser)
     parser.add_argument(
         "--role",
         action="append",
@@ -223,7 +205,7 @@ release = group(
         ),
         "list": Command(
             "List every published version, verified.",
-            _places,
+            repository_options,
             _list,
             "fedcore release list --repository releases --keys keys --json",
         ),

@@ -9,22 +9,16 @@ from pathlib import Path
 
 from fedcore.cli import Command
 from fedcore.crypto.roster import check_server_folder, load_server_identity
-from fedcore.errors import ConfigError
 from fedcore.observability.foreign import say
 from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
-from server.commands.channel_commands import reports_option
+from server.commands.release_options import reports_option, repository_option
+from server.options import listen_address
 
 log = logging.getLogger("fedcore.server")
 
 
 def _arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--repository",
-        type=Path,
-        required=True,
-        metavar="DIR",
-        help="folder of the signed repository, e.g. --repository releases",
-    )
+    repository_option(parser)
     parser.add_argument(
         "--identity",
         type=Path,
@@ -87,23 +81,6 @@ def _serve(options: argparse.Namespace) -> int:
         started=started,
     )
     return 0
-
-
-def listen_address(text: str) -> tuple[str, int]:
-    """Parses ``HOST:PORT``.
-
-    Raises:
-        ConfigError: it is not of that form.
-    """
-    host, separator, port = text.rpartition(":")
-    digits = port.isascii() and port.isdecimal() and len(port) <= 5
-    name = host.strip("[]")
-    if not separator or not name or not digits or int(port) >= 2**16:
-        raise ConfigError(
-            f"--listen {text}: expected HOST:PORT, e.g. 0.0.0.0:9094 or [::]:9094 for every "
-            "address. Nothing was started."
-        )
-    return name, int(port)
 
 
 serve = Command(

@@ -5,9 +5,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import signal
-import threading
 from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,7 +18,7 @@ from fedcore.rpc.delivery import MAX_REQUEST_BYTES, PORT_OFFSET
 from server.delivery.files import PublishedFiles
 from server.delivery.service import Deliveries, OnReport
 from server.delivery.watchers import Watchers
-from server.process.signals import signals_blocked
+from server.process.loop_thread import served_in_thread
 
 log = logging.getLogger("fedcore.server")
 
@@ -148,30 +146,6 @@ def serve_releases_in_thread(
 
     Raises what `serve_releases` raises.
     """
-    up = Future[tuple[int, asyncio.AbstractEventLoop, asyncio.Event]]()
-
-    async def serve() -> None:
-        over = asyncio.Event()
-        async with serve_releases(identity, repository, address, on_report=on_report) as port:
-            up.set_result((port, asyncio.get_running_loop(), over))
-            await over.wait()
-
-    def body() -> None:
-        try:
-            asyncio.run(serve())
-        except BaseException as error:
-            if up.done():
-                raise
-            up.set_exception(error)
-
-    thread = threading.Thread(target=body, name="serve_releases", daemon=True)
-    with signals_blocked():  # the new thread blocks signals, so the main thread receives them
-        thread.start()
-    try:
-        port, _, _ = up.result()
+    service = serve_releases(identity, repository, address, on_report=on_report)
+    with served_in_thread(service, name="serve_releases") as port:
         yield port
-    finally:
-        if up.done() and not up.exception():
-            _, loop, over = up.result()
-            loop.call_soon_threadsafe(over.set)
-        thread.join()

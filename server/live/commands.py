@@ -17,7 +17,7 @@ from fedcore.observability.foreign import say
 from fedcore.observability.patience import report_loading
 from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
 from server.live.operators.commands import OPERATOR_VERBS
-from server.options import run_options, set_option
+from server.options import listen_address, run_options, set_option
 from server.process.memory import loading
 
 
@@ -77,7 +77,7 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _start(options: argparse.Namespace) -> int:
     run = load_run(options.config, options.overrides)  # before torch loads: fails at once
-    host, port = _address(options.listen) if options.listen else ("0.0.0.0", None)  # noqa: S104
+    host, port = listen_address(options.listen) if options.listen else ("0.0.0.0", None)  # noqa: S104
     if options.wake_port is not None and not 0 <= options.wake_port < 2**16:
         raise ConfigError(
             f"--wake-port {options.wake_port}: expected a port from 1 to 65535, or 0 to let the "
@@ -151,18 +151,6 @@ def _resume_command(options: argparse.Namespace) -> str:
         if getattr(options, name) is not None:
             words += [f"--{name.replace('_', '-')}", str(getattr(options, name))]
     return shlex.join([*words, *(["--json"] if options.json else []), "--resume"])
-
-
-def _address(text: str) -> tuple[str, int]:
-    host, separator, port = text.rpartition(":")
-    digits = port.isascii() and port.isdecimal() and len(port) <= 5
-    name = host.strip("[]")
-    if not separator or not name or not digits or int(port) >= 2**16:
-        raise ConfigError(
-            f"--listen {text}: expected HOST:PORT, e.g. 0.0.0.0:9092 or [::]:9092 for every "
-            "address. Nothing was started."
-        )
-    return name, int(port)
 
 
 start = Command(

@@ -8,12 +8,12 @@ from __future__ import annotations
 
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from os import PathLike
 from pathlib import Path
 from typing import Any
 
-from fedcore.background import Background
+from fedcore.background import Background, RunningCommand
 from fedcore.config.settings import overrides_of, run_with
 from fedcore.crypto.roster import check_server_folder
 from fedcore.errors import ResourceError
@@ -25,7 +25,7 @@ _POLL_S = 0.2
 
 
 @dataclass(frozen=True)
-class LiveServer:
+class LiveServer(RunningCommand):
     """A server that `fedcore.start_server` has started; used in a ``with`` block, it stops there.
 
     Example::
@@ -41,17 +41,6 @@ class LiveServer:
     """The run's folder, with ``global.safetensors`` once it is complete."""
     client: ServerClient
     """Pauses, stops, drains and inspects it."""
-    _process: Background = field(repr=False)
-
-    @property
-    def running(self) -> bool:
-        """Whether the server still runs."""
-        return self._process.running
-
-    @property
-    def log(self) -> str:
-        """What the server has logged on standard error."""
-        return self._process.log.read_text(errors="replace")
 
     def events(self) -> Iterator[Event]:
         """Yields the run's events from its start: those so far, then each that follows.
@@ -73,36 +62,6 @@ class LiveServer:
                     return
                 else:
                     time.sleep(_POLL_S)
-
-    def wait(self, timeout_s: float | None = None) -> bool:
-        """Waits until the server has ended.
-
-        Returns:
-            Whether the run is complete; False if it was stopped, and can be resumed.
-
-        Raises:
-            FedcoreError: the error that ended the run, which can be resumed.
-            ResourceError: it still runs after ``timeout_s``.
-        """
-        return self._process.wait(timeout_s)
-
-    def stop(self, *, timeout_s: float = 60.0) -> None:
-        """Stops the server as soon as it can; the run can be resumed.
-
-        To stop after the current round, use ``client.stop()``.
-
-        Args:
-            timeout_s: Seconds after which its process is killed, which loses nothing committed.
-        """
-        self._process.stop(timeout_s)
-
-    def __enter__(self) -> LiveServer:
-        """Returns the server."""
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        """Stops the server, if it still runs."""
-        self.stop()
 
 
 def start_server(
@@ -162,7 +121,7 @@ def start_server(
     for option, value in (("--listen", listen), ("--wake-port", wake_port), ("--log", log)):
         words += [] if value is None else [option, str(value)]
     words += ["--resume"] * resume + ["--fresh"] * fresh
-    server = LiveServer(Path(runs) / name, client, Background("server", "start", *words))
+    server = LiveServer(Path(runs) / name, client, _process=Background("server", "start", *words))
     deadline_s = time.monotonic() + timeout_s
     while server.running and _status(client) is None:
         if time.monotonic() > deadline_s:

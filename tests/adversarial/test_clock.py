@@ -123,7 +123,7 @@ def test_time_that_passes_is_no_cause_for_complaint(world: Any) -> None:
 def test_a_floor_that_was_damaged_is_an_error_and_one_that_is_gone_begins_again(world: Any) -> None:
     path = world.store / "trust" / "clock.json"
     path.write_bytes(b"{")
-    with pytest.raises(DataError, match=r"clock\.json: its contents are not the times"):
+    with pytest.raises(DataError, match=r"clock\.json: its content is not what was written"):
         world.update(now=T0)
     path.unlink()
     assert not world.update(now=T0).changed

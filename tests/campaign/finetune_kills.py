@@ -11,19 +11,15 @@ too. Every job must end by itself with the losses, step by step, of a job that n
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import signal
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -34,6 +30,7 @@ from fedcore.task.model import build_model
 from fedcore.updates.pack import pack
 from server.cloud import read_cloud_data
 from server.finetune.launch import Finetuned, fine_tune
+from tests.campaign.kills import run_kills
 
 TASK = """
 import os
@@ -175,20 +172,14 @@ def kill_often(root: Path, kills: int, *, seed: int, say: Callable[[str], None])
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs the campaign; 1 if anything went wrong."""
-    parser = argparse.ArgumentParser(prog="tests.campaign.finetune_kills", description=__doc__)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write the result there, as JSON")
-    options = parser.parse_args(arguments)
-    with tempfile.TemporaryDirectory(prefix="fedcore-kills-") as root:
-        say = partial(print, file=sys.stderr, flush=True)
-        result = kill_often(Path(root), options.kills, seed=options.seed, say=say)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
-    return 1 if result["wrong"] else 0
+    return run_kills(
+        kill_often,
+        name="finetune_kills",
+        description=__doc__,
+        kills=20,
+        faults="wrong",
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -13,14 +13,11 @@ all releases so far have cost.
 
 from __future__ import annotations
 
-import argparse
-import json
 import os
 import random
 import select
 import signal
 import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -51,6 +48,7 @@ from fedcore.updates.messages import ARRAYS, CONFIG, instruction_config, weights
 from fedcore.updates.pack import layout_of, pack
 from fedcore.updates.seal import content_digest
 from server.live.rounds.settings import device_settings
+from tests.campaign.kills import run_kills
 from tests.e2e.live.conftest import Project
 
 RUN_ID, DELTA = 7, 1e-5
@@ -240,22 +238,21 @@ def _import_what_a_life_needs() -> None:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--kills", type=int, default=200, help="between noise and release")
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--out", type=Path, help="write the result there, as JSON")
-    options = parser.parse_args(arguments)
+    """Runs the campaign; 1 if a ledger ever recorded less than was released."""
     quiet()
-    with tempfile.TemporaryDirectory(prefix="fedcore-kills-") as root:
-        os.environ["XDG_STATE_HOME"] = f"{root}/counts"
-        say = partial(print, file=sys.stderr, flush=True)
-        result = kill_often(Path(root), options.kills, seed=options.seed, say=say)
-    text = json.dumps(result, indent=1)
-    print(text)
-    if options.out is not None:
-        options.out.parent.mkdir(parents=True, exist_ok=True)
-        options.out.write_text(text + "\n")
-    return 1 if result["under_reported"] else 0
+
+    def counted_apart(root: Path, kills: int, **options: Any) -> dict[str, Any]:
+        os.environ["XDG_STATE_HOME"] = str(root / "counts")
+        return kill_often(root, kills, **options)
+
+    return run_kills(
+        counted_apart,
+        name="ledger_kills",
+        description=__doc__,
+        kills=200,
+        faults="under_reported",
+        arguments=arguments,
+    )
 
 
 if __name__ == "__main__":

@@ -16,7 +16,6 @@ import socket
 import struct
 import threading
 from collections.abc import AsyncIterator, Iterator
-from concurrent.futures import Future
 from contextlib import asynccontextmanager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
@@ -29,7 +28,7 @@ from server.live.network.serve import Listening
 from server.live.operators.client import OPERATE, SOCKET, reachable
 from server.live.operators.control import Control
 from server.live.operators.protocol import MAX_REQUEST_BYTES, Requester
-from server.process.signals import signals_blocked
+from server.process.loop_thread import served_in_thread
 
 _REQUEST_S = 10.0
 """Timeout in seconds for receiving a request, and for sending the answer."""
@@ -116,32 +115,9 @@ def serve_operators_in_thread(control: Control, identity: ServerIdentity) -> Ite
     """
     for number in (signal.SIGTERM, signal.SIGINT):  # replaces the handlers of the rounds
         signal.signal(number, signal.default_int_handler)
-    up = Future[tuple[asyncio.AbstractEventLoop, asyncio.Event]]()
-
-    async def serve() -> None:
-        over = asyncio.Event()
-        async with serve_operators(control, identity, None):
-            up.set_result((asyncio.get_running_loop(), over))
-            await over.wait()
-
-    def body() -> None:
-        try:
-            asyncio.run(serve())
-        except BaseException as error:
-            if up.done():
-                raise
-            up.set_exception(error)
-
-    thread = threading.Thread(target=body, name="serve_operators", daemon=True)
-    with signals_blocked():  # the new thread blocks signals, so the main thread receives them
-        thread.start()
-    try:
-        loop, over = up.result()
+    service = serve_operators(control, identity, None)
+    with served_in_thread(service, name="serve_operators"):
         yield
-    finally:
-        if up.done() and not up.exception():
-            loop.call_soon_threadsafe(over.set)
-        thread.join()
 
 
 def operator_handler(control: Control) -> Operate:

@@ -120,8 +120,11 @@ def test_an_answer_that_is_not_taken_ends_the_connection(
         async with asyncio.timeout(20):
             while not slow.aborted:
                 await asyncio.sleep(0.001)
+        ended.append(slow.aborted)
 
+    ended: list[bool] = []
     over_slow(act)
+    assert ended == [True]
 
 
 def test_bodies_of_all_connections_share_a_bound(monkeypatch: pytest.MonkeyPatch) -> None:
