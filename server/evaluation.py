@@ -14,7 +14,10 @@ from typing import Any
 import numpy as np
 from scipy.stats import t as student
 
+from fedcore.config.run import RunConfig
 from fedcore.observability.words import counted, epsilon_text, figure
+from fedcore.privacy.evaluation_noise import evaluation_charge
+from fedcore.privacy.ledger import Ledger
 from fedcore.task.definition import Part
 from fedcore.task.measured import Measured, value_of_sums
 from fedcore.task.metrics import Metric
@@ -125,6 +128,13 @@ class NoiseStatement:
     target_delta: float
     limits: SumLimits = field(repr=False, compare=False)
     """Limits of the sums, and the noise's deviation."""
+
+    @classmethod
+    def of(cls, run: RunConfig, limits: SumLimits) -> NoiseStatement:
+        """Returns the statement for one evaluation in a run that protects examples."""
+        one, privacy = evaluation_charge(run, round=0, split=""), run.privacy
+        epsilon = Ledger((one,)).epsilon(privacy)
+        return cls(one.noise_multiplier, epsilon, privacy.target_delta, limits)
 
     def __str__(self) -> str:
         """Returns the statement as a line of text."""

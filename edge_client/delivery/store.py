@@ -10,6 +10,8 @@
     incoming/                unfinished fetches
     trust/                   trusted state (`edge_client.delivery.trust`)
     tuning/                  settings measured here (`edge_client.inference.tuning`)
+    health/                  measurements of serving versions (`edge_client.delivery.health`)
+    outbox.json              reports for the server (`edge_client.delivery.outbox`)
 
 A version is complete before ``active`` names it, and ``active`` is replaced atomically.
 """

@@ -62,8 +62,6 @@ class Offer:
     """Epoch of the model's versions, signed with the offline keys."""
     clock: str | None
     """What is wrong with this device's clock; None if no fault is known."""
-    canary: int | None = None
-    """The version that is on trial on some devices; None if none is."""
 
 
 def current_offer(
@@ -73,7 +71,7 @@ def current_offer(
     start: Anchor,
     model: str,
     now: datetime,
-    chooses: Callable[[Canary], bool] = lambda canary: False,
+    chooses: Callable[[Canary, int], bool] = lambda canary, epoch: False,
 ) -> Offer:
     """Reads and verifies the current release of a model in a repository.
 
@@ -88,7 +86,8 @@ def current_offer(
         start: The trusted root; the newest root in its chain is pinned.
         model: The model's name, valid as `fedcore.config.run.Name`.
         now: Reading of the device's clock. Expiry is judged by it, or by the time floor if later.
-        chooses: Returns whether this device takes part in a trial, as the signed metadata says.
+        chooses: Returns whether this device takes part in a trial, given the signed description of
+            the trial and the epoch of the model's versions.
 
     Raises:
         SignatureInvalid: the metadata is signed with other keys, or has expired. The message
@@ -121,8 +120,9 @@ def current_offer(
                 f"model {model!r}: this repository contains no model of that name. {_AFTER} "
                 "Check --model."
             )
+        epoch = _epochs(source, updater).of(model)
         canary = rollout_of(info.custom).canary
-        if canary is not None and chooses(canary):
+        if canary is not None and chooses(canary, epoch):
             info = _canary_info(updater, model, canary)
         raw = _read_target(source, info, MAX_MANIFEST_BYTES, "the manifest")
         manifest = parse_manifest(raw)
@@ -133,7 +133,6 @@ def current_offer(
                 (manifest.golden, "golden.safetensors"),
             )
         }
-        epoch = _epochs(source, updater).of(model)
     created = moment_of(manifest.created)
     known = learned(
         judged.floor, now, root=updater.root, timestamp=updater.timestamp, created=created
@@ -143,8 +142,7 @@ def current_offer(
         write_versions(trust, seen.with_metadata(updater.versions))
         pin(trust, start, updater.root.version, metadata / "root_history")
     said = ClockReading(now, known.model_copy(update={"latest": judged.floor.latest}))
-    on_trial = canary.version if canary is not None else None
-    return Offer(manifest, raw, locations, epoch, said.clock_warning(), on_trial)
+    return Offer(manifest, raw, locations, epoch, said.clock_warning())
 
 
 class _Updater(Updater):

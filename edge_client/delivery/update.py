@@ -42,10 +42,10 @@ class UpdateResult:
     model: str
     version: int
     """The version that is active now."""
-    previous: int | None
+    previous: int | None = None
     """The version that served before; None on the first update, and when nothing changed."""
-    changed: bool
-    golden_error: float | None
+    changed: bool = False
+    golden_error: float | None = None
     """Largest absolute difference in the self-test; None when nothing changed."""
     clock: str | None = None
     """What is wrong with this device's clock; None if no fault is known."""
@@ -97,9 +97,9 @@ def update(
     with disk_errors(store), installed.locked(store):
         trust, active = store / "trust", _active(store, model)
 
-        def chooses(canary: Canary) -> bool:
-            follows = active is not None and active.version >= canary.since
-            return follows or (identity is not None and canary.selects(model, identity))
+        def chooses(canary: Canary, epoch: int) -> bool:
+            follows = active and active.epoch == epoch and active.version >= canary.since
+            return bool(follows) or (identity is not None and canary.selects(model, identity))
 
         offer = current_offer(
             source,
@@ -115,37 +115,26 @@ def update(
             epoch=offer.epoch,
         )
         before, damage = _serving_version(store, model)
-        if before == record and before == _active(store, model):
-            return UpdateResult(
-                model,
-                record.version,
-                None,
-                changed=False,
-                golden_error=None,
-                clock=offer.clock,
-                damage=damage,
-            )
+        if before == record and before == active:
+            return UpdateResult(model, record.version, clock=offer.clock, damage=damage)
         held = read_held(store, model)
         if before and held and held.record == record and held.outcome in respect:
             return UpdateResult(
                 model,
                 before.version,
-                None,
-                changed=False,
-                golden_error=None,
                 clock=offer.clock,
+                damage=damage,
                 held=f"version {record.version} was {held.outcome}: {held.reason}",
             )
-        _refuse_older(record, _active(store, model) or before, model)
+        _refuse_older(record, active or before, model)
         least = read_versions(trust).models.get(model, (0, 0))
         if (record.epoch, record.version) < least:
             raise _older(record, f"version {least[1]} of epoch {least[0]}, installed", model)
         golden_error = _install(source, store, offer, record, before, threads, limits)
-        previous = before.version if before else None
         return UpdateResult(
             model,
             record.version,
-            previous,
+            before.version if before else None,
             changed=True,
             golden_error=golden_error,
             clock=offer.clock,

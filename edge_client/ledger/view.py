@@ -41,8 +41,9 @@ from fedcore.privacy.accounting import Accountant, Charge, epsilon_of
 from fedcore.privacy.ledger import RemainingRounds, remaining_charges
 
 _OLD = ChargeTerms(Privacy().target_delta, "")
-_MOST_ROOMS = 64  # runs of which is counted how many more rounds fit
 """Terms of charges by versions of fedcore that stored none."""
+_MOST_ROOMS = 64
+"""Most runs in a ledger for which `RunView.room` is computed."""
 
 
 @dataclass(frozen=True)

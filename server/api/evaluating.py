@@ -16,8 +16,6 @@ from fedcore.observability.console import shown
 from fedcore.observability.events import Sink, StageAdvanced
 from fedcore.observability.words import counted
 from fedcore.privacy.contributions import noised_limits
-from fedcore.privacy.evaluation_noise import evaluation_charge
-from fedcore.privacy.ledger import Ledger
 from fedcore.seeds import numpy_rng
 from fedcore.task.definition import Part, Task, data_folder
 from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_preprocess
@@ -126,9 +124,7 @@ def _noise(task: Task, run: RunConfig, model: FullModel | bytes) -> NoiseStateme
         return None
     of = model if isinstance(model, FullModel) else build_model(task, run)
     limits = noised_limits(run, task.primary, output_shape(of, task.example_input))
-    one, privacy = evaluation_charge(run, round=0, split=""), run.privacy
-    epsilon = Ledger((one,)).epsilon(privacy)
-    return NoiseStatement(one.noise_multiplier, epsilon, privacy.target_delta, limits)
+    return NoiseStatement.of(run, limits)
 
 
 def refuse_private(run: RunConfig, owner: OwnerPolicy, data: Part | None) -> None:

@@ -177,7 +177,7 @@ class TrialJudge:
             repository=self.repository,
             keys=keys,
             now=datetime.now(UTC),
-            is_current=lambda current: current == version,
+            version=version,
         )
         if done is not None:
             log.warning("%s: version %d rolled back: %s", model, version, why)

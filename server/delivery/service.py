@@ -21,7 +21,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fedcore.crypto.roster import Member, Roster
 from fedcore.observability.foreign import foreign
-from fedcore.observability.throttle import Throttle, take_token
+from fedcore.observability.throttle import Throttle, omitted_suffix, take_token
 from fedcore.rpc.delivery import CHUNK_BYTES, MAX_REASON, SERVICE
 from fedcore.rpc.delivery_pb2 import (
     Chunk,
@@ -74,7 +74,7 @@ class Deliveries:
         """Yields the repository's state now, and whenever it changes."""
         member = await self._admit(context)
         stream = self.watchers.open(member.public)
-        self._tell(member.name, "waits for releases")
+        self._log(member.name, "waits for releases")
         try:
             while not stream.ended:
                 spread_ms = int(1000 * self.watchers.spread_s)
@@ -159,13 +159,15 @@ class Deliveries:
         return member
 
     async def _refuse(self, context: Any, peer: str, code: grpc.StatusCode, why: str) -> None:
-        self._tell(peer, f"refused: {why}")
+        self._log(peer, f"refused: {why}")
         await asyncio.sleep(_REFUSED_S)
         await context.abort(code, why)
 
-    def _tell(self, peer: str, what: str) -> None:
-        if self._lines.admit((peer, what)) is not None:
-            log.info("delivery: %s: %s", foreign(peer, 100), what)
+    def _log(self, peer: str, what: str) -> None:
+        omitted = self._lines.admit((peer, what))
+        if omitted is not None:
+            more = omitted_suffix(omitted)
+            log.info("delivery: %s: %s%s", foreign(peer, 100), what, more)
 
 
 def fault_of(report: DeviceReport) -> str:

@@ -11,8 +11,6 @@ from flwr.serverapp import Grid
 from fedcore.errors import RoundFailed
 from fedcore.files import read_bytes, sha256_hex, write_json
 from fedcore.observability.events import Noted
-from fedcore.privacy.evaluation_noise import evaluation_charge
-from fedcore.privacy.ledger import Ledger
 from fedcore.task.model import MAX_CHECKPOINT_BYTES, build_model, load_checkpoint, preprocess_bytes
 from fedcore.training.evaluate import output_shape
 from fedcore.updates.frozen import frozen_state
@@ -77,11 +75,9 @@ class EvaluateOnDevices:
         )
         noise, metrics = None, task.metrics
         if run.private:
-            one, limits = evaluation_charge(run, round=0, split=""), spec.sums[task.primary.name]
-            epsilon, delta = Ledger((one,)).epsilon(run.privacy), run.privacy.target_delta
-            noise = NoiseStatement(one.noise_multiplier, epsilon, delta, limits)
+            noise = NoiseStatement.of(run, spec.sums[task.primary.name])
             metrics = metrics[:1]
-        limits_of = noise.limits if noise else None
+        limits = noise.limits if noise else None
         silent = {self.peers.client(node) for node in nodes if node not in answers}
         found = Evaluation(
             model=str(file),
@@ -89,7 +85,7 @@ class EvaluateOnDevices:
             part="heldout",
             metrics=metrics,
             clients=tuple(
-                ClientScores.of(self.peers.client(node), each.measured, metrics, limits_of)
+                ClientScores.of(self.peers.client(node), each.measured, metrics, limits)
                 for node, each in sorted(answers.items(), key=lambda item: item[1].name)
             ),
             failed=dict.fromkeys(sorted(silent), "it sent no result; the server's log has notes"),

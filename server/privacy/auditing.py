@@ -198,7 +198,6 @@ def statements_of(run: RunConfig, examples: int | None) -> list[Statement]:
 
 
 def _first_client(run: RunConfig) -> Examples:
-
     task, folder = load_task(run.path(run.task)), data_folder()
     name = next(iter(task.clients(folder)), None)
     if name is None:
@@ -211,7 +210,6 @@ def _first_client(run: RunConfig) -> Examples:
 
 
 def _audited(statement: Statement, seeds: int, confidence: float, emit: Sink) -> Audited:
-
     stage, started_s = f"audit: {statement.name}", time.monotonic()
     total = seeds * USUAL_EFFORT.within(statement.plan.charge.steps).trainings
     emit(StageStarted(stage, total))
@@ -250,7 +248,6 @@ def _remaining(total: int, what: str, show: Callable[[int, str], None]) -> Calla
 
 
 def _pictures(statement: Statement, emit: Sink) -> Iterator[Picture]:
-
     stage, started_s = "gradient inversion", time.monotonic()
     emit(StageStarted(stage, _PICTURES))
     noise, clip_norm = statement.plan.charge.noise_multiplier, statement.plan.clip_norm

@@ -6,7 +6,6 @@ stable version's bytes under a new number, for the devices of the trial alone.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from datetime import datetime
 from pathlib import Path
 
@@ -63,7 +62,7 @@ def end_trial(
     repository: Path,
     keys: Path,
     now: datetime,
-    is_current: Callable[[int], bool] = lambda version: True,
+    version: int | None = None,
 ) -> Manifest | None:
     """Rolls the canary of a model back: its devices get the stable version's bytes again.
 
@@ -73,11 +72,10 @@ def end_trial(
         repository: The folder of the repository.
         keys: The folder of its online keys.
         now: Time of publication.
-        is_current: Returns whether the canary of this version is the one meant; asked under the
-            repository's lock.
+        version: The version whose trial ends; the one that is on trial when None.
 
     Returns:
-        The manifest of the new version; None if another canary is current.
+        The manifest of the new version; None if another version is on trial.
 
     Raises:
         ReleaseError: there is no canary, or keys are missing or not the repository's.
@@ -86,15 +84,15 @@ def end_trial(
     with publishing(repository, keys, model, now) as (state, put):
         rollout = read_rollout(state, model)
         canary = _canary(rollout, model)
-        if not is_current(canary.version):
+        if version not in (None, canary.version):
             return None
         draft = draft_again(repository, state, model, stable_version(state, model))
-        version = versions(state, model)[-1] + 1
+        following = versions(state, model)[-1] + 1
         after = Rollout(
-            canary=canary.model_copy(update={"version": version}),
+            canary=canary.model_copy(update={"version": following}),
             rolled_back=rollout.ended_badly(canary.version, why),
         )
-        return put(draft, version, after)
+        return put(draft, following, after)
 
 
 def _canary(rollout: Rollout, model: str) -> Canary:

@@ -16,6 +16,7 @@ from hypothesis import strategies as st
 
 from edge_client.delivery.network import DeliveryEndpoint, DeliveryLink, endpoint_of
 from edge_client.delivery.source import folder_source
+from fedcore.crypto.kit import load_kit
 from fedcore.errors import (
     CertificateRefused,
     ConfigError,
@@ -25,7 +26,7 @@ from fedcore.errors import (
     RollbackRefused,
 )
 from fedcore.rpc.delivery import CHUNK_BYTES, method
-from fedcore.rpc.delivery_pb2 import DeviceReport
+from fedcore.rpc.delivery_pb2 import DeviceReport, MetadataRequest
 from tests.cutting import cutting
 from tests.delivering import HOST, Delivering
 
@@ -184,10 +185,10 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, 
     (folder / "repository" / "metadata" / "timestamp.json").write_bytes(b"{}")
     (folder / "repository" / "secret.json").write_bytes(b"{}")
     project = Delivering(folder)
-    kit = project.device("edge-1")
+    kit = load_kit(project.device("edge-1"))
     with project.served(folder / "repository") as port:
         credentials = grpc.ssl_channel_credentials(
-            *((kit / name).read_bytes() for name in ()), **_pair(kit)
+            kit.authority_pem, kit.key_pem(), kit.certificate_pem
         )
         with grpc.secure_channel(f"{HOST}:{port}", credentials) as channel:
 
@@ -201,17 +202,6 @@ def asking(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[str, 
                 return grpc.StatusCode.OK, found
 
             yield ask
-
-
-def _pair(kit: Path) -> dict[str, bytes]:
-    from fedcore.crypto.kit import load_kit
-
-    own = load_kit(kit)
-    return {
-        "root_certificates": own.authority_pem,
-        "private_key": own.key_pem(),
-        "certificate_chain": own.certificate_pem,
-    }
 
 
 EXPECTED = {
@@ -245,8 +235,6 @@ def test_whatever_bytes_are_sent_the_answer_is_a_status(
     ],
 )
 def test_no_other_file_is_named(asking: Callable[[str, bytes], Any], name: str) -> None:
-    from fedcore.rpc.delivery_pb2 import MetadataRequest
-
     code, answers = asking("GetMetadata", MetadataRequest(name=name).SerializeToString())
     assert code in (grpc.StatusCode.NOT_FOUND, grpc.StatusCode.RESOURCE_EXHAUSTED)
     assert answers == []

@@ -27,6 +27,7 @@ from server.delivery.reports import TrialJudge, book_of, verdict
 from server.release.channels import end_trial, promote, rollouts
 from server.release.draft import CanaryAim
 from server.release.publish import publish, rollback
+from server.release.registry.keys import ONLINE
 from server.release.upkeep import collect_garbage, verify_files
 from tests.delivering import HOST, Delivering
 
@@ -84,6 +85,18 @@ def test_a_trial_that_ends_badly_moves_its_devices_on_and_no_others(
     stable, rollout = rollouts(world.repository, world.keys)["digits"]
     assert (stable, rollout.canary) == (5, None)
     assert [(each.version, each.why) for each in rollout.rolled_back] == [(2, "worse")]
+
+
+def test_a_later_version_of_an_earlier_epoch_does_not_make_a_device_follow_a_trial(
+    world: Any, draft: Callable[..., Any]
+) -> None:
+    world.publish(2.0)
+    world.publish(3.0)
+    assert as_device(world, "edge-1").version == 3
+    world.rotate(*ONLINE, last_good={"digits": 1})
+    assert trial(world, draft(4.0), cohort=("edge-9",)) == 2
+    assert as_device(world, "edge-1").version == 1
+    assert as_device(world, "edge-9").version == 2
 
 
 def test_a_rollback_of_the_stable_version_ends_a_trial(
