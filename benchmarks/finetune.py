@@ -120,11 +120,10 @@ def train(sizes: Sizes, world: int, steps: int, **settings: Any) -> Course:
         torch.manual_seed(0)
         model, curve, sent = GPT(sizes.layers, sizes.width, sizes.context), Curve(), list[int]()
         _count_sent(sent)
-        control._MOST_STEPS = 1  # the time of each step
+        control.MOST_STEPS = 1  # the time of each step
         device = torch.device("cpu")
-        train_start(
-            model, task, data, run, device, remember=0.0, rank=rank, world=world, curve=curve
-        )
+        group = control.make_group(device) if world > 1 else control.ALONE
+        train_start(model, task, data, run, device, remember=0.0, group=group, curve=curve)
         return curve, sum(sent), _resident("VmHWM") - before
 
     found = grouped(world, work)

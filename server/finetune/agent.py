@@ -13,7 +13,7 @@ import threading
 import time
 import uuid
 from _thread import interrupt_main
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -96,8 +96,8 @@ def launch(job: Job) -> None:
         raise KeyboardInterrupt from stopped
     except RendezvousError as apart:
         raise _apart(settings) from apart
-    if told := _told(job, range(settings.processes)):
-        raise told
+    if error := _reported(job, range(settings.processes)):
+        raise error
     if job.stop_file.exists():
         raise KeyboardInterrupt
 
@@ -230,21 +230,21 @@ def _signals(ask: Callable[[], None] | None) -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, blocked)
 
 
-def _told(job: Job, ranks: Iterator[int] | range | list[int]) -> FedcoreError | None:
-    """Returns the error that processes have written down; None if none has."""
-    told = [json.loads(path.read_text()) for path in map(job.error_file, ranks) if path.exists()]
-    if not told:
+def _reported(job: Job, ranks: Iterable[int]) -> FedcoreError | None:
+    """Returns the error in the processes' error files; None if there are no such files."""
+    found = [json.loads(path.read_text()) for path in map(job.error_file, ranks) if path.exists()]
+    if not found:
         return None
-    said = max(told, key=lambda one: one["final"])
-    kind: type[FedcoreError] = getattr(errors, said["type"])
-    return kind(said["message"])
+    cause = max(found, key=lambda one: one["final"])
+    kind: type[FedcoreError] = getattr(errors, cause["type"])
+    return kind(cause["message"])
 
 
 def _reason(job: Job, failure: ChildFailedError) -> FedcoreError:
     """Returns the error of the first process that failed, as if it had been raised here."""
     _, first = failure.get_first_failure()
     ranks = sorted(failure.failures, key=lambda rank: rank != first.local_rank)
-    return _told(job, ranks) or TrainingError(
+    return _reported(job, ranks) or TrainingError(
         f"fine-tuning: process {first.local_rank} ended with exit code {first.exitcode} without "
         "giving a reason. The federated model is kept; run again, and check for a lack of memory "
         "if it fails again."

@@ -1,4 +1,4 @@
-"""What processes of one training tell each other besides gradients: losses, requests to stop."""
+"""What processes of one training exchange besides gradients: losses, CPU time, requests to stop."""
 
 from __future__ import annotations
 
@@ -12,7 +12,8 @@ import torch.distributed as dist
 from torch import Tensor
 
 _EXCHANGE_S = 0.5
-_MOST_STEPS = 50
+MOST_STEPS = 50
+"""Most steps between two exchanges."""
 
 
 @dataclass(frozen=True)
@@ -39,17 +40,20 @@ class Group:
 
     def agreed(self, value: int) -> int:
         """Returns the number that the first process gives."""
-        told = torch.tensor([value], dtype=torch.int64)
+        sent = torch.tensor([value], dtype=torch.int64)
         if self.world > 1:
-            dist.broadcast(told, src=0, group=self.control)
-        return int(told)
+            dist.broadcast(sent, src=0, group=self.control)
+        return int(sent)
 
 
 ALONE = Group()
 
 
 def make_group(device: torch.device) -> Group:
-    """Returns this process's group, once the default process group is initialised."""
+    """Returns the group of this process; the default process group must be initialised.
+
+    To be called once, by every process: on GPUs each call makes a process group more.
+    """
     control = dist.new_group(backend="gloo") if device.type == "cuda" else None
     return Group(dist.get_rank(), dist.get_world_size(), control)
 
@@ -115,17 +119,17 @@ class StepLog:
         values[:number], values[number : 2 * number] = sums, torch.tensor(self._counts)
         values[2 * number + self.group.rank] = busy_s - self._busy_from_s
         values[-2], values[-1] = now_s - self._began_s, float(self.asked())
-        told = self.group.total(values)
-        seconds = told[-2].item() / world
-        self._every = max(1, min(_MOST_STEPS, round(_EXCHANGE_S * number / max(seconds, 1e-6))))
+        totals = self.group.total(values)
+        seconds = totals[-2].item() / world
+        self._every = max(1, min(MOST_STEPS, round(_EXCHANGE_S * number / max(seconds, 1e-6))))
         self.forget()
         return Exchanged(
             first_step=step - number,
-            losses=tuple((told[:number] / told[number : 2 * number]).tolist()),
-            examples=int(told[number : 2 * number].sum()),
+            losses=tuple((totals[:number] / totals[number : 2 * number]).tolist()),
+            examples=int(totals[number : 2 * number].sum()),
             seconds=seconds,
-            busy_s=tuple(told[2 * number : 2 * number + world].tolist()),
-            stop=bool(told[-1]),
+            busy_s=tuple(totals[2 * number : 2 * number + world].tolist()),
+            stop=bool(totals[-1]),
         )
 
     def forget(self) -> None:

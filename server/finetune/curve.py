@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -12,17 +11,15 @@ from server.finetune.control import Exchanged
 
 @dataclass
 class Curve:
-    """What steps have told so far, without those that a return to a checkpoint undid."""
+    """Losses and speed of the steps so far, without steps that a return to a checkpoint undid."""
 
     path: Path | None = None
     """File that keeps the course, one JSON object a line; None to keep it in memory alone."""
-    tell: Callable[[Exchanged], None] | None = None
-    """Callback for each part of the course."""
     parts: list[Exchanged] = field(default_factory=list)
 
     def __post_init__(self) -> None:
         if self.path is not None:
-            self.parts = read_parts(self.path)
+            self.parts = _read(self.path)
 
     @property
     def losses(self) -> tuple[float, ...]:
@@ -35,8 +32,6 @@ class Curve:
         if self.path is not None:
             with self.path.open("a") as stream:
                 stream.write(json.dumps(asdict(part)) + "\n")
-        if self.tell is not None:
-            self.tell(part)
 
     def rewind(self, step: int) -> None:
         """Keeps the course up to ``step``, from which training continues."""
@@ -47,11 +42,10 @@ class Curve:
             self.path.write_text("".join(lines))
 
 
-def read_parts(path: Path, offset: int = 0) -> list[Exchanged]:
-    """Returns the complete lines of a course's file, from line ``offset``."""
+def _read(path: Path) -> list[Exchanged]:
     if not path.is_file():
         return []
-    lines = path.read_text().split("\n")[offset:-1]  # the last line may be incomplete
+    lines = path.read_text().split("\n")[:-1]  # the last line may be incomplete
     found = []
     for line in lines:
         try:

@@ -23,20 +23,18 @@ class Job:
     """Safetensors files to start from; results are written to ``<file>.trained``."""
     folder: str
     """Folder of the starting points, and of the error files of failed processes."""
-
     places: tuple[str | None, ...]
     """Folder of the checkpoints for each starting point, named by its identity; None for none."""
     unused: bool = False
     """Whether some step leaves a parameter without a gradient, as an earlier launch has shown."""
+    joins: bool = False
+    """Whether this machine takes the starting points, and leaves results, to another one."""
 
     @property
     def config(self) -> RunConfig:
         """The run's configuration."""
         config = RunConfig.model_validate_json(self.run)
         return config.model_copy(update={"base": Path(self.base)})
-
-    joins: bool = False
-    """Whether this machine takes the starting points, and leaves results, to another one."""
 
     def error_file(self, rank: int) -> Path:
         """Returns the file in which process ``rank`` reports its failure."""

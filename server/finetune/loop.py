@@ -23,7 +23,7 @@ from fedcore.training.batches import batches_of
 from fedcore.training.distillation import beside_teacher
 from fedcore.training.local import check_loss, clip_gradients, diverged, make_optimizer
 from fedcore.training.lone_rows import least_rows, use_running_statistics
-from server.finetune.control import ALONE, Exchanged, Group, StepLog, make_group
+from server.finetune.control import ALONE, Exchanged, Group, StepLog
 from server.finetune.curve import Curve
 from server.finetune.loading import Batch, loaded
 from server.finetune.order import Position, rows_of_epoch
@@ -73,8 +73,7 @@ def train_start(
     device: torch.device,
     *,
     remember: float,
-    rank: int = 0,
-    world: int = 1,
+    group: Group = ALONE,
     unused: bool = False,
     place: Path | None = None,
     stop: Callable[[], bool] | None = None,
@@ -94,13 +93,12 @@ def train_start(
         model: The model, on ``device``; left in training mode, and divided among the processes
             where it was sharded.
         task: The task whose loss is minimised.
-        examples: All training examples; process ``rank`` trains on its share.
+        examples: All training examples; each process trains on its share.
         run: ``[finetune]`` and the seed are used.
         device: The device to compute on.
         remember: Weight of the answers that the model gives before training, see
             `fedcore.training.distillation`; 0 to train on the labels alone.
-        rank: Rank of this process, from 0.
-        world: Number of processes; if above 1, their process group must be initialised.
+        group: The processes that train together, from `make_group`; by default this one alone.
         unused: Whether some step may leave a parameter without a gradient; tried if not known.
         place: Folder for this training's checkpoints, whose name identifies it; none are written
             when None.
@@ -117,17 +115,16 @@ def train_start(
         KeyboardInterrupt: ``stop`` returned True in a process. A checkpoint was written first.
     """
     settings, end_s = run.finetune, time.monotonic() + run.finetune.timeout_s
-    torch.manual_seed(derive(run.seed, "fine-tuning", rank))  # for dropout
+    torch.manual_seed(derive(run.seed, "fine-tuning", group.rank))  # for dropout
     trained, loss_of = model, cast(Callable[[Any, Tensor], Tensor], task.loss_of)
     if remember:
         trained, loss_of = beside_teacher(model, model, task.loss_of, task.problem, weight=remember)
-    batch, share = max(1, settings.batch_size // world), -(-size_of(examples) // world)
+    batch, share = max(1, settings.batch_size // group.world), -(-size_of(examples) // group.world)
     least = least_rows(trained, loss_of, examples, count=share, batch_size=batch)
-    group = ALONE if world == 1 else make_group(device)
     with ExitStack() as until_trained:
         until_trained.enter_context(recomputed(trained, active=settings.activation_checkpointing))
         parallel = trained
-        if world > 1:
+        if group.world > 1:
             unused = unused or leaves_unused(trained, loss_of, examples, batch)
             parallel = distributed(
                 trained, settings, group, device, unused=unused, note=note or (lambda text: None)
@@ -186,7 +183,7 @@ def _train(trainer: FineTuner) -> None:
 def _train_epoch(trainer: FineTuner, position: Position) -> Position:
     """Trains to the end of an epoch, and returns the beginning of the next one."""
     group, settings = trainer.group, trainer.settings
-    rows, _ = rows_of_epoch(
+    rows = rows_of_epoch(
         size_of(trainer.examples),
         position,
         seed=trainer.seed,
@@ -269,13 +266,13 @@ def _exchange(trainer: FineTuner, position: Position) -> None:
         NotFinite: a loss isn't finite, and there are checkpoints to return to.
         KeyboardInterrupt: a process was asked to stop.
     """
-    told: Exchanged | None = trainer.log.exchange(position.step)
-    if told is None:
+    part: Exchanged | None = trainer.log.exchange(position.step)
+    if part is None:
         return
-    if trainer.checkpoints and not told.finite:
+    if trainer.checkpoints and not part.finite:
         raise NotFinite
-    trainer.curve.append(told)
-    if told.stop:
+    trainer.curve.append(part)
+    if part.stop:
         if trainer.checkpoints:
             _save(trainer, position)
         raise KeyboardInterrupt

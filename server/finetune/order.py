@@ -26,9 +26,7 @@ class Position:
     """Returns to a checkpoint after a loss that was not finite."""
 
 
-def rows_of_epoch(
-    count: int, position: Position, *, seed: int, rank: int, world: int
-) -> tuple[Tensor, int]:
+def rows_of_epoch(count: int, position: Position, *, seed: int, rank: int, world: int) -> Tensor:
     """Returns the rows that one process still trains on in an epoch, in their order.
 
     The order of an epoch is one permutation, dealt out to processes row by row. So the processes
@@ -42,9 +40,6 @@ def rows_of_epoch(
         rank: Rank of the process.
         world: Number of processes.
 
-    Returns:
-        The rows, and the number of rows that this process has in a whole epoch.
-
     Source:
         `torch.utils.data.DistributedSampler`, which gives the same rows from an epoch's beginning.
     """
@@ -56,4 +51,4 @@ def rows_of_epoch(
     if short:
         repeats = -(-short // count)
         left = torch.cat([left, order.repeat(repeats)[:short]])
-    return left[rank::world], -(-count // world)
+    return left[rank::world]

@@ -25,6 +25,7 @@ from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError, TrainingError
 from fedcore.task.definition import Examples, Task
 from fedcore.task.model import FullModel
+from server.finetune.control import make_group
 from server.finetune.failures import is_consequence, unknown_failure
 from server.finetune.loop import train_start
 from server.process.parent import die_with_parent
@@ -142,15 +143,15 @@ def _train(
         world_size=world,
         timeout=timedelta(seconds=_ALL_S),
     )
+    device = torch.device("cpu")
     # Not destroyed after an error: that must be sent before the others see the connection close.
     train_start(
         model.cpu(),
         task,
         examples,
         run,
-        torch.device("cpu"),
+        device,
         remember=run.finetune.remember,
-        rank=rank,
-        world=world,
+        group=make_group(device),
     )
     dist.destroy_process_group()

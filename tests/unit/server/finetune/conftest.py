@@ -22,6 +22,7 @@ from fedcore.config.run import RunConfig
 from fedcore.seeds import kept_streams
 from fedcore.task.definition import Examples, Task
 from fedcore.task.model import FullModel, build_model
+from server.finetune.control import ALONE, make_group
 from server.finetune.curve import Curve
 from server.finetune.loop import train_start
 
@@ -69,17 +70,16 @@ def trained_here(
 ) -> tuple[FullModel, Curve]:
     """Trains a new model in this process, and returns it with its course."""
     task = task or make_task()
-    curve, model = Curve(), build_model(task, run)
+    curve, model, device = Curve(), build_model(task, run), torch.device("cpu")
     with kept_streams():
         train_start(
             model,
             task,
             make_examples(),
             run,
-            torch.device("cpu"),
+            device,
             remember=0.0,
-            rank=rank,
-            world=world,
+            group=make_group(device) if world > 1 else ALONE,
             curve=curve if rank == 0 else None,
             **given,
         )

@@ -50,7 +50,7 @@ def unreadable(loss: Tensor) -> Tensor:
 @pytest.fixture(autouse=True)
 def _each_step(monkeypatch: pytest.MonkeyPatch) -> None:
     """Has processes talk after each step, so that a request to stop comes where a test wants it."""
-    monkeypatch.setattr("server.finetune.control._MOST_STEPS", 1)
+    monkeypatch.setattr("server.finetune.control.MOST_STEPS", 1)
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "sgd"])

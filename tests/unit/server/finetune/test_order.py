@@ -20,17 +20,16 @@ def test_an_epoch_has_the_rows_of_torchs_sampler(count: int, world: int, epoch: 
             seed=derive(5, "fine-tuning order") % 2**31,
         )
         sampler.set_epoch(epoch)
-        rows, share = rows_of_epoch(count, Position(epoch), seed=5, rank=rank, world=world)
+        rows = rows_of_epoch(count, Position(epoch), seed=5, rank=rank, world=world)
         assert rows.tolist() == list(sampler)
-        assert share == len(sampler)
 
 
 @given(st.integers(1, 40), st.integers(1, 5), st.integers(1, 6), st.integers(0, 8))
 def test_what_is_left_is_what_follows(count: int, world: int, batch: int, steps: int) -> None:
-    whole, share = rows_of_epoch(count, Position(), seed=5, rank=world - 1, world=world)
-    taken = min(steps * batch, share)
+    whole = rows_of_epoch(count, Position(), seed=5, rank=world - 1, world=world)
+    taken = min(steps * batch, len(whole))
     position = Position(consumed=taken * world)
-    left, _ = rows_of_epoch(count, position, seed=5, rank=world - 1, world=world)
+    left = rows_of_epoch(count, position, seed=5, rank=world - 1, world=world)
     assert left.tolist() == whole[taken:].tolist()
 
 
@@ -39,10 +38,8 @@ def test_another_number_of_processes_takes_exactly_the_rows_that_are_left(
     before: int, after: int
 ) -> None:
     count, consumed = 48, 12
-    first = [
-        rows_of_epoch(count, Position(), seed=1, rank=r, world=before)[0] for r in range(before)
-    ]
+    first = [rows_of_epoch(count, Position(), seed=1, rank=r, world=before) for r in range(before)]
     position = Position(consumed=consumed)
-    then = [rows_of_epoch(count, position, seed=1, rank=r, world=after)[0] for r in range(after)]
+    then = [rows_of_epoch(count, position, seed=1, rank=r, world=after) for r in range(after)]
     taken = torch.cat([rows[: consumed // before] for rows in first])
     assert sorted(torch.cat([taken, *then]).tolist()) == list(range(count))
