@@ -1,4 +1,4 @@
-"""Where a server is told to listen."""
+"""The server's command line over devices: what it refuses, and what a stop says is kept."""
 
 from __future__ import annotations
 
@@ -11,42 +11,9 @@ import pytest
 
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
-from server.live.commands import _address, _stopped_text, start
+from server.live.commands import _stopped_text, start
 from server.live.deployment import Deployment
 from server.live.operators.commands import OPERATOR_VERBS
-
-
-@pytest.mark.parametrize(
-    ("text", "address"),
-    [
-        ("0.0.0.0:9092", ("0.0.0.0", 9092)),
-        ("[::1]:19124", ("::1", 19124)),
-        ("localhost:0", ("localhost", 0)),
-        ("a:65535", ("a", 65535)),
-    ],
-)
-def test_an_address_is_a_host_and_a_port(text: str, address: tuple[str, int]) -> None:
-    assert _address(text) == address
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "9092",
-        ":0",
-        "[]:0",
-        "a:",
-        "a:b",
-        "a:-1",
-        "a:65536",
-        "a:\u00b2",
-        "a:\u0663",
-        "a:" + "9" * 5000,
-    ],
-)
-def test_what_is_no_address_is_said_so(text: str) -> None:
-    with pytest.raises(ConfigError, match="expected HOST:PORT"):
-        _address(text)
 
 
 @pytest.mark.parametrize(
