@@ -108,7 +108,10 @@ class EvaluationStatement(_Part):
 
 
 class PrivacyStatement(_Part):
-    """Privacy guarantee of the training for the owners of its data."""
+    """Privacy guarantee of the training for the owners of the clients' data.
+
+    The cloud's data, which fine-tuning and compression read, are not covered.
+    """
 
     unit: Literal["none", "example", "client", "both"]
     epsilon: float | None
