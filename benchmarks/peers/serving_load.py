@@ -17,6 +17,8 @@ import numpy as np
 
 X = np.linspace(0, 16, 64, dtype=np.float32)[None]
 _WARM_UP = 200
+_RECONNECT = tuple((f"grpc.{name}_reconnect_backoff_ms", 20) for name in ("initial", "min", "max"))
+"""While a server starts, gRPC would otherwise wait a second before it tries to connect again."""
 
 
 def client_of(transport: str, address: str) -> tuple[Any, Any]:
@@ -24,7 +26,7 @@ def client_of(transport: str, address: str) -> tuple[Any, Any]:
     if transport == "grpc":
         import tritonclient.grpc as module
 
-        return module, module.InferenceServerClient(address)
+        return module, module.InferenceServerClient(address, channel_args=list(_RECONNECT))
     import tritonclient.http as module
 
     return module, module.InferenceServerClient(address, network_timeout=60.0)
