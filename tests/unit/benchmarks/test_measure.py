@@ -26,7 +26,10 @@ def test_lines_are_stamped_as_they_arrive(tmp_path: Path) -> None:
     assert second - first == pytest.approx(0.5, abs=0.4)
 
 
-def test_memory_counts_children(tmp_path: Path) -> None:
+def test_memory_counts_children(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A busy machine takes long for a sample: the next would come after the child has ended.
+    monkeypatch.setattr("benchmarks.measure._SAMPLE_S", 0.05)
+    monkeypatch.setattr("benchmarks.measure._SAMPLING_SHARE", 1.0)
     child = f"x = bytearray(b'1' * {HELD_BYTES}); import time; time.sleep(1)"
     code = f"import subprocess, sys; subprocess.run([sys.executable, '-c', {child!r}], check=True)"
     observed = python(code, tmp_path)
