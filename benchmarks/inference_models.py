@@ -17,9 +17,11 @@ from benchmarks.tasks.models import cnn
 from edge_client.delivery.store import read_record
 from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Lineage, Parity, PrivacyStatement
+from fedcore.artifacts.reference import Reference, features_of, measured
 from fedcore.files import write_json
 from server.compression.export import export_with_scopes
 from server.compression.quantise import int8_static
+from server.compression.reference import binned_features
 from server.compression.runtime import answer, open_session
 from server.release.draft import Draft
 from server.release.publish import initialise, publish
@@ -64,16 +66,17 @@ WORKLOADS: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...], bool]] = {
 """Network, shape of an input, and whether it is quantised."""
 
 
-def release(root: Path, workload: str, *, versions: int = 1) -> Released:
+def release(root: Path, workload: str, *, versions: int = 1, reference: bool = False) -> Released:
     """Publishes a model of random weights in so many versions, and installs each in turn.
 
     Args:
         root: A folder that may be filled; one repository for each workload.
         workload: A name of `WORKLOADS`.
         versions: Each has other weights; the device keeps the last two.
+        reference: Whether releases say what inputs and outputs are like, so that a server counts.
     """
     make, shape, quantised = WORKLOADS[workload]
-    place = root / workload
+    place = root / (f"{workload}-reference" if reference else workload)
     initialise(place / "repository", place / "keys", now=datetime.now(UTC))
     torch.manual_seed(0)
     examples = torch.rand(64, *shape) * 16
@@ -84,7 +87,7 @@ def release(root: Path, workload: str, *, versions: int = 1) -> Released:
         if quantised:
             onnx = int8_static(onnx, examples, reduce_range=False)
         publish(
-            _draft(workload, onnx, examples[:32].numpy()),
+            _draft(workload, onnx, examples[:32].numpy(), reference=reference),
             repository=place / "repository",
             keys=place / "keys",
             created=datetime.now(UTC),
@@ -111,12 +114,13 @@ def activator(released: Released) -> Callable[[int], None]:
     return activate
 
 
-def _draft(model: str, onnx: bytes, inputs: Any) -> Draft:
+def _draft(model: str, onnx: bytes, inputs: Any, *, reference: bool) -> Draft:
     outputs = answer(open_session(onnx, threads=1), inputs)
+    told = _reference(inputs, outputs) if reference else None
     return Draft(
         model=model,
         onnx=onnx,
-        golden=golden_bytes(inputs, outputs),
+        golden=golden_bytes(inputs, outputs, None, told),
         kind="classification",
         labels=(),
         input_shape=inputs.shape[1:],
@@ -141,3 +145,14 @@ def _draft(model: str, onnx: bytes, inputs: Any) -> Draft:
             metric_after=0.0,
         ),
     )
+
+
+def _reference(inputs: Any, outputs: Any) -> Reference:
+    """Returns the distribution of a few inputs: as many bins as of many, which take as long."""
+    features = features_of([("", inputs.shape[1:], inputs.dtype)], outputs.shape[1:], "label")
+    found = []
+    for side, tensor in (("input", inputs), ("output", outputs)):
+        of = [each for each in features if each.side == side]
+        values = measured(of, {"": tensor}, "label", np.random.default_rng(0))
+        found += binned_features(of, values, None if side == "input" else outputs.shape[1])
+    return Reference(presentation="label", features=tuple(found))

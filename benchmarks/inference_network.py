@@ -26,6 +26,8 @@ from benchmarks.inference_models import release
 from benchmarks.measure import ProgramFailed, pss_bytes, tree
 
 OURS, MINIMAL, ECHO, KSERVE, MLSERVER = "fedcore", "minimal", "echo", "kserve", "mlserver"
+UNCOUNTED = "fedcore, no reference"
+"""It counts requests, but no rows in bins."""
 VENVS = {KSERVE: Path(".venv-kserve"), MLSERVER: Path(".venv-mlserver")}
 _START_S = 120.0
 _LOAD = (sys.executable, "-m", "benchmarks.peers.serving_load")
@@ -76,9 +78,10 @@ class System:
 def measure(root: Path, quick: bool, found: Found) -> None:
     """Measures every system that is installed; those that are not are noted."""
     amounts = QUICK if quick else FULL
-    released = release(root, "digits")
+    released = release(root, "digits", reference=True)
+    plain = release(root, "digits")
     (onnx,) = released.store.glob("models/digits/*/model.onnx")
-    systems = _systems(released.store, onnx, found)
+    systems = _systems(released.store, plain.store, onnx, found)
     results: dict[tuple[str, str, int], Measured] = {}
     started: dict[str, list[float]] = {system.name: [] for system in systems}
     memory: dict[str, list[float]] = {system.name: [] for system in systems}
@@ -108,6 +111,8 @@ def _check(results: dict[tuple[str, str, int], Measured], found: Found) -> None:
 
     p50 = "p50_us"
     check(at_most, "p50 over the minimal server's", ratios(p50, OURS, MINIMAL, 1), 1.15)
+    counted = "p50 over that of a release without a reference"
+    check(at_most, counted, ratios(p50, OURS, UNCOUNTED, 1), 1.05)
     check(at_most, "p50 over the echo server's", ratios(p50, OURS, ECHO, 1), 1.5)
     check(at_least, "kserve's p50 over ours", ratios(p50, KSERVE, OURS, 1), 1.0)
     check(at_least, "mlserver's p50 over ours", ratios(p50, MLSERVER, OURS, 1), 1.6)
@@ -116,16 +121,18 @@ def _check(results: dict[tuple[str, str, int], Measured], found: Found) -> None:
     check(at_most, "p99 over kserve's, 64 at a time", tail, 1.0)
 
 
-def _systems(store: Path, onnx: Path, found: Found) -> list[System]:
+def _systems(store: Path, plain: Path, onnx: Path, found: Found) -> list[System]:
     def addresses() -> tuple[str, str]:
         return str(_free_port()), str(_free_port())
 
     python = sys.executable
-    grpc, http = addresses()
-    serve = ("device", "serve", "--store", str(store), "--grpc-port", grpc, "--http-port", http)
-    ours = (python, "-m", "fedcore.cli", *serve)
-    both = ("json", "binary")
-    systems = [System(OURS, ours, f"127.0.0.1:{grpc}", f"127.0.0.1:{http}", both)]
+    both, systems = ("json", "binary"), []
+    for name, served in ((OURS, store), (UNCOUNTED, plain)):
+        grpc, http = addresses()
+        ports = ("--grpc-port", grpc, "--http-port", http)
+        command = (python, "-m", "fedcore.cli", "device", "serve", "--store", str(served), *ports)
+        at = (f"127.0.0.1:{grpc}", f"127.0.0.1:{http}")
+        systems.append(System(name, command, *at, both if name == OURS else ()))
     for name, model in ((MINIMAL, str(onnx)), (ECHO, "echo")):
         grpc, _ = addresses()
         command = (python, "-m", "benchmarks.peers.serving_minimal", model, grpc)

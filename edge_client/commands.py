@@ -14,7 +14,13 @@ from edge_client.inference.answers import answer_lines, answers
 from edge_client.inference.confined import MAX_RUNS, predict
 from edge_client.inference.inputs import read_text
 from edge_client.inference.named import parse_any
-from edge_client.installed import TIMED_RUNS, InstalledModel, list_models, time_model
+from edge_client.installed import (
+    TIMED_RUNS,
+    InstalledModel,
+    ServingSummary,
+    list_models,
+    time_model,
+)
 from edge_client.model import EdgeModel
 from edge_client.options import (
     limits_of,
@@ -25,10 +31,14 @@ from edge_client.options import (
 )
 from edge_client.serving.commands import serve_command
 from edge_client.update_commands import run, update
+from fedcore.artifacts.feedback import latency_text
 from fedcore.cli import Command, group, show
 from fedcore.errors import DigestMismatch
 from fedcore.observability.foreign import say
 from fedcore.observability.words import counted
+
+_MOST_SHOWN = 8
+"""Most features that are listed; JSON has all."""
 
 
 def _count(text: str) -> int:
@@ -152,8 +162,28 @@ def _line(one: InstalledModel) -> str:
         damaged += f"\n  stale: not confirmed as the newest since {one.stale_since}"
     return (
         f"{one.model}: version {one.version} of {one.created} serves, {one.candidate}, "
-        f"{one.bytes} bytes, sha256 {one.sha256}{how}{damaged}"
+        f"{one.bytes} bytes, sha256 {one.sha256}{how}{damaged}{_served(one.served)}"
     )
+
+
+def _served(served: ServingSummary | None) -> str:
+    """Returns lines on how a version is used; empty if nothing was counted."""
+    if served is None:
+        return ""
+    failed = "" if served.error_rate is None else f", {100 * served.error_rate:.2g} % failed"
+    lines = [
+        f"served lately: {counted(served.requests, 'request')}{failed}, "
+        f"p50 {latency_text(served.p50_us)}, p99 {latency_text(served.p99_us)}"
+    ]
+    if served.features:
+        moved = sum(each.reading != "stable" for each in served.features)
+        lines.append(
+            f"against the release, over {counted(served.rows, 'row')}: {moved} of "
+            f"{counted(len(served.features), 'feature')} moved (stability index)"
+        )
+        furthest = sorted(served.features, key=lambda each: -each.psi)[:_MOST_SHOWN]
+        lines += [f"  {each.feature}: {each.psi:.3f}, {each.reading}" for each in furthest]
+    return "".join(f"\n  {line}" for line in lines)
 
 
 def _bench_arguments(parser: argparse.ArgumentParser) -> None:

@@ -12,15 +12,43 @@ from pathlib import Path
 
 from edge_client.delivery import store as installed
 from edge_client.delivery.clock import stale_since
+from edge_client.delivery.observed import read_observed
+from edge_client.delivery.store import Installed
 from edge_client.inference.bench import bench
 from edge_client.inference.confined import MAX_RUNS
 from edge_client.inference.process import ModelLimits
 from edge_client.inference.tuning import TunedSettings, remembered
+from fedcore.artifacts.feedback import MIN_ROWS, FeatureShift, fits, latency_us, shifts
 from fedcore.artifacts.golden import parse_golden
 from fedcore.errors import ConfigError, DeviceError, DigestMismatch
 
 TIMED_RUNS = 2000
 """Default number of timed inferences."""
+
+
+@dataclass(frozen=True)
+class ServingSummary:
+    """How a version is used on this device, by the latest window of counts, about an hour.
+
+    Example::
+
+        (one,) = fedcore.list_models("device-store")
+        [each for each in one.served.features if each.reading == "shifted"]
+    """
+
+    requests: int
+    """Requests that reached the model."""
+    error_rate: float | None
+    """Share of them that failed in the model; None without requests."""
+    p50_us: float | None
+    """Upper bound of the bucket of latency that holds the median; None without requests, or above
+    5 s."""
+    p99_us: float | None
+    rows: int
+    """Rows that were counted in bins."""
+    features: tuple[FeatureShift, ...]
+    """How far each feature has moved since the release; empty below 100 rows, and where the release
+    has no reference."""
 
 
 @dataclass(frozen=True)
@@ -51,6 +79,8 @@ class InstalledModel:
     """Threads and provider that were measured fastest on this device; None if none were."""
     stale_since: str | None = None
     """Since when the version is not confirmed as the newest, UTC; None if it is."""
+    served: ServingSummary | None = None
+    """What `fedcore device serve` has counted of the version; None if nothing."""
 
 
 @dataclass(frozen=True)
@@ -111,6 +141,23 @@ def _described(store: Path, model: str) -> InstalledModel:
         damage=version.damage,
         tuned=remembered(version.tuning, manifest.onnx.sha256) if version.tuning else None,
         stale_since=stale_since(store / "trust"),
+        served=_served(store, model, version),
+    )
+
+
+def _served(store: Path, model: str, version: Installed) -> ServingSummary | None:
+    observed = read_observed(store, model, version.record)
+    if observed is None:
+        return None
+    found, reference = observed.latest.observation, parse_golden(version.golden).reference
+    known = reference is not None and found.rows >= MIN_ROWS and fits(reference, found)
+    return ServingSummary(
+        requests=found.requests,
+        error_rate=found.errors / found.requests if found.requests else None,
+        p50_us=latency_us(found.latency, 0.5),
+        p99_us=latency_us(found.latency, 0.99),
+        rows=found.rows,
+        features=shifts(reference, found) if reference is not None and known else (),
     )
 
 

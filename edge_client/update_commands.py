@@ -18,6 +18,7 @@ from edge_client.options import (
     threads_option,
 )
 from fedcore.cli import Command, show
+from fedcore.config.owner import OPEN_POLICY, load_owner
 from fedcore.observability.foreign import say
 from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
 
@@ -133,6 +134,13 @@ def _run_arguments(parser: argparse.ArgumentParser) -> None:
         "(default: %(default)g)",
     )
     parser.add_argument(
+        "--owner",
+        type=Path,
+        metavar="FILE",
+        help="file with the limits set by the owner of this device, e.g. --owner owner.toml; with "
+        "`feedback = true` there, the server is told how models are used here (default: it is not)",
+    )
+    parser.add_argument(
         "--log",
         type=Path,
         metavar="FILE",
@@ -169,6 +177,7 @@ def _run(options: argparse.Namespace) -> int:
         limits=limits_of(options),
         look_s=options.look_every,
         health_s=options.check_every,
+        owner=load_owner(options.owner) if options.owner else OPEN_POLICY,
     )
     log_lines(options.log or sys.stderr, throttled=True)
     state = AgentState()

@@ -20,7 +20,13 @@ os.environ.setdefault("FLWR_TELEMETRY_ENABLED", "0")
 if TYPE_CHECKING:
     from edge_client.delivery.update import UpdateResult
     from edge_client.enrol import Enrolled, enrol, install_kit
-    from edge_client.installed import InstalledModel, ModelTiming, list_models, time_model
+    from edge_client.installed import (
+        InstalledModel,
+        ModelTiming,
+        ServingSummary,
+        list_models,
+        time_model,
+    )
     from edge_client.launch import LiveClient, start_client
     from edge_client.ledger.export import LedgerExport, VerifiedExport
     from edge_client.ledger.reading import (
@@ -32,6 +38,7 @@ if TYPE_CHECKING:
     from edge_client.ledger.view import LedgerFiles, LedgerView
     from edge_client.live import LiveModel, VersionedOutputs, follow_model
     from edge_client.model import EdgeModel, open_model, update_model
+    from fedcore.artifacts.feedback import FeatureShift
     from fedcore.artifacts.manifest import Manifest
     from fedcore.config.client_settings import ClientSettings
     from fedcore.config.run import RunConfig
@@ -53,6 +60,7 @@ if TYPE_CHECKING:
     from fedcore.task.statistics import Statistics
     from fedcore.task.templates import NewTask, new_task
     from server.api.checking import check
+    from server.api.drift import measure_drift
     from server.api.evaluating import evaluate
     from server.api.releases import (
         NewRepository,
@@ -72,6 +80,7 @@ if TYPE_CHECKING:
     from server.api.steps import compress, finetune, publish
     from server.checking.findings import TaskCheck
     from server.compression.compress import Compressed
+    from server.delivery.drift import DeviceShift, ModelDrift
     from server.evaluation import ClientScores, Evaluation, MetricSpread
     from server.finetune.launch import Finetuned
     from server.live.journal.evidence import Evidence
@@ -111,6 +120,7 @@ _LAZY = {
     "ClientUpdate": "fedcore.task.algorithm",
     "ComparedRuns": "server.report.compared",
     "Compressed": "server.compression.compress",
+    "DeviceShift": "server.delivery.drift",
     "DeviceStatus": "server.live.operators.server_client",
     "EdgeModel": "edge_client.model",
     "Enrolled": "edge_client.enrol",
@@ -118,6 +128,7 @@ _LAZY = {
     "Evidence": "server.live.journal.evidence",
     "ExamplePrivacyPlan": "server.privacy.plan",
     "FedcoreError": "fedcore.errors",
+    "FeatureShift": "fedcore.artifacts.feedback",
     "Finding": "fedcore.doctor",
     "Finetuned": "server.finetune.launch",
     "FoundRun": "server.report.compared",
@@ -137,6 +148,7 @@ _LAZY = {
     "Membership": "server.provision.membership",
     "Metric": "fedcore.task.metrics",
     "MetricSpread": "server.evaluation",
+    "ModelDrift": "server.delivery.drift",
     "ModelTiming": "edge_client.installed",
     "NewRepository": "server.api.releases",
     "NewTask": "fedcore.task.templates",
@@ -153,6 +165,7 @@ _LAZY = {
     "RunConfig": "fedcore.config.run",
     "ServerClient": "server.live.operators.server_client",
     "ServerStatus": "server.live.operators.server_client",
+    "ServingSummary": "edge_client.installed",
     "SignedRoster": "server.provision.authority",
     "Statistics": "fedcore.task.statistics",
     "Task": "fedcore.task.definition",
@@ -187,6 +200,7 @@ _LAZY = {
     "list_runs": "server.report.compared",
     "load_run": "fedcore.config.settings",
     "load_task": "fedcore.task.definition",
+    "measure_drift": "server.api.drift",
     "merge_adapters": "fedcore.task.adapters",
     "new_task": "fedcore.task.templates",
     "open_model": "edge_client.model",
@@ -229,12 +243,14 @@ __all__ = [
     "ClientUpdate",
     "ComparedRuns",
     "Compressed",
+    "DeviceShift",
     "DeviceStatus",
     "EdgeModel",
     "Enrolled",
     "Evaluation",
     "Evidence",
     "ExamplePrivacyPlan",
+    "FeatureShift",
     "FedcoreError",
     "Finding",
     "Finetuned",
@@ -254,6 +270,7 @@ __all__ = [
     "Membership",
     "Metric",
     "MetricSpread",
+    "ModelDrift",
     "ModelTiming",
     "NewRepository",
     "NewTask",
@@ -268,6 +285,7 @@ __all__ = [
     "RunConfig",
     "ServerClient",
     "ServerStatus",
+    "ServingSummary",
     "SignedRoster",
     "Statistics",
     "Task",
@@ -303,6 +321,7 @@ __all__ = [
     "list_runs",
     "load_run",
     "load_task",
+    "measure_drift",
     "merge_adapters",
     "new_task",
     "open_model",

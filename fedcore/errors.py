@@ -39,8 +39,9 @@
         |-- OwnerLimit                   a request above the limits of the device's owner
         `-- RequestRefused               an inference request that a serving device refuses
 
-Exit code 130 means an interrupt (Ctrl-C), as shells expect. A message is one short paragraph: what
-happened, where, the value found and the value expected, the consequence, the next step.
+Exit code 12 means that ``fedcore release drift`` has found drift, which is no error, and 130 an
+interrupt (Ctrl-C), as shells expect. A message is one short paragraph: what happened, where, the
+value found and the value expected, the consequence, the next step.
 """
 
 from __future__ import annotations

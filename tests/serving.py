@@ -21,6 +21,7 @@ from edge_client.serving.access import Access
 from edge_client.serving.models import Opener
 from edge_client.serving.protocol import TensorSpec
 from edge_client.serving.run import Addresses, ServeSettings, serve
+from fedcore.artifacts.reference import Reference
 from fedcore.errors import DataError
 
 WIDTH, CLASSES = 6, 3
@@ -65,6 +66,7 @@ class Product:
     batches: list[int] = field(default_factory=list)
     """Rows of each run."""
     inputs: tuple[TensorSpec, ...] = (TensorSpec("input", "FP32", (-1, WIDTH)),)
+    reference: Reference | None = None
     outputs: tuple[TensorSpec, ...] = (TensorSpec("output", "FP32", (-1, CLASSES)),)
 
     def card(self) -> dict[str, Any]:

@@ -13,9 +13,11 @@ import time
 from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_client.delivery import store as installed
 from edge_client.delivery.clock import stale_since
+from edge_client.delivery.feedback import tell_feedback
 from edge_client.delivery.health import (
     STRIKES,
     HealthBaseline,
@@ -32,6 +34,7 @@ from edge_client.delivery.places import ReleasePlace, linked, opened_place
 from edge_client.delivery.store import Installed, Record
 from edge_client.delivery.update import update
 from edge_client.inference.process import ModelLimits
+from fedcore.config.owner import OPEN_POLICY, OwnerPolicy
 from fedcore.errors import (
     ConfigError,
     DeviceError,
@@ -41,6 +44,9 @@ from fedcore.errors import (
     SelfTestFailed,
 )
 from fedcore.rpc.jitter import spread_s
+
+if TYPE_CHECKING:
+    from edge_client.delivery.network import DeliveryLink
 
 log = logging.getLogger("fedcore.device")
 
@@ -67,6 +73,8 @@ class Following:
     """Longest time between two looks at the repository; a server's word makes it look at once."""
     health_s: float
     """Seconds between two health checks."""
+    owner: OwnerPolicy = OPEN_POLICY
+    """Says whether the server may be told how models are used here."""
 
 
 @dataclass
@@ -289,8 +297,17 @@ def _send(following: Following, state: AgentState) -> None:
     try:
         with linked(following.place, state.stop) as link:
             send_reports(following.store, link)
+            for model in following.models:
+                _send_feedback(following, model, link)
     except FedcoreError as error:
         log.info("reports wait: %s", error)
+
+
+def _send_feedback(following: Following, model: str, link: DeliveryLink) -> None:
+    try:
+        tell_feedback(following.store, model, link, owner=following.owner)
+    except FedcoreError as error:  # of one model: the others are told all the same
+        log.info("%s: counts of what was served wait: %s", model, error)
 
 
 def _hear(following: Following, state: AgentState) -> None:

@@ -34,6 +34,7 @@ from fedcore.rpc.delivery_pb2 import (
     MetadataRequest,
     Published,
     Reported,
+    ServingReport,
     WatchReleases,
 )
 from fedcore.rpc.proxy import check_proxies, proxy_for
@@ -189,11 +190,21 @@ class DeliveryLink:
             CertificateRefused: the server refuses this device.
             DataError: the server is none for releases.
         """
+        self._tell("Report", report)
+
+    def report_serving(self, report: ServingReport) -> None:
+        """Tells the server how a version is used; raises as `report` does.
+
+        A server of an earlier version of fedcore takes none: then this raises `DataError`.
+        """
+        self._tell("ReportServing", report)
+
+    def _tell(self, call: str, report: Message) -> None:
         try:
             with _as_interrupted():
                 self._connected().unary_unary(
-                    method("Report"),
-                    request_serializer=DeviceReport.SerializeToString,
+                    method(call),
+                    request_serializer=type(report).SerializeToString,
                     response_deserializer=Reported.FromString,
                 )(report, timeout=_REPORT_S)
         except Interrupted as error:

@@ -19,6 +19,7 @@ import numpy as np
 from edge_client.serving.metrics import ModelMetrics
 from edge_client.serving.protocol import TensorSpec
 from fedcore.artifacts.golden import AnyArray
+from fedcore.artifacts.reference import Reference
 from fedcore.errors import DataError, DeviceError, FedcoreError, LimitExceeded, RequestRefused
 from fedcore.observability.foreign import foreign
 
@@ -43,6 +44,10 @@ class ServedVersion(Protocol):
     @property
     def rows_together(self) -> int:
         """Most rows that run as one batch; 1 where a row's outputs would depend on the others."""
+
+    @property
+    def reference(self) -> Reference | None:
+        """What inputs and outputs were like at the release; None if it does not say."""
 
     @property
     def quick(self) -> bool:
@@ -270,7 +275,8 @@ class Batcher:
             what = "internal error; see the server's log. Nothing was answered."
             self._fail(jobs, RequestRefused(what, "failed"))
             return
-        self._metrics.ran(version, stacked, now_s, self._clock(), [job.arrived_s for job in jobs])
+        arrived_s = [job.arrived_s for job in jobs]
+        self._metrics.ran(version, stacked, outputs, now_s, self._clock(), arrived_s)
         number = str(version.version)
         if len(jobs) == 1:
             jobs[0].done((number, outputs))

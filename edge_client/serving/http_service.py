@@ -145,7 +145,7 @@ class HttpService:
         for served in self.service.models.served():
             version = None if served.current is None else served.current.version
             waiting = 0 if served.batcher is None else len(served.batcher)
-            every.append(served.metrics.samples(served.name, version, waiting))
+            every.append(served.metrics.samples(served.name, version, waiting, served.psi()))
         return exposition(every).encode()
 
 

@@ -8,14 +8,16 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
+from fedcore.artifacts.feedback import LATENCY_BOUNDS_S, Observation
 from fedcore.artifacts.golden import AnyArray
 from fedcore.errors import FedcoreError, RequestRefused
 
 if TYPE_CHECKING:
     from edge_client.serving.batching import ServedVersion
 
-BOUNDS_S = (1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0)
-"""Upper bounds of the buckets of latency, in seconds."""
+Tensors = Mapping[str, AnyArray]
+Observe = Callable[["ServedVersion", Tensors, Tensors], None]
+"""Takes a batch: the version that answered, inputs and outputs."""
 
 
 class Histogram:
@@ -23,18 +25,18 @@ class Histogram:
 
     def __init__(self) -> None:
         """Starts empty."""
-        self.counts = [0] * (len(BOUNDS_S) + 1)
+        self.counts = [0] * (len(LATENCY_BOUNDS_S) + 1)
         self.total_s = 0.0
 
     def add(self, seconds: float) -> None:
         """Counts one duration."""
-        self.counts[bisect_left(BOUNDS_S, seconds)] += 1
+        self.counts[bisect_left(LATENCY_BOUNDS_S, seconds)] += 1
         self.total_s += seconds
 
     def lines(self, name: str, labels: str) -> Iterable[str]:
         """Yields the histogram's lines; ``labels`` such as ``model="digits"``."""
         below = 0
-        for bound, count in zip((*map(repr, BOUNDS_S), "+Inf"), self.counts, strict=True):
+        for bound, count in zip((*map(repr, LATENCY_BOUNDS_S), "+Inf"), self.counts, strict=True):
             below += count
             yield f'{name}_bucket{{{labels},le="{bound}"}} {below}'
         yield f"{name}_sum{{{labels}}} {self.total_s:.6f}"
@@ -44,10 +46,8 @@ class Histogram:
 class ModelMetrics:
     """Counters of one model; safe to use from several threads."""
 
-    def __init__(
-        self, observe: Callable[[ServedVersion, Mapping[str, AnyArray]], None] | None = None
-    ) -> None:
-        """Starts at zero; ``observe`` sees each batch of inputs, to count it in bins."""
+    def __init__(self, observe: Observe | None = None) -> None:
+        """Starts at zero; ``observe`` sees each batch and its outputs, to count them in bins."""
         self._lock = threading.Lock()
         self._observe = observe
         self._latency = Histogram()
@@ -61,7 +61,8 @@ class ModelMetrics:
     def ran(
         self,
         version: ServedVersion,
-        inputs: Mapping[str, AnyArray],
+        inputs: Tensors,
+        outputs: Tensors,
         began_s: float,
         ended_s: float,
         arrived_s: Sequence[float],
@@ -76,7 +77,7 @@ class ModelMetrics:
             for since_s in arrived_s:
                 self._latency.add(ended_s - since_s)
         if self._observe is not None:
-            self._observe(version, inputs)
+            self._observe(version, inputs, outputs)
 
     def failed(self, error: FedcoreError) -> None:
         """Counts a request that got an error."""
@@ -102,18 +103,19 @@ class ModelMetrics:
                 "swaps": self._swaps,
             }
 
-    def latency_s(self, share: float) -> float | None:
-        """Returns the upper bound of the bucket that holds a quantile of latency; None if empty."""
+    def observed(self) -> Observation:
+        """Returns requests that reached the model, those that failed in it, and latencies."""
         with self._lock:
-            total = sum(self._latency.counts)
-            below = 0
-            for bound, count in zip((*BOUNDS_S, float("inf")), self._latency.counts, strict=True):
-                below += count
-                if total and below >= share * total:
-                    return bound
-        return None
+            failed = self._refused["failed"]
+            return Observation(
+                requests=self._requests + failed,
+                errors=failed,
+                latency=tuple(self._latency.counts),
+            )
 
-    def samples(self, model: str, version: int | None, waiting: int) -> dict[str, list[str]]:
+    def samples(
+        self, model: str, version: int | None, waiting: int, psi: float | None = None
+    ) -> dict[str, list[str]]:
         """Returns the lines of each metric, without its ``# TYPE`` line."""
         label = f'model="{model}"'
         with self._lock:
@@ -135,6 +137,9 @@ class ModelMetrics:
                 "fedcore_compute_seconds": list(
                     self._compute.lines("fedcore_compute_seconds", label)
                 ),
+                "fedcore_drift_psi": []
+                if psi is None
+                else [f"fedcore_drift_psi{{{label}}} {psi:.6g}"],
             }
 
 
@@ -148,7 +153,7 @@ _METRICS = {
     "fedcore_model_version": ("gauge", "The version that answers, 0 if none does."),
     "fedcore_latency_seconds": ("histogram", "From a request's arrival to its outputs."),
     "fedcore_compute_seconds": ("histogram", "Time of a batch in the model."),
-    "fedcore_drift_psi": ("gauge", "Population stability index of the most shifted input."),
+    "fedcore_drift_psi": ("gauge", "Population stability index of the most shifted feature."),
 }
 
 

@@ -14,6 +14,7 @@ from edge_client.delivery.store import Record, check_name, models, read_record
 from edge_client.serving.batching import Batcher, QueueLimits, ServedVersion
 from edge_client.serving.messages import ModelDescription, ModelStatus
 from edge_client.serving.metrics import ModelMetrics
+from edge_client.serving.observing import Observer, Sampler
 from fedcore.errors import DataError, DeviceError, FedcoreError, RequestRefused, ResourceError
 from fedcore.observability.foreign import foreign
 
@@ -30,6 +31,8 @@ class Served:
 
     name: str
     metrics: ModelMetrics
+    sampler: Sampler
+    """Rows that wait for ``observer``."""
     current: ServedVersion | None = None
     record: Record | None = None
     """What ``active`` named when a version was last opened, or could not be."""
@@ -48,6 +51,8 @@ class Served:
     """Requests that the agent on this device has been told of."""
     unloaded: bool = False
     """Whether an operator has taken the model out of service."""
+    observer: Observer | None = None
+    """Counts in bins what the version that answers is asked; None before one answers."""
 
     def version(self) -> ServedVersion:
         """Returns the version that answers; raises `RequestRefused` if none does."""
@@ -58,6 +63,10 @@ class Served:
                 "unavailable",
             )
         return self.current
+
+    def psi(self) -> float | None:
+        """Returns the stability index of the most shifted feature; None if it is not known."""
+        return None if self.observer is None else self.observer.psi()
 
     def status(self) -> ModelStatus:
         """Returns the model's row in the repository's index."""
@@ -76,7 +85,6 @@ class Models:
     """The models to serve; None for all that are installed."""
     opener: Opener
     limits: QueueLimits
-    observe: Callable[[str], ModelMetrics] = field(default=lambda name: ModelMetrics())
     clock: Callable[[], float] = time.monotonic
     _served: dict[str, Served] = field(default_factory=dict)
     _lock: threading.Lock = field(default_factory=threading.Lock)
@@ -112,7 +120,11 @@ class Models:
 
         A store that this user may not write is left as it is: then nobody is told.
         """
+        self.count()
         for served in self.served():
+            if served.observer is not None:
+                with suppress(ResourceError):
+                    served.observer.save()
             asked, failed = _counted(served)
             if served.answering is None or asked == served.told:
                 continue
@@ -126,6 +138,14 @@ class Models:
                 write_served(self.store, served.name, counts)
             served.told = asked
 
+    def count(self) -> None:
+        """Counts in bins the rows that have been answered since the last call."""
+        for served in self.served():
+            observer, samples = served.observer, served.sampler.take()
+            if observer is not None:
+                now = [one for one in samples if one.version is served.current]
+                observer.count(now, served.metrics.observed())
+
     def refresh_one(self, name: str) -> str:
         """Opens the model's active version if it is another one than what answers.
 
@@ -136,7 +156,9 @@ class Models:
         with self._lock:
             served = self._served.get(name)
             if served is None:
-                served = self._served[name] = Served(name, self.observe(name))
+                sampler = Sampler()
+                served = Served(name, ModelMetrics(sampler.add), sampler)
+                self._served[name] = served
             if served.unloaded:
                 return ""
             try:
@@ -157,6 +179,9 @@ class Models:
                 return self._note(served, fault)
             served.failures, served.answering = 0, record
             served.before = _counted(served)
+            if served.observer is None or served.observer.record != record:
+                before = served.metrics.observed()
+                served.observer = Observer(self.store, name, record, version.reference, before)
             return self._replace(served, version)
 
     def _note(self, served: Served, fault: str) -> str:

@@ -14,8 +14,9 @@ from edge_client.delivery import store as installed
 from edge_client.inference.engine import Engine
 from edge_client.inference.named import unpacked
 from edge_client.serving.protocol import TensorSpec, datatype_of
-from fedcore.artifacts.golden import AnyArray, parse_golden
+from fedcore.artifacts.golden import AnyArray, Golden, parse_golden
 from fedcore.artifacts.manifest import Manifest
+from fedcore.artifacts.reference import Reference
 from fedcore.errors import DeviceError, TrustError
 from fedcore.observability.foreign import foreign
 
@@ -33,6 +34,8 @@ class OpenVersion:
     inputs: tuple[TensorSpec, ...]
     outputs: tuple[TensorSpec, ...]
     quick: bool
+    reference: Reference | None
+    """What inputs and outputs were like at the release; None if it does not say."""
     example: Mapping[str, AnyArray]
     """The first golden input, with a batch of one; empty if there is none."""
 
@@ -84,9 +87,11 @@ def opener(*, threads: int, max_batch: int) -> Callable[[Path, str], OpenVersion
                 f"no name for type {foreign(error, 32)}. It is not served; `fedcore device infer` "
                 "runs it."
             ) from None
-        example = _example(found.manifest, found.golden, inputs)
+        golden = _golden(found.golden)
+        example = _example(found.manifest, golden, inputs) if golden else {}
         quick = not engine.why_confined and _batch_s(engine, example) < _QUICK_S
-        return OpenVersion(engine, found.manifest, inputs, outputs, quick, example)
+        reference = golden.reference if golden else None
+        return OpenVersion(engine, found.manifest, inputs, outputs, quick, reference, example)
 
     return open_version
 
@@ -95,13 +100,16 @@ def _spec(info: Any) -> TensorSpec:
     return TensorSpec(info.name, datatype_of(np.dtype(info.dtype)), tuple(info.shape))
 
 
-def _example(
-    manifest: Manifest, golden: bytes, inputs: tuple[TensorSpec, ...]
-) -> dict[str, AnyArray]:
+def _golden(raw: bytes) -> Golden | None:
     try:
-        stored = parse_golden(golden)
+        return parse_golden(raw)
     except TrustError:
-        return {}
+        return None
+
+
+def _example(
+    manifest: Manifest, stored: Golden, inputs: tuple[TensorSpec, ...]
+) -> dict[str, AnyArray]:
     if manifest.inputs is not None:
         return unpacked(manifest, stored.inputs[:1])
     return {inputs[0].name: stored.inputs[:1]} if len(inputs) == 1 and len(stored.inputs) else {}

@@ -199,6 +199,7 @@ async def _watch(models: Models) -> None:
         try:
             for line in await asyncio.to_thread(models.refresh):
                 log.info("serve: %s", line)
+            await asyncio.to_thread(models.count)
             if look % _TELL_LOOKS == 0:
                 await asyncio.to_thread(models.tell)
         except Exception as error:  # without this task no later version would ever answer

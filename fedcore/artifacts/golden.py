@@ -11,6 +11,7 @@ from safetensors import SafetensorError
 from safetensors.numpy import load, save
 
 from fedcore.artifacts.parity import FloatArray
+from fedcore.artifacts.reference import Reference, parse_reference, reference_bytes
 from fedcore.errors import TrustError
 
 AnyArray = NDArray[Any]
@@ -28,6 +29,8 @@ class Golden:
     places: NDArray[np.int64] | None = field(default=None, repr=False)
     """The places ``(K,)`` of the stored numbers among the flattened outputs of an input; None if
     all are stored. Large outputs, of a large vocabulary for example, are stored in part."""
+    reference: Reference | None = field(default=None, repr=False)
+    """What inputs and outputs were like in the cloud's data; None without enough of them."""
 
     def stored_part(self, outputs: FloatArray) -> FloatArray | None:
         """Returns the part of a model's outputs ``(N, ...)`` that `outputs` has numbers for.
@@ -43,12 +46,20 @@ class Golden:
 
 
 def golden_bytes(
-    inputs: AnyArray, outputs: FloatArray, places: NDArray[np.int64] | None = None
+    inputs: AnyArray,
+    outputs: FloatArray,
+    places: NDArray[np.int64] | None = None,
+    reference: Reference | None = None,
 ) -> bytes:
-    """Returns golden inputs and outputs as safetensors; see `Golden` for their shapes."""
+    """Returns golden inputs and outputs as safetensors; see `Golden` for their shapes.
+
+    A reference is JSON in a tensor of its own, which earlier versions of fedcore do not read.
+    """
     tensors = {"inputs": inputs, "outputs": outputs}
     if places is not None:
         tensors["places"] = places
+    if reference is not None:
+        tensors["reference"] = np.frombuffer(reference_bytes(reference), np.uint8)
     return save({name: np.ascontiguousarray(tensor) for name, tensor in tensors.items()})
 
 
@@ -57,11 +68,13 @@ def parse_golden(raw: bytes) -> Golden:
 
     Raises:
         TrustError: the bytes are not safetensors with both tensors, or places don't fit the
-            outputs.
+            outputs, or the reference is not valid.
     """
     try:
         tensors = load(raw)
-        golden = Golden(tensors["inputs"], tensors["outputs"], tensors.get("places"))
+        told = tensors.get("reference")
+        reference = None if told is None else parse_reference(told.tobytes())
+        golden = Golden(tensors["inputs"], tensors["outputs"], tensors.get("places"), reference)
         _check_places(golden)
     except (SafetensorError, KeyError, ValueError) as error:
         raise TrustError(

@@ -82,6 +82,14 @@ class OwnerPolicy(Section):
     """The share of a GPU's memory that training may use. More is an out-of-memory error."""
     free_gpu_between_rounds: bool = False
     """Releases the GPU's memory after each round; the next round takes longer to begin."""
+    feedback: bool = False
+    """Whether ``fedcore device run`` may tell the server how a model is used here: requests, errors
+    and latencies, and in which bins of the release's reference inputs and outputs fell, never an
+    input or an answer. Where privacy is on, because this file sets ``max_epsilon`` or the
+    model was trained with protection of examples, bins are told with ``feedback_epsilon`` alone."""
+    feedback_epsilon: Annotated[float, Field(ge=0.01, le=100)] | None = None
+    """Bins are told with noise: the epsilon of each row that is served here. A row is told once. It
+    adds to what training spends on an example, and is not counted in ``max_epsilon``."""
     datasets: tuple[DataSet, ...] = ()
     """Two data sets that ever contained a file of the same content count as one, with the smaller
     budget. Training on data without a name counts against all of them."""

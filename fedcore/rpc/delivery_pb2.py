@@ -24,7 +24,7 @@ _sym_db = _symbol_database.Default()
 
 
 
-DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x63ore/rpc/delivery.proto\x12\x13\x66\x65\x64\x63ore.delivery.v1\"\x0f\n\rWatchReleases\".\n\tPublished\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x04\x12\x11\n\tspread_ms\x18\x02 \x01(\r\"\x1f\n\x0fMetadataRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x0c\x46\x65tchRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x18\n\x05\x43hunk\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\"\x94\x02\n\x0c\x44\x65viceReport\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12:\n\x07outcome\x18\x03 \x01(\x0e\x32).fedcore.delivery.v1.DeviceReport.Outcome\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x19\n\x0cgolden_error\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06p50_us\x18\x06 \x01(\x01H\x01\x88\x01\x01\"L\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\r\n\tACTIVATED\x10\x01\x12\x0b\n\x07REFUSED\x10\x02\x12\x0c\n\x08RETURNED\x10\x03\x42\x0f\n\r_golden_errorB\t\n\x07_p50_us\"\n\n\x08Reported2\xc2\x02\n\x08\x44\x65livery\x12M\n\x05Watch\x12\".fedcore.delivery.v1.WatchReleases\x1a\x1e.fedcore.delivery.v1.Published0\x01\x12Q\n\x0bGetMetadata\x12$.fedcore.delivery.v1.MetadataRequest\x1a\x1a.fedcore.delivery.v1.Chunk0\x01\x12H\n\x05\x46\x65tch\x12!.fedcore.delivery.v1.FetchRequest\x1a\x1a.fedcore.delivery.v1.Chunk0\x01\x12J\n\x06Report\x12!.fedcore.delivery.v1.DeviceReport\x1a\x1d.fedcore.delivery.v1.Reportedb\x06proto3')
+DESCRIPTOR = _descriptor_pool.Default().AddSerializedFile(b'\n\x1a\x66\x65\x64\x63ore/rpc/delivery.proto\x12\x13\x66\x65\x64\x63ore.delivery.v1\"\x0f\n\rWatchReleases\".\n\tPublished\x12\x0e\n\x06\x63hange\x18\x01 \x01(\x04\x12\x11\n\tspread_ms\x18\x02 \x01(\r\"\x1f\n\x0fMetadataRequest\x12\x0c\n\x04name\x18\x01 \x01(\t\".\n\x0c\x46\x65tchRequest\x12\x0e\n\x06sha256\x18\x01 \x01(\t\x12\x0e\n\x06offset\x18\x02 \x01(\x04\"\x18\n\x05\x43hunk\x12\x0f\n\x07\x63ontent\x18\x01 \x01(\x0c\"\x94\x02\n\x0c\x44\x65viceReport\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12:\n\x07outcome\x18\x03 \x01(\x0e\x32).fedcore.delivery.v1.DeviceReport.Outcome\x12\x0e\n\x06reason\x18\x04 \x01(\t\x12\x19\n\x0cgolden_error\x18\x05 \x01(\x01H\x00\x88\x01\x01\x12\x13\n\x06p50_us\x18\x06 \x01(\x01H\x01\x88\x01\x01\"L\n\x07Outcome\x12\x17\n\x13OUTCOME_UNSPECIFIED\x10\x00\x12\r\n\tACTIVATED\x10\x01\x12\x0b\n\x07REFUSED\x10\x02\x12\x0c\n\x08RETURNED\x10\x03\x42\x0f\n\r_golden_errorB\t\n\x07_p50_us\"\xb6\x01\n\rServingReport\x12\r\n\x05model\x18\x01 \x01(\t\x12\x0f\n\x07version\x18\x02 \x01(\x04\x12\x0c\n\x04rows\x18\x03 \x01(\x04\x12+\n\x08\x66\x65\x61tures\x18\x04 \x03(\x0b\x32\x19.fedcore.delivery.v1.Bins\x12\x10\n\x08requests\x18\x05 \x01(\x04\x12\x0e\n\x06\x65rrors\x18\x06 \x01(\x04\x12\x0f\n\x07latency\x18\x07 \x03(\x04\x12\x17\n\x0fnoise_deviation\x18\x08 \x01(\x01\"\x16\n\x04\x42ins\x12\x0e\n\x06\x63ounts\x18\x01 \x03(\x12\"\n\n\x08Reported2\x96\x03\n\x08\x44\x65livery\x12M\n\x05Watch\x12\".fedcore.delivery.v1.WatchReleases\x1a\x1e.fedcore.delivery.v1.Published0\x01\x12Q\n\x0bGetMetadata\x12$.fedcore.delivery.v1.MetadataRequest\x1a\x1a.fedcore.delivery.v1.Chunk0\x01\x12H\n\x05\x46\x65tch\x12!.fedcore.delivery.v1.FetchRequest\x1a\x1a.fedcore.delivery.v1.Chunk0\x01\x12J\n\x06Report\x12!.fedcore.delivery.v1.DeviceReport\x1a\x1d.fedcore.delivery.v1.Reported\x12R\n\rReportServing\x12\".fedcore.delivery.v1.ServingReport\x1a\x1d.fedcore.delivery.v1.Reportedb\x06proto3')
 
 _globals = globals()
 _builder.BuildMessageAndEnumDescriptors(DESCRIPTOR, _globals)
@@ -45,8 +45,12 @@ if not _descriptor._USE_C_DESCRIPTORS:
   _globals['_DEVICEREPORT']._serialized_end=500
   _globals['_DEVICEREPORT_OUTCOME']._serialized_start=396
   _globals['_DEVICEREPORT_OUTCOME']._serialized_end=472
-  _globals['_REPORTED']._serialized_start=502
-  _globals['_REPORTED']._serialized_end=512
-  _globals['_DELIVERY']._serialized_start=515
-  _globals['_DELIVERY']._serialized_end=837
+  _globals['_SERVINGREPORT']._serialized_start=503
+  _globals['_SERVINGREPORT']._serialized_end=685
+  _globals['_BINS']._serialized_start=687
+  _globals['_BINS']._serialized_end=709
+  _globals['_REPORTED']._serialized_start=711
+  _globals['_REPORTED']._serialized_end=721
+  _globals['_DELIVERY']._serialized_start=724
+  _globals['_DELIVERY']._serialized_end=1130
 # @@protoc_insertion_point(module_scope)

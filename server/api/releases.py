@@ -14,7 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.artifacts.manifest import Manifest
+from fedcore.artifacts.stability import SHIFTED
 from fedcore.errors import ReleaseError
+from server.delivery.drift import as_row, drift_of
+from server.delivery.feedback import ServingBook
 from server.delivery.reports import book_of, tally
 from server.release.channels import promote, rollouts
 from server.release.publish import history, initialise, refresh, rollback
@@ -229,12 +232,16 @@ def list_rollouts(
 
     Returns:
         For each model its name, its ``stable`` version, the ``canary`` on trial or None, the
-        versions that were ``rolled_back``, and how many ``devices`` reported what, by version.
+        versions that were ``rolled_back``, how many ``devices`` reported what by version, and how
+        they use it: ``serving`` has what `fedcore.measure_drift` returns, by version.
 
     Raises:
         ReleaseError: there is no repository, or its signatures don't verify.
     """
     book = book_of(Path(reports), Path(repository))
+    serving: dict[str, dict[str, Any]] = {}
+    for drift in drift_of(Path(repository), Path(keys), ServingBook(Path(reports)), above=SHIFTED):
+        serving.setdefault(drift.model, {})[str(drift.version)] = as_row(drift)
     rows = []
     for model, (stable, rollout) in rollouts(Path(repository), Path(keys)).items():
         canary = rollout.canary
@@ -249,6 +256,7 @@ def list_rollouts(
                 "devices": {
                     str(version): tally(book.of(model, version)) for version in sorted(versions)
                 },
+                "serving": serving.get(model, {}),
             }
         )
     return rows

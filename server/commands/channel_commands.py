@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import argparse
+from collections.abc import Mapping
 from typing import Any
 
+from fedcore.artifacts.feedback import latency_text
 from fedcore.cli import Command, show
+from fedcore.observability.words import counted
 from server.api.releases import (
     clean_repository,
     list_rollouts,
@@ -13,6 +16,9 @@ from server.api.releases import (
     verify_repository,
 )
 from server.commands.release_options import reports_option, repository_options
+
+_MOST_SHOWN = 8
+"""Most features that are listed; JSON has all."""
 
 
 def _show_arguments(parser: argparse.ArgumentParser) -> None:
@@ -39,7 +45,43 @@ def _text(row: dict[str, Any]) -> str:
         if any(tally.values()):
             told = ", ".join(f"{count} {outcome}" for outcome, count in tally.items() if count)
             lines.append(f"  version {version} on devices: {told}")
+    for version, serving in row["serving"].items():
+        if serving["devices"] or serving["left_out"]:
+            lines += [f"  version {version} serves", *drift_lines(serving, indent=4)]
     return "\n".join(lines)
+
+
+def drift_lines(row: Mapping[str, Any], *, indent: int = 2) -> list[str]:
+    """Returns how devices use a version as lines: requests, the features that moved, a device."""
+    lines = [_usage(row)]
+    if row["left_out"]:
+        lines.append(f"{counted(row['left_out'], 'device')} left out: counts of another form")
+    moved = [one for one in row["features"] if one["reading"] != "stable"]
+    if row["features"]:
+        lines.append(
+            f"{counted(row['rows'], 'row')}: {len(moved)} of "
+            f"{counted(len(row['features']), 'feature')} moved, largest index {row['psi']:.3f}"
+        )
+    elif row["devices"]:
+        lines.append("no bins of enough rows were told, so nothing is known of drift")
+    moved.sort(key=lambda one: -one["psi"])
+    lines += [
+        f"  {one['feature']}: {one['psi']:.3f}, {one['reading']}" for one in moved[:_MOST_SHOWN]
+    ]
+    if worst := row["worst"]:
+        lines.append(f"furthest: device {worst['device']}, {worst['feature']}: {worst['psi']:.3f}")
+    return [" " * indent + line for line in lines]
+
+
+def _usage(row: Mapping[str, Any]) -> str:
+    if not row["devices"]:
+        return "no device has told how it is used"
+    failed = row["error_rate"]
+    return (
+        f"{counted(row['requests'], 'request')} on {counted(row['devices'], 'device')}"
+        f"{'' if failed is None else f', {100 * failed:.2g} % failed'}, "
+        f"p50 {latency_text(row['p50_us'])}, p99 {latency_text(row['p99_us'])}"
+    )
 
 
 def _promote_arguments(parser: argparse.ArgumentParser) -> None:

@@ -15,6 +15,7 @@ from server.api.releases import (
     rotate_keys,
 )
 from server.commands.channel_commands import CHANNEL_VERBS
+from server.commands.drift_command import drift_command
 from server.commands.release_options import repository_options
 from server.commands.serve_command import serve
 from server.release.registry.keys import ROLES
@@ -210,6 +211,7 @@ release = group(
             "fedcore release list --repository releases --keys keys --json",
         ),
         **CHANNEL_VERBS,
+        "drift": drift_command,
         "serve": serve,
         "refresh": Command(
             "Renew signatures before they expire; run it daily, and with --offline once a year.",

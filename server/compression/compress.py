@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -41,6 +41,7 @@ from server.compression.evaluated import (
 from server.compression.golden import golden_count, golden_inputs, stored, tolerance
 from server.compression.missing import missing_in_file
 from server.compression.quantise import saturates
+from server.compression.reference import reference_of
 from server.compression.runtime import answer, answers, open_session
 from server.compression.timing import TORCH, time_candidates
 from server.records import CandidateRecord
@@ -80,8 +81,8 @@ class Compressed:
     parity: Parity
     """Parity of the chosen candidate."""
     golden: Golden
-    """Synthetic inputs, and the chosen file's outputs for them, computed one input at a time; see
-    `server.compression.golden`."""
+    """Synthetic inputs, and the chosen file's outputs for them, computed one input at a time (see
+    `server.compression.golden`), with the reference that devices compare what they serve with."""
     golden_tolerance: float
     """Largest absolute difference from the golden outputs allowed on a device."""
     calibration: str
@@ -175,7 +176,12 @@ def compress(
         files=files,
         torch_p50_us=timings[TORCH].p50_us,
         parity=parity_of(of[chosen], of[FP32.name], task.primary if cloud else None),
-        golden=stored(golden, released.golden, seed=run.seed),
+        golden=replace(
+            stored(golden, released.golden, seed=run.seed),
+            reference=reference_of(task, cloud.train, released.heldout, seed=run.seed)
+            if cloud
+            else None,
+        ),
         golden_tolerance=allowed,
         missing=missing_in_file(
             released.built.reference,

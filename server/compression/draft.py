@@ -31,7 +31,7 @@ def draft_of(
     return Draft(
         model=model,
         onnx=compressed.files[compressed.chosen],
-        golden=golden_bytes(golden.inputs, golden.outputs, golden.places),
+        golden=golden_bytes(golden.inputs, golden.outputs, golden.places, golden.reference),
         kind=kind.name,
         presentation=None if presentation_of(kind.name) == kind.presentation else kind.presentation,
         missing=compressed.missing,

@@ -24,7 +24,8 @@ from fedcore.files import read_bytes, write_json
 from fedcore.observability.foreign import foreign
 from fedcore.observability.words import counted
 from fedcore.rpc.delivery import MAX_REASON, reason_text
-from fedcore.rpc.delivery_pb2 import DeviceReport
+from fedcore.rpc.delivery_pb2 import DeviceReport, ServingReport
+from server.delivery.feedback import ServingBook
 from server.release.channels import end_trial, rollouts
 from server.release.draft import check_name
 
@@ -42,8 +43,18 @@ _OUTCOMES = {
 _MAX_BYTES = 8192
 
 
-def log_report(member: Member, report: DeviceReport) -> None:
-    """Logs what became of a version on a device."""
+def log_report(member: Member, report: DeviceReport | ServingReport) -> None:
+    """Logs what became of a version on a device, or that it told how it is used."""
+    if isinstance(report, ServingReport):
+        log.info(
+            "device %s: %s version %d answered %d requests, %d failed",
+            member.name,
+            foreign(report.model, 64),
+            report.version,
+            report.requests,
+            report.errors,
+        )
+        return
     outcome = DeviceReport.Outcome.Name(report.outcome).lower()
     log.info(
         "device %s: %s version %d %s %s",
@@ -80,8 +91,8 @@ class ReportBook:
     published: Callable[[str, int], bool]
     """Returns whether a version of a model exists; reports on others are dropped."""
 
-    def put(self, member: Member, report: DeviceReport) -> None:
-        """Keeps a report, in place of the device's earlier one on that version.
+    def put(self, member: Member, report: DeviceReport | ServingReport) -> None:
+        """Keeps a report, in place of the device's earlier one of its kind on that version.
 
         Raises:
             ReleaseError: the model's name is not valid.
@@ -89,6 +100,9 @@ class ReportBook:
         """
         check_name(report.model)
         if not self.published(report.model, report.version):
+            return
+        if isinstance(report, ServingReport):
+            ServingBook(self.folder).put(member, report)
             return
         kept = KeptReport.model_validate(
             {
@@ -152,13 +166,13 @@ class TrialJudge:
     """The folder of the online keys; without it, reports are only kept."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
 
-    def __call__(self, member: Member, report: DeviceReport) -> None:
+    def __call__(self, member: Member, report: DeviceReport | ServingReport) -> None:
         """Keeps a report and judges the trial that it is about. Errors are logged."""
         log_report(member, report)
         try:
             with self._lock:
                 self.book.put(member, report)
-                if self.keys is not None:
+                if self.keys is not None and isinstance(report, DeviceReport):
                     self._judge(report.model, report.version, self.keys)
         except FedcoreError as error:
             log.warning("report of %s: %s", foreign(member.name, 64), error)

@@ -30,9 +30,11 @@ from fedcore.rpc.delivery_pb2 import (
     MetadataRequest,
     Published,
     Reported,
+    ServingReport,
     WatchReleases,
 )
 from fedcore.rpc.grpc_peer import peer_key
+from server.delivery.feedback import fault_of_serving
 from server.delivery.files import PublishedFiles
 from server.delivery.watchers import Watchers
 
@@ -51,7 +53,7 @@ _REPORT_S, _REPORTS = 10.0, 30
 """Rate limit on a device's reports."""
 _REFUSED_S = 1.0
 """Seconds before an answer that refuses: a device that tries again in a loop is slowed down."""
-OnReport = Callable[[Member, DeviceReport], None]
+OnReport = Callable[[Member, DeviceReport | ServingReport], None]
 Code = grpc.StatusCode
 
 
@@ -121,13 +123,22 @@ class Deliveries:
 
     async def report(self, request: DeviceReport, context: Any) -> Reported:
         """Takes a report of what became of a version."""
+        return await self._take(request, lambda: fault_of(request), context)
+
+    async def report_serving(self, request: ServingReport, context: Any) -> Reported:
+        """Takes counts of how a version is used."""
+        return await self._take(request, lambda: fault_of_serving(request), context)
+
+    async def _take(
+        self, report: DeviceReport | ServingReport, fault_in: Callable[[], str], context: Any
+    ) -> Reported:
         member = await self._admit(context)
         now = time.monotonic()
         if not take_token(self._reports, member.public, now, every_s=_REPORT_S, burst=_REPORTS):
             await self._refuse(context, member.name, Code.RESOURCE_EXHAUSTED, "reports too often")
-        if fault := fault_of(request):
+        if fault := fault_in():
             await self._refuse(context, member.name, Code.INVALID_ARGUMENT, fault)
-        await asyncio.to_thread(self.on_report, member, request)
+        await asyncio.to_thread(self.on_report, member, report)
         return Reported()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -139,6 +150,11 @@ class Deliveries:
             "Report": grpc.unary_unary_rpc_method_handler(
                 self.report,
                 request_deserializer=_parser(DeviceReport),
+                response_serializer=Reported.SerializeToString,
+            ),
+            "ReportServing": grpc.unary_unary_rpc_method_handler(
+                self.report_serving,
+                request_deserializer=_parser(ServingReport),
                 response_serializer=Reported.SerializeToString,
             ),
         }

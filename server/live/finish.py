@@ -237,7 +237,8 @@ def _compressed(
     done = compress(
         run, task, model, cloud, progress=progress, on_clients=on_clients, tuning_kept=tuning_kept
     )
-    golden = golden_bytes(done.golden.inputs, done.golden.outputs, done.golden.places)
+    stored = done.golden
+    golden = golden_bytes(stored.inputs, stored.outputs, stored.places, stored.reference)
     write_atomic(folder / _GOLDEN, golden)
     for name, onnx in done.files.items():
         write_atomic(_onnx(folder, name), onnx)

@@ -25,11 +25,14 @@ from edge_client.delivery.health import (
     write_served,
 )
 from edge_client.delivery.network import DeliveryEndpoint, DeliveryLink
+from edge_client.delivery.observed import ServedWindow, ServedWindows, write_observed
 from edge_client.delivery.outbox import PendingReport, put_report, send_reports
 from edge_client.delivery.places import ReleasePlace
 from edge_client.inference.process import ModelLimits
+from fedcore.artifacts.feedback import LATENCY_BOUNDS_S, Observation
+from fedcore.config.owner import OwnerPolicy
 from fedcore.errors import RepositoryUnreachable
-from fedcore.rpc.delivery_pb2 import DeviceReport
+from fedcore.rpc.delivery_pb2 import DeviceReport, ServingReport
 from tests.delivering import HOST, Delivering
 
 
@@ -245,3 +248,27 @@ def test_a_device_whose_release_ran_out_says_so(world: Any) -> None:
     trust = world.store / "trust"
     assert stale_since(trust) is None
     assert stale_since(trust, datetime.now(UTC) + timedelta(days=8)) is not None
+
+
+@pytest.mark.usefixtures("_linked")
+def test_counts_of_what_is_served_arrive_if_the_owner_allows_it(world: Any, tmp_path: Path) -> None:
+    project, came = Delivering(tmp_path / "project"), list[Any]()
+    kit = project.device("edge-1")
+    record = installed.read_record(world.store, "digits", "active")
+    latency = (150, *([0] * len(LATENCY_BOUNDS_S)))
+    counts = ((100, 50, 0), (150, 0, 0))
+    window = ServedWindow(
+        id="a" * 16,
+        opened_s=0.0,
+        observation=Observation(rows=150, counts=counts, requests=150, latency=latency),
+    )
+    write_observed(
+        world.store, "digits", ServedWindows(record=record, current=window, ended=window)
+    )
+    with project.served(world.repository, lambda _, report: came.append(report)) as port:
+        what = following(world, ReleasePlace(server=f"{HOST}:{port}", kit=kit))
+        with running(replace(what, owner=OwnerPolicy(feedback=True))):
+            until(lambda: bool(came), "the counts never came")
+    assert [type(each) for each in came] == [ServingReport]
+    assert (came[0].rows, came[0].requests) == (150, 150)
+    assert tuple(tuple(each.counts) for each in came[0].features) == counts

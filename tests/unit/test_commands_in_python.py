@@ -40,6 +40,7 @@ CALLS = {
     "provision server": "Authority.add_server",
     "provision sign": "Authority.sign_roster",
     "provision viewer": "Authority.add_viewer",
+    "release drift": "measure_drift",
     "release gc": "clean_repository",
     "release init": "create_repository",
     "release list": "list_releases",

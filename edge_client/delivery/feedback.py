@@ -1,0 +1,108 @@
+"""Tells the project's server how the models of this device are used, if the owner allows it.
+
+A window of counts (`edge_client.delivery.observed`) is told once, when it has ended. What is told
+of it is written before it is sent, so that noise is drawn once, however often it is sent.
+"""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from edge_client.delivery import store as installed
+from edge_client.delivery.observed import ToldWindow, read_observed, read_told, write_told
+from fedcore.artifacts.feedback import MIN_ROWS, Observation
+from fedcore.artifacts.manifest import Manifest
+from fedcore.config.owner import OwnerPolicy
+from fedcore.privacy.count_noise import count_deviation, noised_counts
+from fedcore.rpc.delivery_pb2 import Bins, ServingReport
+
+if TYPE_CHECKING:
+    from edge_client.delivery.network import DeliveryLink
+
+log = logging.getLogger("fedcore.device")
+
+DELTA = 1e-6
+"""The delta of ``feedback_epsilon``, unless the owner's ``target_delta`` is smaller."""
+
+
+def tell_feedback(store: Path, model: str, link: DeliveryLink, *, owner: OwnerPolicy) -> bool:
+    """Sends the counts of the latest window that has ended, unless they have arrived before.
+
+    Returns:
+        Whether anything was sent.
+
+    Raises:
+        RepositoryUnreachable: the server could not be reached; the same counts are sent later.
+        CertificateRefused: the server refuses this device.
+        FedcoreError: the version cannot be read, or nothing can be written.
+    """
+    if not owner.feedback:
+        return False
+    record = installed.read_record(store, model, "active")
+    observed = read_observed(store, model, record)
+    if observed is None or observed.ended is None:
+        return False
+    told = read_told(store, model)
+    if told is None or told.window != observed.ended.id:
+        told = None
+    elif told.arrived:
+        return False
+    version = installed.serving(store, model)
+    if version.record != record:  # damaged: the version before answers, which is not what counted
+        return False
+    manifest = version.manifest
+    drawn = told is not None and told.observation.noise_deviation > 0
+    if told is None or not drawn or owner.feedback_epsilon is None:  # else the noise may be out
+        public = what_to_tell(observed.ended.observation, manifest, owner)
+        told = ToldWindow(window=observed.ended.id, observation=public)
+        write_told(store, model, told)
+    link.report_serving(_report(manifest, told.observation))
+    write_told(store, model, told.model_copy(update={"arrived": True}))
+    return True
+
+
+def what_to_tell(observation: Observation, manifest: Manifest, owner: OwnerPolicy) -> Observation:
+    """Returns the part of a window that may leave this device.
+
+    Guarantee:
+        Where privacy is on, which is where the owner sets a budget or the model was trained with
+        protection of examples, no bins leave, or with noise for the owner's ``feedback_epsilon``.
+        Fewer than 100 rows never leave.
+    """
+    features, private = len(observation.counts), is_private(manifest, owner)
+    if observation.rows < MIN_ROWS or (private and owner.feedback_epsilon is None):
+        log.info("%s: requests, errors and latencies are told, but no bins", manifest.model)
+        return observation.model_copy(update={"rows": 0, "counts": ()})
+    if owner.feedback_epsilon is None:
+        return observation
+    delta = min(DELTA, owner.target_delta or 1.0)
+    deviation = count_deviation(features, epsilon=owner.feedback_epsilon, target_delta=delta)
+    log.info(
+        "%s: bins of %d rows are told with noise: epsilon %g for each row at delta %g",
+        manifest.model,
+        observation.rows,
+        owner.feedback_epsilon,
+        delta,
+    )
+    noised = noised_counts(observation.counts, deviation=deviation)
+    return observation.model_copy(update={"counts": noised, "noise_deviation": deviation})
+
+
+def is_private(manifest: Manifest, owner: OwnerPolicy) -> bool:
+    """Returns whether exact counts of rows would contradict what protects examples here."""
+    return owner.max_epsilon is not None or manifest.privacy.unit in ("example", "both")
+
+
+def _report(manifest: Manifest, observation: Observation) -> ServingReport:
+    return ServingReport(
+        model=manifest.model,
+        version=manifest.version,
+        rows=observation.rows,
+        features=[Bins(counts=row) for row in observation.counts],
+        requests=observation.requests,
+        errors=observation.errors,
+        latency=observation.latency,
+        noise_deviation=observation.noise_deviation,
+    )

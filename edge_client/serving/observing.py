@@ -1,0 +1,219 @@
+"""Counts what is served in the bins of the release's reference, beside the thread that answers.
+
+The thread that answers only keeps a reference to a batch's arrays; twice a second another one
+counts. Under more load than `MAX_ROWS` in between, further rows are not looked at.
+"""
+
+from __future__ import annotations
+
+import logging
+import secrets
+import threading
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING, NamedTuple
+
+import numpy as np
+
+from edge_client.delivery.observed import (
+    WINDOW_S,
+    ServedWindow,
+    ServedWindows,
+    read_observed,
+    write_observed,
+)
+from edge_client.delivery.store import Record
+from edge_client.serving.metrics import Tensors
+from fedcore.artifacts.feedback import MIN_ROWS, Observation, fits, pooled, shifts
+from fedcore.artifacts.reference import BinnedFeature, Reference, binned, measured, ragged
+from fedcore.observability.foreign import foreign
+
+if TYPE_CHECKING:
+    from edge_client.serving.batching import ServedVersion
+
+log = logging.getLogger("fedcore.serving")
+
+MAX_ROWS = 256
+"""Most rows that wait to be counted: 512 a second are looked at."""
+MAX_BYTES = 8 << 20
+"""Bytes of arrays that wait to be counted, beyond which no other batch is kept: 8 MiB."""
+MAX_WINDOW_ROWS = 100_000
+"""Rows of a window after which no more are counted: more would tell nothing new."""
+
+
+class Sample(NamedTuple):
+    """Rows of a batch, with the version that answered them."""
+
+    version: ServedVersion
+    inputs: Tensors
+    outputs: Tensors
+
+
+class Sampler:
+    """Rows of a model that wait to be counted. Safe to use from several threads."""
+
+    def __init__(self) -> None:
+        """Starts empty."""
+        self._lock = threading.Lock()
+        self._clear()
+
+    def _clear(self) -> None:
+        self._samples: list[Sample] = []
+        self._left_rows, self._left_bytes = MAX_ROWS, MAX_BYTES
+
+    def add(
+        self,
+        version: ServedVersion,
+        inputs: Tensors,
+        outputs: Tensors,
+    ) -> None:
+        """Keeps the arrays of a batch, whose rows are counted as far as there is room."""
+        with self._lock:
+            if self._left_rows > 0 and self._left_bytes > 0:
+                self._left_rows -= len(next(iter(inputs.values())))
+                for tensors in (inputs, outputs):
+                    self._left_bytes -= sum(array.nbytes for array in tensors.values())
+                self._samples.append(Sample(version, inputs, outputs))
+
+    def take(self) -> list[Sample]:
+        """Returns what waits, and forgets it."""
+        with self._lock:
+            found = self._samples
+            self._clear()
+        return found
+
+
+@dataclass
+class Observer:
+    """The windows of one version of a model. For one thread at a time."""
+
+    store: Path
+    model: str
+    record: Record
+    reference: Reference | None
+    totals: Observation
+    """Requests and latencies of the model that are counted, or are not this version's."""
+    clock: Callable[[], float] = time.time
+    rng: np.random.Generator = field(default_factory=np.random.default_rng)
+    """Draws the places of tokens."""
+
+    def __post_init__(self) -> None:
+        """Continues the windows that an earlier server has left of this version."""
+        found = read_observed(self.store, self.model, self.record)
+        if found is not None and not self._fits(found.current):
+            found = None
+        self.observed = found or ServedWindows(record=self.record, current=self._opened())
+        self._saved = found
+
+    def count(self, samples: list[Sample], totals: Observation) -> None:
+        """Counts rows, and the requests since the last call; ends the window when it is time."""
+        window = self.observed.current
+        if samples or totals != self.totals:
+            room = min(MAX_ROWS, MAX_WINDOW_ROWS - window.observation.rows)
+            answered, self.totals = _since(totals, self.totals), totals
+            found = pooled([window.observation, *self._counted(samples, room), answered])
+            window = window.model_copy(update={"observation": found})
+        age_s = self.clock() - window.opened_s
+        # A clock that was set back would keep a window open for as long.
+        found = window.observation
+        if max(found.rows, found.requests) >= MIN_ROWS and not 0 <= age_s < WINDOW_S:
+            self._put(ended=window, current=self._opened())
+        elif window is not self.observed.current:
+            self._put(current=window)
+
+    def _put(self, **windows: ServedWindow) -> None:
+        self.observed = self.observed.model_copy(update=windows)
+
+    def save(self) -> None:
+        """Writes the windows to the store, if they have changed.
+
+        Raises:
+            ResourceError: they cannot be written.
+        """
+        if self.observed is not self._saved:
+            self._saved = self.observed
+            write_observed(self.store, self.model, self.observed)
+
+    def psi(self) -> float | None:
+        """Returns the index of the most shifted feature; None while there are too few rows."""
+        found = self.observed.latest.observation
+        if self.reference is None or found.rows < MIN_ROWS:
+            return None
+        return max(each.psi for each in shifts(self.reference, found))
+
+    def _counted(self, samples: list[Sample], room: int) -> list[Observation]:
+        """Returns the counts of the first ``room`` rows."""
+        if self.reference is None:
+            return []
+        try:
+            return [
+                _counts(self.reference, inputs, outputs, self.rng)
+                for inputs, outputs in _stacked(samples, room)
+            ]
+        except (IndexError, KeyError, ValueError) as error:  # signed, and still not of this model
+            log.warning(
+                "serve: %s version %d: its reference does not fit it (%s); no bins are counted",
+                self.model,
+                self.record.version,
+                foreign(error, 200),
+            )
+            self.reference = None
+            return []
+
+    def _fits(self, window: ServedWindow) -> bool:
+        if self.reference is None:
+            return not window.observation.counts
+        return not window.observation.rows or fits(self.reference, window.observation)
+
+    def _opened(self) -> ServedWindow:
+        return ServedWindow(id=secrets.token_hex(8), opened_s=self.clock())
+
+
+def _counts(
+    reference: Reference,
+    inputs: Tensors,
+    outputs: Tensors,
+    rng: np.random.Generator,
+) -> Observation:
+    counts: list[tuple[int, ...]] = []
+    for side, tensors in (("input", inputs), ("output", outputs)):
+        features: list[BinnedFeature] = [one for one in reference.features if one.side == side]
+        if features:
+            values = measured(features, tensors, reference.presentation, rng)
+            edges = [one.edges for one in features]
+            counts += ragged(binned(values, edges), edges)
+    return Observation(rows=len(next(iter(inputs.values()))), counts=tuple(counts))
+
+
+def _stacked(samples: list[Sample], room: int) -> list[tuple[Tensors, Tensors]]:
+    """Returns the first ``room`` rows, in one batch for all that have one shape."""
+    batches: dict[tuple[object, ...], list[tuple[Tensors, Tensors]]] = {}
+    for _, inputs, outputs in samples:
+        rows = min(room, len(next(iter(inputs.values()))))
+        if rows > 0:
+            room -= rows
+            first = tuple(
+                {name: array[:rows] for name, array in tensors.items()}
+                for tensors in (inputs, outputs)
+            )
+            form = tuple((name, a.shape[1:]) for each in first for name, a in each.items())
+            batches.setdefault(form, []).append((first[0], first[1]))
+    return [
+        (_joined([one for one, _ in batch]), _joined([other for _, other in batch]))
+        for batch in batches.values()
+    ]
+
+
+def _joined(parts: list[Tensors]) -> Tensors:
+    return {name: np.concatenate([part[name] for part in parts]) for name in parts[0]}
+
+
+def _since(now: Observation, before: Observation) -> Observation:
+    """Returns the requests and latencies that were counted after ``before``."""
+    return Observation(
+        requests=now.requests - before.requests,
+        errors=now.errors - before.errors,
+        latency=tuple(one - other for one, other in zip(now.latency, before.latency, strict=True)),
+    )

@@ -1,0 +1,5 @@
+from __future__ import annotations
+
+from tests.unit.server.release.conftest import publisher
+
+__all__ = ["publisher"]
