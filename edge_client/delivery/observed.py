@@ -7,19 +7,19 @@ agent of ``fedcore device run`` keeps in ``health/MODEL.told`` what it tells of 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import Annotated
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field
 
+from edge_client.delivery.state_file import State, read_state
 from edge_client.delivery.store import Record
 from fedcore.artifacts.feedback import MIN_ROWS, Observation
 from fedcore.errors import DataError
-from fedcore.files import read_if_exists, write_json
+from fedcore.files import write_json
 
 WINDOW_S = 3600.0
 """Seconds that a window takes at least; then it ends with its 100th row."""
 _MAX_BYTES = 1 << 18
-_Stored = TypeVar("_Stored", bound=BaseModel)
 
 
 class ServedWindow(BaseModel):
@@ -95,10 +95,9 @@ def _path(store: Path, model: str, kind: str) -> Path:
     return store / "health" / f"{model}.{kind}"
 
 
-def _read(path: Path, kind: type[_Stored]) -> _Stored | None:
+def _read(path: Path, kind: type[State]) -> State | None:
     """Reads counts; damaged ones count as missing: they only inform."""
     try:
-        raw = read_if_exists(path, max_bytes=_MAX_BYTES, what="counts of what was served")
-        return None if raw is None else kind.model_validate_json(raw)
-    except (DataError, ValidationError):
+        return read_state(path, kind, max_bytes=_MAX_BYTES, what="counts of what was served")
+    except DataError:
         return None

@@ -224,7 +224,7 @@ def edges_for(values: Values) -> tuple[float, ...]:
     """Returns the edges of bins for a feature, from its values ``(N,)`` at a release.
 
     A value that a tenth of all rows or more have gets a bin of its own. The others are divided at
-    quantiles, rounded to a thousandth of the spread, so that an edge is nobody's exact value.
+    quantiles, rounded to about a thousandth of the spread.
     """
     finite = values[np.isfinite(values)]
     if not finite.size:

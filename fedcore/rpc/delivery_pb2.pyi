@@ -1,6 +1,8 @@
+from google.protobuf.internal import containers as _containers
 from google.protobuf.internal import enum_type_wrapper as _enum_type_wrapper
 from google.protobuf import descriptor as _descriptor
 from google.protobuf import message as _message
+from collections.abc import Iterable as _Iterable, Mapping as _Mapping
 from typing import ClassVar as _ClassVar, Optional as _Optional, Union as _Union
 
 DESCRIPTOR: _descriptor.FileDescriptor
@@ -62,6 +64,32 @@ class DeviceReport(_message.Message):
     golden_error: float
     p50_us: float
     def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., outcome: _Optional[_Union[DeviceReport.Outcome, str]] = ..., reason: _Optional[str] = ..., golden_error: _Optional[float] = ..., p50_us: _Optional[float] = ...) -> None: ...
+
+class ServingReport(_message.Message):
+    __slots__ = ("model", "version", "rows", "features", "requests", "errors", "latency", "noise_deviation")
+    MODEL_FIELD_NUMBER: _ClassVar[int]
+    VERSION_FIELD_NUMBER: _ClassVar[int]
+    ROWS_FIELD_NUMBER: _ClassVar[int]
+    FEATURES_FIELD_NUMBER: _ClassVar[int]
+    REQUESTS_FIELD_NUMBER: _ClassVar[int]
+    ERRORS_FIELD_NUMBER: _ClassVar[int]
+    LATENCY_FIELD_NUMBER: _ClassVar[int]
+    NOISE_DEVIATION_FIELD_NUMBER: _ClassVar[int]
+    model: str
+    version: int
+    rows: int
+    features: _containers.RepeatedCompositeFieldContainer[Bins]
+    requests: int
+    errors: int
+    latency: _containers.RepeatedScalarFieldContainer[int]
+    noise_deviation: float
+    def __init__(self, model: _Optional[str] = ..., version: _Optional[int] = ..., rows: _Optional[int] = ..., features: _Optional[_Iterable[_Union[Bins, _Mapping]]] = ..., requests: _Optional[int] = ..., errors: _Optional[int] = ..., latency: _Optional[_Iterable[int]] = ..., noise_deviation: _Optional[float] = ...) -> None: ...
+
+class Bins(_message.Message):
+    __slots__ = ("counts",)
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    def __init__(self, counts: _Optional[_Iterable[int]] = ...) -> None: ...
 
 class Reported(_message.Message):
     __slots__ = ()

@@ -23,6 +23,10 @@ from fedcore.errors import TrustError
 RNG = np.random.default_rng(0)
 
 
+def of_inputs(*inputs: tuple[str, tuple[int, ...], type]) -> tuple[Feature, ...]:
+    return tuple(each for each in features_of(inputs, (), "values") if each.side == "input")
+
+
 def labels(features: tuple[Feature, ...]) -> list[str]:
     return [each.label for each in features]
 
@@ -52,12 +56,12 @@ def test_small_inputs_are_followed_by_number_and_large_ones_by_summaries() -> No
 def test_each_row_has_a_number_for_each_feature() -> None:
     picture = np.zeros((4, 10, 10), np.uint8)
     picture[1, 0] = 50
-    features = features_of([("", (10, 10), np.uint8)], (), "values")
+    features = of_inputs(("", (10, 10), np.uint8))
     np.testing.assert_allclose(
         measured(features, {"x": picture}, "values", RNG)[:2],
         [[0, 0, 0, 0, 1], [5, 15, 0, 50, 0.9]],
     )
-    tokens = features_of([("", (100,), np.int64)], (), "values")
+    tokens = of_inputs(("", (100,), np.int64))
     rows = np.arange(300).reshape(3, 100)
     drawn = measured(tokens, {"x": rows}, "values", RNG)[:, 0]
     assert [int(one) // 100 for one in drawn] == [0, 1, 2]
@@ -99,7 +103,7 @@ def test_common_values_have_bins_of_their_own(
     assert edges_for(np.array(values)) == pytest.approx(edges)
 
 
-def test_edges_are_quantiles_and_nobodys_exact_value() -> None:
+def test_edges_are_rounded_quantiles_beside_common_values() -> None:
     values = np.random.default_rng(0).normal(1e6, 1, 5000)
     edges = edges_for(values)
     assert len(edges) == 9

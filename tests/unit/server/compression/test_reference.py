@@ -8,7 +8,8 @@ from torch.utils.data import TensorDataset
 
 from fedcore.artifacts.feedback import Observation, shifts
 from fedcore.artifacts.reference import binned, measured, ragged, reference_bytes
-from fedcore.task.definition import Task
+from fedcore.task.definition import Task, size_of
+from server.cloud import CloudData
 from server.compression.compress import Compressed
 from server.compression.reference import reference_of
 
@@ -18,12 +19,13 @@ def normal_rows(count: int, *, by: float = 0.0, seed: int = 0) -> TensorDataset:
     return TensorDataset(rows.float(), torch.zeros(count, dtype=torch.int64))
 
 
-def test_what_is_released_has_the_clouds_distribution(compressed: Compressed) -> None:
+def test_what_is_released_has_the_clouds_distribution(
+    compressed: Compressed, digits_cloud: CloudData
+) -> None:
     reference = compressed.golden.reference
     assert reference is not None
-    assert len(reference.features) == 65
-    assert reference.features[-1].label == "output class"
-    assert len(reference.features[-1].counts) == 11
+    assert [each.label for each in reference.features] == [f"input[{n}]" for n in range(64)]
+    assert {sum(each.counts) for each in reference.features} == {size_of(digits_cloud.train)}
     assert len(reference_bytes(reference)) < 20_000
 
 
@@ -56,4 +58,5 @@ def test_too_few_rows_give_none_and_of_many_a_share_is_taken(digits: Task) -> No
     many = reference_of(digits, normal_rows(25_000), outputs, seed=1)
     assert many is not None
     assert 19_000 < sum(many.features[0].counts) < 21_000
+    assert many.features[-1].label == "output class"
     assert many.features[-1].counts == (*[20] * 10, 0)
