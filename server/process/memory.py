@@ -28,12 +28,15 @@ def objects_frozen() -> Iterator[None]:
     """Excludes loaded objects from garbage collection, so that forked processes share them.
 
     torch and Flower create half a million objects, and each full collection visits all of them.
+    What a program had excluded before stays excluded afterwards.
     """
+    excluded_before = gc.get_freeze_count() > 0
     gc.freeze()
     try:
         yield
     finally:
-        gc.unfreeze()
+        if not excluded_before:
+            gc.unfreeze()
 
 
 def return_freed_blocks() -> None:
