@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import gc
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -62,14 +61,6 @@ def _federate(
     client = client_app(task, run, owner=OPEN_POLICY, randomness=randomness, mods=mods)
     simulate(server, client, clients)
     return outcomes[0]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def _quick_collections() -> Iterator[None]:
-    """Flower collects garbage several times a round in some strategies; torch's is left out."""
-    gc.freeze()
-    yield
-    gc.unfreeze()
 
 
 @pytest.fixture(scope="session")
