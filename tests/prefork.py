@@ -1,14 +1,17 @@
 """Processes that run a command line at once: forked from one that has imported the slow modules.
 
-Importing torch, Flower and Opacus takes about four seconds of a core, and the tests start some two
-hundred commands. A `Prefork` imports them once; each command is then a process of its own, with its
-own session, environment and streams, that starts in milliseconds and can be killed as any other.
+Importing torch, Flower and Opacus takes about four seconds of a core, the first export to ONNX and
+the first plot two more, and the tests start hundreds of commands. A `Prefork` does all this once;
+each command is then a process of its own, with its own session, environment and streams, that
+starts in milliseconds and can be killed as any other. It ends after its exit handlers: taking apart
+a million objects, of which a forked process has to copy every page, would take most of a second.
 Tests of how a process starts or ends by itself (imports, an interpreter's exit) use a fresh one.
 """
 
 from __future__ import annotations
 
 import array
+import atexit
 import json
 import os
 import select
@@ -33,9 +36,14 @@ require_tls_1_3()
 import torch._dynamo  # by the first training step of a process, else
 import server.after_rounds, server.api.checking, server.api.simulation, server.commands
 import server.live.commands, server.live.run, server.report.tensorboard
+import server.report.html, server.report.plots
 import server.simulation.replay, server.simulation.resume
 import edge_client.agent.commands, edge_client.agent.run, edge_client.client_commands
 import edge_client.commands
+import fedcore.kernels.normal  # numba
+import server.compression.export  # the exporter loads and registers most at its first export
+_model = torch.nn.Linear(2, 1)
+server.compression.export.export_onnx(_model, torch.zeros(2, 2), labels=(), kind="regression")
 """
 _OF_IMPORTS = ("GRPC_VERBOSITY", "GRPC_SSL_CIPHER_SUITES")
 # The installed script does not find modules in the folder where it runs; `python -c` does.
@@ -118,7 +126,8 @@ class Prefork:
     def __init__(self, prepare: str = "") -> None:
         self._lock = threading.Lock()
         self._socket, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        code = f"import tests.prefork as p\n{_IMPORTS}\n{prepare}\np.serve({theirs.fileno()})"
+        serve = f"p.serve({theirs.fileno()}, leave)"
+        code = f"import tests.prefork as p\nleave = p.Leave()\n{_IMPORTS}\n{prepare}\n{serve}"
         self._parent = subprocess.Popen(
             [sys.executable, "-c", code],
             pass_fds=[theirs.fileno()],
@@ -215,7 +224,22 @@ def _children(pid: int) -> list[int]:
     return found
 
 
-def serve(number: int) -> None:
+class Leave:
+    """Ends this process after all exit handlers registered later, if its exit code is known."""
+
+    def __init__(self) -> None:
+        self.code: int | None = None
+        atexit.register(self._end)
+
+    def _end(self) -> None:
+        if self.code is not None:
+            with suppress(OSError, ValueError):  # the interpreter reports what cannot be written
+                sys.stdout.flush()
+                sys.stderr.flush()
+                os._exit(self.code)
+
+
+def serve(number: int, leave: Leave) -> None:
     """Forks a process for each request, until the other end closes."""
     import gc
 
@@ -225,22 +249,25 @@ def serve(number: int) -> None:
         while True:
             text, descriptors, _, _ = socket.recv_fds(requests, 1 << 20, 4)
             if not text:
+                leave.code = 0
                 return
             # A process between waits for each command, and reports how it ended.
             if not os.fork():
-                _watch(json.loads(text), descriptors, requests)
+                _watch(json.loads(text), descriptors, requests, leave)
             for each in descriptors:
                 os.close(each)
 
 
-def _watch(asked: dict[str, object], descriptors: list[int], requests: socket.socket) -> None:
+def _watch(
+    asked: dict[str, object], descriptors: list[int], requests: socket.socket, leave: Leave
+) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)
     *streams, status = descriptors
     pid = os.fork()
     if not pid:
         requests.close()
         os.close(status)
-        _become(asked, streams)
+        _become(asked, streams, leave)
         return
     requests.send(str(pid).encode())
     for each in streams:
@@ -251,8 +278,8 @@ def _watch(asked: dict[str, object], descriptors: list[int], requests: socket.so
     os._exit(0)
 
 
-def _become(asked: dict[str, object], streams: list[int]) -> None:
-    """Runs the command in this process, which ends with it as an interpreter does."""
+def _become(asked: dict[str, object], streams: list[int], leave: Leave) -> None:
+    """Runs the command in this process, which ends with it."""
     os.setsid()
     for number, stream in enumerate(streams):
         os.dup2(stream, number)
@@ -262,5 +289,11 @@ def _become(asked: dict[str, object], streams: list[int]) -> None:
     os.environ.clear()
     os.environ.update({**asked["env"], **kept})  # type: ignore[dict-item]
     sys.argv = ["fedcore", *asked["arguments"]]  # type: ignore[misc]
-    exec(compile(str(asked["code"]), "<command>", "exec"), {"__name__": "__main__"})
+    try:
+        exec(compile(str(asked["code"]), "<command>", "exec"), {"__name__": "__main__"})
+    except SystemExit as end:
+        if end.code is None or isinstance(end.code, int):  # else a text to print
+            leave.code = (end.code or 0) & 0xFF
+        raise
+    leave.code = 0
     sys.exit(0)
