@@ -31,7 +31,7 @@ from edge_client.options import (
 )
 from edge_client.serving.commands import serve_command
 from edge_client.update_commands import run, update
-from fedcore.artifacts.feedback import latency_text
+from fedcore.artifacts.feedback import latency_text, shift_text
 from fedcore.cli import Command, group, show
 from fedcore.errors import DigestMismatch
 from fedcore.observability.foreign import say
@@ -182,7 +182,7 @@ def _served(served: ServingSummary | None) -> str:
             f"{counted(len(served.features), 'feature')} moved (stability index)"
         )
         furthest = sorted(served.features, key=lambda each: -each.psi)[:_MOST_SHOWN]
-        lines += [f"  {each.feature}: {each.psi:.3f}, {each.reading}" for each in furthest]
+        lines += [f"  {shift_text(each)}" for each in furthest]
     return "".join(f"\n  {line}" for line in lines)
 
 

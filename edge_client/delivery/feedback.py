@@ -71,28 +71,45 @@ def what_to_tell(observation: Observation, manifest: Manifest, owner: OwnerPolic
         protection of examples, no bins leave, or with noise for the owner's ``feedback_epsilon``.
         Fewer than 100 rows never leave.
     """
-    features, private = len(observation.counts), is_private(manifest, owner)
-    if observation.rows < MIN_ROWS or (private and owner.feedback_epsilon is None):
-        log.info("%s: requests, errors and latencies are told, but no bins", manifest.model)
+    why = _reason_to_keep(observation, manifest, owner)
+    if why:
+        log.info(
+            "%s: requests, errors and latencies are told, but no bins: %s", manifest.model, why
+        )
         return observation.model_copy(update={"rows": 0, "counts": ()})
     if owner.feedback_epsilon is None:
         return observation
-    delta = min(DELTA, owner.target_delta or 1.0)
-    deviation = count_deviation(features, epsilon=owner.feedback_epsilon, target_delta=delta)
+    deviation = _deviation(observation, owner.feedback_epsilon, owner)
     log.info(
-        "%s: bins of %d rows are told with noise: epsilon %g for each row at delta %g",
+        "%s: bins of %d rows are told with noise of deviation %.0f: epsilon %g for each row",
         manifest.model,
         observation.rows,
+        deviation,
         owner.feedback_epsilon,
-        delta,
     )
     noised = noised_counts(observation.counts, deviation=deviation)
     return observation.model_copy(update={"counts": noised, "noise_deviation": deviation})
 
 
-def is_private(manifest: Manifest, owner: OwnerPolicy) -> bool:
-    """Returns whether exact counts of rows would contradict what protects examples here."""
-    return owner.max_epsilon is not None or manifest.privacy.unit in ("example", "both")
+def _reason_to_keep(observation: Observation, manifest: Manifest, owner: OwnerPolicy) -> str:
+    """Returns why no bins may leave this device; empty if they may."""
+    if observation.rows < MIN_ROWS:
+        return f"{observation.rows} rows were counted, fewer than {MIN_ROWS}"
+    if owner.feedback_epsilon is not None:
+        deviation = _deviation(observation, owner.feedback_epsilon, owner)
+        drowned = f"noise of deviation {deviation:.0f} would drown {observation.rows} rows"
+        return drowned if deviation > observation.rows else ""
+    if owner.max_epsilon is not None:
+        return f"{owner.file} sets max_epsilon, and no feedback_epsilon"
+    if manifest.privacy.unit in ("example", "both"):
+        return f"the model was trained with privacy, and {owner.file} sets no feedback_epsilon"
+    return ""
+
+
+def _deviation(observation: Observation, epsilon: float, owner: OwnerPolicy) -> float:
+    """Returns the deviation of the noise on each count for the epsilon of a row."""
+    delta = min(DELTA, owner.target_delta or 1.0)
+    return count_deviation(len(observation.counts), epsilon=epsilon, target_delta=delta)
 
 
 def _report(manifest: Manifest, observation: Observation) -> ServingReport:

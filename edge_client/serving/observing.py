@@ -1,7 +1,7 @@
 """Counts what is served in the bins of the release's reference, beside the thread that answers.
 
 The thread that answers only keeps a reference to a batch's arrays; twice a second another one
-counts. Under more load than `MAX_ROWS` in between, further rows are not looked at.
+counts. Under more load than `MAX_WAITING_ROWS` in between, further rows are not looked at.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from edge_client.delivery.observed import (
 )
 from edge_client.delivery.store import Record
 from edge_client.serving.metrics import Tensors
-from fedcore.artifacts.feedback import MIN_ROWS, Observation, fits, pooled, shifts
+from fedcore.artifacts.feedback import MAX_ROWS, MIN_ROWS, Observation, fits, pooled, shifts
 from fedcore.artifacts.reference import BinnedFeature, Reference, binned, measured, ragged
 from fedcore.observability.foreign import foreign
 
@@ -35,12 +35,10 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("fedcore.serving")
 
-MAX_ROWS = 256
+MAX_WAITING_ROWS = 256
 """Most rows that wait to be counted: 512 a second are looked at."""
 MAX_BYTES = 8 << 20
 """Bytes of arrays that wait to be counted, beyond which no other batch is kept: 8 MiB."""
-MAX_WINDOW_ROWS = 100_000
-"""Rows of a window after which no more are counted: more would tell nothing new."""
 
 
 class Sample(NamedTuple):
@@ -61,7 +59,7 @@ class Sampler:
 
     def _clear(self) -> None:
         self._samples: list[Sample] = []
-        self._left_rows, self._left_bytes = MAX_ROWS, MAX_BYTES
+        self._left_rows, self._left_bytes = MAX_WAITING_ROWS, MAX_BYTES
 
     def add(
         self,
@@ -111,7 +109,7 @@ class Observer:
         """Counts rows, and the requests since the last call; ends the window when it is time."""
         window = self.observed.current
         if samples or totals != self.totals:
-            room = min(MAX_ROWS, MAX_WINDOW_ROWS - window.observation.rows)
+            room = min(MAX_WAITING_ROWS, MAX_ROWS - window.observation.rows)
             answered, self.totals = _since(totals, self.totals), totals
             found = pooled([window.observation, *self._counted(samples, room), answered])
             window = window.model_copy(update={"observation": found})

@@ -10,7 +10,7 @@ import numpy as np
 from pydantic import BaseModel, ConfigDict, Field
 
 from fedcore.artifacts.reference import MAX_BINS, MAX_FEATURES, Reference
-from fedcore.artifacts.stability import Reading, chance, psi, reading
+from fedcore.artifacts.stability import MODERATE, Reading, chance, psi, reading
 
 LATENCY_BOUNDS_S = (
     *(1e-4, 2.5e-4, 5e-4, 1e-3, 2.5e-3, 5e-3, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 5.0),
@@ -18,6 +18,8 @@ LATENCY_BOUNDS_S = (
 """Upper bounds of the buckets of latency, in seconds; the last bucket has none."""
 MIN_ROWS = 100
 """Rows below which a device tells nothing of them."""
+MAX_ROWS = 100_000
+"""Rows of a window after which no more are counted: more would tell nothing new."""
 _Number = Annotated[int, Field(ge=0, lt=2**53)]
 _Count = Annotated[int, Field(gt=-(2**53), lt=2**53)]
 
@@ -60,6 +62,12 @@ class FeatureShift:
     """The index that stays below this where nothing has moved, at so many rows."""
     reading: Reading
     """``stable`` below 0.1 or within chance, ``moderate`` to 0.25, ``shifted`` above."""
+
+
+def shift_text(shift: FeatureShift) -> str:
+    """Returns a feature's index and reading on one line."""
+    explained = shift.reading == "stable" and shift.psi >= MODERATE
+    return f"{shift.feature}: {shift.psi:.3f}, {shift.reading}{', by chance' if explained else ''}"
 
 
 def fits(reference: Reference, observation: Observation) -> bool:

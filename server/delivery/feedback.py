@@ -15,7 +15,7 @@ from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from fedcore.artifacts.feedback import LATENCY_BOUNDS_S, MIN_ROWS, Observation
+from fedcore.artifacts.feedback import LATENCY_BOUNDS_S, MAX_ROWS, MIN_ROWS, Observation
 from fedcore.artifacts.reference import MAX_BINS, MAX_FEATURES
 from fedcore.crypto.roster import Member
 from fedcore.errors import DataError
@@ -25,10 +25,9 @@ from fedcore.rpc.delivery_pb2 import ServingReport
 
 log = logging.getLogger("fedcore.server")
 
-_MOST = 10**12
-"""Most rows and requests of a window."""
-_MOST_NOISE, _DEVIATIONS = 1e6, 10.0
-"""Largest noise on a count, and how many deviations it may have moved by."""
+_MOST_REQUESTS = 10**12
+_DEVIATIONS = 10.0
+"""How many deviations noise may have moved a count by."""
 _MAX_BYTES = 1 << 16
 _FOLDER = "served"
 
@@ -81,8 +80,10 @@ def fault_of_serving(report: ServingReport) -> str:
     """
     if not 1 <= len(report.model) <= 64 or not 1 <= report.version <= 10**15:
         return "no valid model and version"
-    if max(report.rows, report.requests) > _MOST or report.errors > report.requests:
-        return "too many rows or requests, or more errors than requests"
+    if report.rows > MAX_ROWS or report.requests > _MOST_REQUESTS:
+        return "too many rows or requests"
+    if report.errors > report.requests:
+        return "more errors than requests"
     if len(report.latency) != len(LATENCY_BOUNDS_S) + 1:
         return "not one number for each bucket of latency"
     if sum(report.latency) > report.requests - report.errors:
@@ -90,8 +91,8 @@ def fault_of_serving(report: ServingReport) -> str:
     if bool(report.features) != bool(report.rows):
         return "counts without rows, or rows without counts"
     noise = report.noise_deviation
-    if len(report.features) > MAX_FEATURES or not 0 <= noise <= _MOST_NOISE:
-        return "too many features, or noise that is not finite or too large"
+    if len(report.features) > MAX_FEATURES or not 0 <= noise <= report.rows:
+        return "too many features, or more noise than rows"
     if report.rows and report.rows < MIN_ROWS:
         return f"fewer than {MIN_ROWS} rows"
     if not all(_is_count(feature.counts, report.rows, noise) for feature in report.features):

@@ -135,6 +135,8 @@ def test_bins_leave_a_device_with_privacy_with_noise_alone(store: Path) -> None:
     assert what_to_tell(observation(), protected, NOISED).noise_deviation > 9
     few = what_to_tell(observation(99), manifest, OPEN)
     assert (few.counts, few.rows, few.requests) == ((), 0, 200)
+    drowned = OwnerPolicy(feedback=True, feedback_epsilon=0.01)
+    assert what_to_tell(observation(), manifest, drowned).rows == 0
     strict = OwnerPolicy(feedback=True, feedback_epsilon=1.0, target_delta=1e-9)
     assert what_to_tell(observation(), manifest, strict).noise_deviation > 11
 

@@ -14,7 +14,7 @@ from edge_client.delivery.observed import WINDOW_S, read_observed
 from edge_client.delivery.store import Record
 from edge_client.serving.batching import QueuedRequest, QueueLimits
 from edge_client.serving.models import Models
-from edge_client.serving.observing import MAX_BYTES, MAX_ROWS, Observer, Sampler
+from edge_client.serving.observing import MAX_BYTES, MAX_WAITING_ROWS, Observer, Sampler
 from fedcore.artifacts.feedback import LATENCY_BOUNDS_S, Observation
 from fedcore.artifacts.reference import BinnedFeature, Reference
 from tests.serving import WIDTH, Product, activate, active, running, store_of
@@ -108,7 +108,7 @@ def test_a_window_ends_after_its_time_with_rows_enough(tmp_path: Path) -> None:
 
 def test_what_waits_to_be_counted_is_bounded() -> None:
     sampler, version = Sampler(), Product()
-    inputs = {"input": np.zeros((MAX_ROWS // 4, WIDTH), np.float32)}
+    inputs = {"input": np.zeros((MAX_WAITING_ROWS // 4, WIDTH), np.float32)}
     for _ in range(10):
         sampler.add(version, inputs, {"output": inputs["input"]})
     assert len(sampler.take()) == 4
@@ -124,7 +124,7 @@ def test_no_more_rows_are_counted_than_a_look_allows(tmp_path: Path) -> None:
     inputs = {"input": np.full((4096, WIDTH), 0.5, np.float32)}
     sampler.add(version, inputs, version.run(inputs))
     one.count(sampler.take(), answered(1))
-    assert one.observed.current.observation.rows == MAX_ROWS
+    assert one.observed.current.observation.rows == MAX_WAITING_ROWS
 
 
 def test_a_reference_that_does_not_fit_the_model_is_left_alone(
