@@ -60,6 +60,7 @@ if TYPE_CHECKING:
     from fedcore.task.statistics import Statistics
     from fedcore.task.templates import NewTask, new_task
     from server.api.checking import check
+    from server.api.copies import export_release, push_release
     from server.api.drift import measure_drift
     from server.api.evaluating import evaluate
     from server.api.releases import (
@@ -102,6 +103,8 @@ if TYPE_CHECKING:
     from server.provision.kits import IssuedKit
     from server.provision.membership import Membership
     from server.records import RoundRecord
+    from server.release.export import ExportedModel
+    from server.release.push import PushedRepository
     from server.release.registry.rotation import Rotation
     from server.report.compared import ComparedRuns, FoundRun, compare_runs, list_runs
     from server.simulation.replay import Replayed
@@ -127,6 +130,7 @@ _LAZY = {
     "Evaluation": "server.evaluation",
     "Evidence": "server.live.journal.evidence",
     "ExamplePrivacyPlan": "server.privacy.plan",
+    "ExportedModel": "server.release.export",
     "FedcoreError": "fedcore.errors",
     "FeatureShift": "fedcore.artifacts.feedback",
     "Finding": "fedcore.doctor",
@@ -154,6 +158,7 @@ _LAZY = {
     "NewTask": "fedcore.task.templates",
     "PERPLEXITY": "fedcore.task.metrics",
     "PrivacyAudit": "server.privacy.auditing",
+    "PushedRepository": "server.release.push",
     "RMSE": "fedcore.task.metrics",
     "Replayed": "server.simulation.replay",
     "Restored": "server.provision.backup",
@@ -186,6 +191,7 @@ _LAZY = {
     "enrol": "edge_client.enrol",
     "evaluate": "server.api.evaluating",
     "export_ledger": "edge_client.ledger.reading",
+    "export_release": "server.api.copies",
     "finetune": "server.api.steps",
     "follow_model": "edge_client.live",
     "from_arrays": "fedcore.sources.arrays",
@@ -208,6 +214,7 @@ _LAZY = {
     "plan_example_privacy": "server.privacy.plan",
     "promote_canary": "server.api.releases",
     "publish": "server.api.steps",
+    "push_release": "server.api.copies",
     "read_ledger": "edge_client.ledger.reading",
     "refresh_repository": "server.api.releases",
     "replay": "server.api.replaying",
@@ -250,6 +257,7 @@ __all__ = [
     "Evaluation",
     "Evidence",
     "ExamplePrivacyPlan",
+    "ExportedModel",
     "FeatureShift",
     "FedcoreError",
     "Finding",
@@ -275,6 +283,7 @@ __all__ = [
     "NewRepository",
     "NewTask",
     "PrivacyAudit",
+    "PushedRepository",
     "Replayed",
     "Restored",
     "Result",
@@ -307,6 +316,7 @@ __all__ = [
     "enrol",
     "evaluate",
     "export_ledger",
+    "export_release",
     "finetune",
     "follow_model",
     "from_arrays",
@@ -329,6 +339,7 @@ __all__ = [
     "plan_example_privacy",
     "promote_canary",
     "publish",
+    "push_release",
     "read_ledger",
     "refresh_repository",
     "replay",

@@ -55,6 +55,7 @@ from server.release.final_test import (
     untrained_layers,
 )
 from server.release.publish import publish
+from server.release.push import push_published
 from server.report.folder import GLOBAL_MODEL
 from server.report.settings import shown_settings
 from server.report.summary import MODELS
@@ -257,13 +258,16 @@ def _released(
     story: StageLog,
     steps: StageFunctions,
 ) -> tuple[Manifest | None, str]:
-    """Publishes the chosen candidate if the run names a repository.
+    """Publishes the chosen candidate if the run names a repository, and pushes it to a bucket.
 
     Returns:
-        The manifest, and why publishing failed: what was computed is kept all the same.
+        The manifest, if it was published; and why publishing or pushing failed: what was computed
+        is kept all the same.
     """
     if run.release.repository is None or run.release.keys is None:
         return None, ""
+    repository, keys = run.path(run.release.repository), run.path(run.release.keys)
+    manifest, unreleased = None, ""
     with story.stage("release") as said:
         try:
             manifest = steps.publish(
@@ -271,10 +275,13 @@ def _released(
                     draft_of(run.model_name, task, origin, compressed, tested),
                     canary=aim_of(run.release),
                 ),
-                repository=run.path(run.release.repository),
-                keys=run.path(run.release.keys),
+                repository=repository,
+                keys=keys,
                 created=datetime.now(UTC),
             )
+            said.append(f"published {manifest.model} version {manifest.version}")
+            advance = counted_steps(story.emit, "release")
+            said += push_published(manifest, repository, keys, run.release.push, advance)
         except FedcoreError as error:
             said.append("failed")
             unreleased = (
@@ -282,11 +289,9 @@ def _released(
                 "Python resume=True) continues with the release, and takes other settings of "
                 "[compression] and [release]."
             )
-        else:
-            said.append(f"published {manifest.model} version {manifest.version}")
-            return manifest, ""
-    story.note(unreleased)
-    return None, unreleased
+    if unreleased:
+        story.note(unreleased)
+    return manifest, unreleased
 
 
 @dataclass(frozen=True)

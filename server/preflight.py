@@ -35,6 +35,7 @@ from server.cloud import CloudData, cloud_data_of
 from server.release.final_test import FinalTest, read_final_test
 from server.release.named import named_tensors
 from server.release.publish import check_publishable
+from server.release.push import check_push
 from server.report.folder import check_outside
 from server.rounds.client_privacy.mechanism import protect
 from server.rounds.expected import evaluation_of
@@ -225,6 +226,10 @@ def read_for_release(
             keys=run.path(run.release.keys),
             now=datetime.now(UTC),
         )
+        if run.release.push is not None:
+            check_push(
+                run.path(run.release.repository), run.path(run.release.keys), run.release.push
+            )
     cloud = cloud_data_of(run, task, data)
     test = read_final_test(run, task, data, clients)
     if cloud is not None:

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+from fedcore.config.addresses import check_bucket
 from fedcore.config.in_round import schedule_problems
 from fedcore.privacy.unsound import unsound
 
 if TYPE_CHECKING:
     from fedcore.config.finetune import Finetune
-    from fedcore.config.run import ClientConfig, DeviceClass, RunConfig
+    from fedcore.config.run import ClientConfig, DeviceClass, ReleaseConfig, RunConfig
 
 
 def contradictions(run: RunConfig) -> list[str]:
@@ -68,11 +69,22 @@ def contradictions(run: RunConfig) -> list[str]:
         found.append("compression.candidates lists a candidate twice: list each once.")
     if "fp32" not in compression.candidates:
         found.append("compression.candidates must contain 'fp32': the others are compared with it.")
-    if (run.release.repository is None) != (run.release.keys is None):
+    return found + _of_release(run.release)
+
+
+def _of_release(release: ReleaseConfig) -> list[str]:
+    """Returns the contradictions of a release, and what is wrong with its bucket's address."""
+    found = list[str]()
+    if (release.repository is None) != (release.keys is None):
         found.append(
             "release.repository and release.keys must be set together: set both to publish, "
             "or neither."
         )
+    if release.push is not None:
+        if release.repository is None:
+            found.append("release.push needs release.repository, whose copy it makes: set both.")
+        if fault := check_bucket(release.push):
+            found.append(f"release.push: {fault}")
     return found
 
 

@@ -234,6 +234,9 @@ class ReleaseConfig(Section):
     """Folder of the signed repository, relative to this file; nothing is published when unset."""
     keys: str | None = None
     """Folder of the keys that ``fedcore release init`` created."""
+    push: str | None = None
+    """Address of a bucket that gets a copy after the release, such as ``s3://bucket/fleet``;
+    devices fetch it from there. Credentials come from the environment, never from this file."""
     canary_percent: Annotated[float, Field(ge=0, le=100)] | None = None
     """Publish to so many percent of the devices first, drawn by their keys; to all when unset.
     ``fedcore release promote`` gives the version to the others."""

@@ -47,6 +47,7 @@ from server.release.final_test import (
 )
 from server.release.publish import check_publishable
 from server.release.publish import publish as sign_and_publish
+from server.release.push import check_push, push_published
 from server.rounds.evaluation.judging import clients_judge
 from server.simulation.evaluating import VirtualClients
 from server.simulation.judging import judge_in_simulation, measure_onnx_in_simulation
@@ -192,6 +193,8 @@ def publish(
 ) -> Manifest:
     """Evaluates the chosen candidate on the final test split, signs it, and publishes it.
 
+    If the run names a bucket (``release.push``), the repository is pushed to it then.
+
     Guarantee:
         The manifest states the model's provenance truthfully: round and privacy are those of
         ``result``, and the candidate derives from the model of ``result``, directly or through
@@ -224,6 +227,8 @@ def publish(
         ReleaseError: keys are missing, the model has layers that stay on clients and were never
             trained on the cloud's data, or on the final test split the candidate is worse than the
             federated model by more than ``release.max_test_drop``. Earlier releases remain valid.
+            Or the bucket cannot take the release; if its push fails later, the version stays
+            published in the folder.
         DiskFull: the disk is full; earlier releases remain valid.
     """
     run, task = result.run, result.task
@@ -232,6 +237,8 @@ def publish(
     _refuse_others(compressed, result, tuned)
     name = model or run.model_name
     check_publishable(name, repository=place, keys=signing, now=datetime.now(UTC))
+    if run.release.push is not None:
+        check_push(place, signing, run.release.push)
     tested = _tested(compressed, result)
     release = run.release.model_copy(update={"repository": str(place)})
     config = run.model_copy(update={"release": release})
@@ -239,7 +246,7 @@ def publish(
         raise ReleaseError(reason_untrained(config))
     if tested and (withheld := reason_to_withhold(config, task.primary, tested)):
         raise ReleaseError(withheld)
-    return sign_and_publish(
+    manifest = sign_and_publish(
         replace(
             draft_of(name, task, result.origin, compressed, tested), canary=aim_of(run.release)
         ),
@@ -247,6 +254,8 @@ def publish(
         keys=signing,
         created=datetime.now(UTC),
     )
+    push_published(manifest, place, signing, run.release.push)
+    return manifest
 
 
 def _cloud(run: RunConfig, task: Task) -> CloudData | None:

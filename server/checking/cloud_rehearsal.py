@@ -31,6 +31,7 @@ from server.finetune.parallel import device_of
 from server.finetune.rehearse import rehearse
 from server.release.draft import Origin
 from server.release.publish import check_publishable, initialise, publish
+from server.release.push import check_push
 from server.rounds.checkpointing.progress import Progress
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.state import strategy_state_of
@@ -135,6 +136,8 @@ def try_release(state: CheckState) -> StepOutcome:
     if release.repository is not None and release.keys is not None:
         real, real_keys = state.run.path(release.repository), state.run.path(release.keys)
         check_publishable(state.run.model_name, repository=real, keys=real_keys, now=now)
+        if release.push is not None:
+            check_push(real, real_keys, release.push)
     with tempfile.TemporaryDirectory(prefix="fedcore-check-") as folder:
         repository, keys = Path(folder) / "releases", Path(folder) / "keys"
         initialise(repository, keys, now=now)

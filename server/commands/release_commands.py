@@ -15,6 +15,7 @@ from server.api.releases import (
     rotate_keys,
 )
 from server.commands.channel_commands import CHANNEL_VERBS
+from server.commands.copy_commands import COPY_VERBS
 from server.commands.drift_command import drift_command
 from server.commands.release_options import repository_options
 from server.commands.serve_command import serve
@@ -213,6 +214,7 @@ release = group(
         **CHANNEL_VERBS,
         "drift": drift_command,
         "serve": serve,
+        **COPY_VERBS,
         "refresh": Command(
             "Renew signatures before they expire; run it daily, and with --offline once a year.",
             _refresh_arguments,

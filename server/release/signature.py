@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
-import onnxruntime
 
 from fedcore.artifacts.golden import AnyArray, Golden, parse_golden
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray, max_abs_error
 from fedcore.errors import ReleaseError, TrustError
+
+if TYPE_CHECKING:
+    import onnxruntime
 
 _DATATYPES = {
     "tensor(bool)": "BOOL",
@@ -61,6 +64,8 @@ def read_signature(manifest: Manifest, onnx: bytes, golden: bytes) -> ModelSigna
         ReleaseError: the file cannot be run, answers other than its golden outputs, or has another
             form than released models have.
     """
+    import onnxruntime  # here, as it slows other commands down
+
     try:
         stored = parse_golden(golden)
     except TrustError as error:

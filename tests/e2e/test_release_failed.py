@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import torch
 from torch import nn
@@ -14,6 +15,7 @@ from torch.utils.data import TensorDataset
 
 import fedcore
 from fedcore.errors import DiskFull
+from server.release.bucket import Bucket
 from server.release.publish import initialise, registry
 from server.report.folder import is_complete
 
@@ -66,6 +68,33 @@ def test_it_is_resumed_with_or_without_a_release(
     assert (alone.record.unreleased, alone.record.manifest) == ("", None)
     assert is_complete(folder)
     assert (folder / "global.safetensors").read_bytes() == model
+
+
+def test_a_release_that_could_not_be_pushed_is_published_and_says_so(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    initialise(tmp_path / "releases", tmp_path / "keys", now=datetime.now(UTC))
+    release = {
+        "repository": str(tmp_path / "releases"),
+        "keys": str(tmp_path / "keys"),
+        "push": "memory://fleet-of-runs/releases",
+    }
+
+    def cut(*_: Any) -> None:
+        raise ConnectionResetError("cut")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Bucket, "_put", cut)
+        result = fedcore.simulate(
+            TASK, runs=tmp_path / "runs", progress=False, **SETTINGS, release=release
+        )
+    assert result.record.manifest is not None
+    assert "corners version 1 is published in" in result.record.unreleased
+    assert "but was not pushed: memory://fleet-of-runs/releases" in result.record.unreleased
+    done = fedcore.push_release(release["repository"], release["keys"], to=release["push"])
+    assert (done.version, done.repaired, done.unnamed) == (2, (), 0)
+    assert len(done.uploaded) == done.files
+    fsspec.filesystem("memory").rm("/fleet-of-runs", recursive=True)
 
 
 @pytest.mark.parametrize(

@@ -230,6 +230,15 @@ def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
         ("[compression]\ncandidates = ['fp32', 'fp32']", "lists a candidate twice"),
         ("[release]\nkeys = 'keys'", "release.repository and release.keys must be set together"),
         ("[release]\nrepository = 'r'", "release.repository and release.keys must be set together"),
+        ("[release]\npush = 's3://b/p'", "release.push needs release.repository"),
+        (
+            "[release]\nrepository = 'r'\nkeys = 'k'\npush = 's3://me:pw@b/p'",
+            "release.push: The address of a bucket has a user",
+        ),
+        (
+            "[release]\nrepository = 'r'\nkeys = 'k'\npush = 'releases'",
+            "release.push: The address of a bucket: expected one",
+        ),
     ],
 )
 def test_values_that_contradict_each_other_are_refused(
@@ -238,6 +247,11 @@ def test_values_that_contradict_each_other_are_refused(
     message = refused(tmp_path, text)
     assert message.startswith(f"{tmp_path}/run.toml: ")
     assert said in message
+
+
+def test_credentials_in_the_address_of_a_bucket_are_not_repeated(tmp_path: Path) -> None:
+    places = "[release]\nrepository = 'r'\nkeys = 'k'\n"
+    assert "hunter2" not in refused(tmp_path, places + "push = 's3://me:hunter2@bucket/p'")
 
 
 @pytest.mark.parametrize(
