@@ -30,6 +30,7 @@ from fedcore.errors import (
     OwnersBudgetExhausted,
     RoundFailed,
 )
+from fedcore.huge_pages import use_huge_pages
 from fedcore.observability.foreign import foreign
 from fedcore.updates.pack import Layout, Vector
 
@@ -114,10 +115,16 @@ def sendable(weights: Vector) -> Vector:
 
 def joined(parts: Iterable[Vector], size: int) -> Vector:
     """Joins parts into a vector of ``size`` elements that can be sent without another copy."""
-    stream = io.BytesIO()
-    stream.write(vector_header(size))
-    for part in parts:
-        stream.write(np.ascontiguousarray(part, np.float32).view(np.uint8).data)
+    stream = io.BytesIO(bytes(HEADER_BYTES + 4 * size))  # no memory until it is written
+    with stream.getbuffer() as whole:
+        use_huge_pages(whole)
+        whole[:HEADER_BYTES] = vector_header(size)
+        place = HEADER_BYTES
+        for part in parts:
+            raw = np.ascontiguousarray(part, np.float32).view(np.uint8).data
+            whole[place : place + len(raw)] = raw
+            place += len(raw)
+        assert place == len(whole), "parts of a vector of another length"
     return np.frombuffer(stream.getvalue(), np.float32, offset=HEADER_BYTES)
 
 

@@ -17,6 +17,7 @@ from fedcore.updates.messages import (
     array_of,
     check_weights,
     instruction_config,
+    joined,
     read_instruction,
     sendable,
     weights_record,
@@ -121,3 +122,19 @@ def test_weights_that_are_no_float32_vector_are_not_cast(weights: Any) -> None:
     content = RecordDict({ARRAYS: ArrayRecord({MODEL: Array(weights)}), CONFIG: config})
     with pytest.raises(InvalidUpdate, match="not float32"):
         read_instruction(content)
+
+
+@pytest.mark.parametrize("size", [0, 3, 2**21 + 1], ids=["none", "few", "in huge pages"])
+def test_parts_are_joined_to_a_vector_that_is_sent_without_a_copy(size: int) -> None:
+    values = np.arange(size, dtype=np.float32)
+    found = joined(np.split(values, [size // 3, size // 2]), size)
+    assert found.tobytes() == values.tobytes()
+    assert not found.flags.writeable
+    if size:
+        assert weights_record(found)[MODEL].data is found.base
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_parts_of_another_length_are_not_joined(size: int) -> None:
+    with pytest.raises((AssertionError, ValueError)):
+        joined([WEIGHTS], size)
