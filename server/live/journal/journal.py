@@ -105,7 +105,7 @@ class Journal:
         self._over = start.progress.over if start else False
         self._replies: set[tuple[str, int]] = set()
         """(kind, node) of replies that this process accepted or returned in the current round."""
-        self._sweep()
+        self.sweep()
 
     def close(self) -> None:
         """Closes the database, and waits until files that are not needed any more are deleted."""
@@ -136,6 +136,8 @@ class Journal:
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         """Makes a round's outcome durable and drops its cohort and replies. Idempotent.
 
+        The files of large replies stay until `sweep`.
+
         Keeps the signatures of the replies that the round used.
 
         Args:
@@ -164,7 +166,6 @@ class Journal:
         self._on_point(COPIED)
         self._begun, self.round, self._over = True, progress.round, progress.over
         self._replies.clear()
-        self._sweep()
 
     def _history(self, record: RoundRecord) -> list[JournalEntry]:
         """Returns the entries that stay of a round: its record, and the signatures of its replies.
@@ -355,8 +356,11 @@ class Journal:
             return len(cohort_from(entry).nodes)
         return records[-1].cohort if records else None
 
-    def _sweep(self) -> None:
-        """Deletes the files of values that no entry refers to."""
+    def sweep(self) -> None:
+        """Begins to delete the files of values that no entry refers to; call it after a commit.
+
+        Where it is not called, they stay until the journal is opened again.
+        """
         self._blobs.keep_only(values_of(self._entries))
 
 

@@ -146,6 +146,7 @@ def test_equal_values_share_a_file_and_old_ones_go(tmp_path: Path) -> None:
             journal.record_cohort("train", Cohort([4], dict.fromkeys([4], 1)))
             journal.accept(answer(asked(4), number, LARGE))  # the bytes of the round's weights
             journal.commit(progress(number, LARGE), record(number))
+            journal.sweep()
     files = list((tmp_path / "values").iterdir())
     assert len(files) == 2 * 2, "weights and a strategy's moments, of the last two rounds"
 

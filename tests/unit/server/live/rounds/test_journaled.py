@@ -17,11 +17,19 @@ from fedcore.flower.grid import OwnGrid
 from fedcore.flower.identity import assume_identity
 from fedcore.observability import patience
 from fedcore.updates.messages import DECLINED, REFUSED, error_kind
-from server.live.journal.journal import Journal, create, reopen
+from server.live.journal.journal import VALUES, Journal, create, reopen
 from server.live.rounds import journaled as journal_keeper
 from server.live.rounds.journaled import JournalCheckpointer, JournalGrid
+from server.records import RoundRecord
 from server.rounds.cohort import Cohort, Draw
-from tests.unit.server.live.journal.journals import signed
+from tests.unit.server.live.journal.journals import (
+    LARGE,
+    answer,
+    asked,
+    progress,
+    record,
+    signed,
+)
 
 NODES = (4, 5, 6)
 
@@ -272,6 +280,24 @@ def test_who_is_no_member_any_more_is_not_asked(journal: Journal) -> None:
     grid = Rounds(devices, journal, admit=lambda nodes: {*nodes} - {5}, quorum=1.0)
     assert answered(grid.send_and_receive(messages(), timeout=5)) == [4, 6]
     assert devices.asked == [[4, 6]]
+
+
+def test_a_round_is_reported_before_its_updates_are_deleted(
+    tmp_path: Path, journal: Journal
+) -> None:
+    there: list[int] = []
+
+    def report(of: RoundRecord) -> None:
+        there.append(sum(1 for _ in (tmp_path / VALUES).iterdir()))
+
+    keeper = JournalCheckpointer(journal, report=report, deadline_s=1.0)
+    keeper.commit(progress(0), None)
+    keeper.cohort("train", drawing([4]))
+    keeper.accept([answer(asked(4), 0.5, LARGE)])
+    keeper.commit(progress(1), record(1))
+    journal.close()
+    assert there == [1]
+    assert not list((tmp_path / VALUES).iterdir())
 
 
 def test_a_draw_of_nobody_is_kept_as_a_draw(journal: Journal) -> None:
