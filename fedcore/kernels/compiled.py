@@ -10,6 +10,8 @@ from pathlib import Path
 from typing import Any, TypeVar, cast
 
 import numba
+from numba.core import types
+from numba.core.typing.templates import Signature
 
 Function = TypeVar("Function", bound=Callable[..., Any])
 
@@ -17,11 +19,20 @@ unsigned: Any = numba.uint64  # Any, for mypy
 """Converts an index to unsigned. For signed indices, loops test each time for negative ones, which
 count from the end."""
 
+
+def read_only(kind: types.Type, dimensions: int = 1) -> types.Type:
+    """Returns the type of a contiguous array that a loop only reads: also a view of bytes.
+
+    Such views are read-only to NumPy, and need not be aligned.
+    """
+    return types.Array(kind, dimensions, "C", readonly=True, aligned=False)
+
+
 _PARTS = ("compiled.py", "im2col.py", "llvm.py")  # shared by loops in other files
 
 
 def compiled(
-    signature: str, *, fastmath: set[str], shape: object = ()
+    signature: str | Signature, *, fastmath: set[str], shape: object = ()
 ) -> Callable[[Function], Function]:
     """Returns a decorator that compiles a function for these argument types immediately.
 
@@ -29,7 +40,7 @@ def compiled(
     derived from this code. Where the cache cannot be read or written, each process compiles again.
 
     Args:
-        signature: In numba's notation.
+        signature: In numba's notation, or of its types.
         fastmath: LLVM's names for the permitted floating-point assumptions.
         shape: Constants compiled into the function, if several functions share its name: numba's
             own cache confuses these when two processes write at once.

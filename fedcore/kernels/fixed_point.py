@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import numpy as np
+from numba.core import types
 from numpy.typing import NDArray
 
-from fedcore.kernels.compiled import compiled, unsigned
+from fedcore.kernels.compiled import compiled, read_only, unsigned
 
 _PART = 4096  # entries of a total that fit into a core's L1 cache
 
 
-@compiled("void(float32[:, ::1], float64[::1], int64[::1])", fastmath=set())
+@compiled(
+    types.void(read_only(types.float32, 2), types.float64[::1], types.int64[::1]), fastmath=set()
+)
 def add_scaled(
     rows: NDArray[np.float32], factors: NDArray[np.float64], total: NDArray[np.int64]
 ) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -16,8 +16,16 @@ from fedcore.updates.pack import LARGEST_WHOLE, Vector
 _CHUNK = 1 << 16  # elements: float64 temporaries stay in the cache
 
 
+COMPILED_FROM = 2**22
+"""Length of vectors from which on a compiled loop measures them, or adds them up. The loops need
+numba, whose import takes half a second and 105 MB. It should not be during a round."""
+
+
+_Measured = Callable[[Vector, Vector], tuple[float, float]]
+
+
 class _Squared:
-    """Computes squared distances of short vectors in buffers that are allocated once.
+    """Measures short vectors in buffers that are allocated once.
 
     If each call allocated memory, the kernel would map and zero it each time, which takes longer
     than the arithmetic.
@@ -26,6 +34,10 @@ class _Squared:
     def __init__(self) -> None:
         self._gap = np.empty(_CHUNK, np.float32)
         self._wide = np.empty(_CHUNK, np.float64)
+
+    def measure(self, one: Vector, other: Vector) -> tuple[float, float]:
+        """Returns the squared distance of two vectors, and the largest magnitude in ``one``."""
+        return self.distance(one, other), largest_magnitude(one)
 
     def distance(self, one: Vector, other: Vector) -> float:
         """Returns the squared L2 distance of two float32 vectors of at most `_CHUNK` elements.
@@ -45,6 +57,25 @@ class _Squared:
         return found
 
 
+def _measured(size: int) -> _Measured:
+    """Returns what measures short parts of a vector of ``size`` elements, compiled if it is long.
+
+    Both ways give the same bits.
+    """
+    plain = _Squared().measure
+    if size < COMPILED_FROM:
+        return plain
+    from fedcore.kernels.distance import SquaredDistance
+
+    compiled = SquaredDistance().measure
+
+    def measured(one: Vector, other: Vector) -> tuple[float, float]:
+        found = compiled(one, other)
+        return found if math.isfinite(found[0]) else plain(one, other)
+
+    return measured
+
+
 def measure(
     parts: Iterable[NDArray[Any]], base: Vector | None, *, floats: int, where: str
 ) -> tuple[float | None, Sequence[float]]:
@@ -60,16 +91,21 @@ def measure(
     sums: list[float] = []
     peaks: list[float] = []
     place = 0
-    squared = _Squared()
+    measured = _measured(0 if base is None else len(base))
     with np.errstate(over="ignore", invalid="ignore"):  # non-finite values raise below
         for part in parts:
-            peaks.append(largest_magnitude(part))
-            first = max(0, floats - place)
+            first, own = min(max(0, floats - place), len(part)), list[float]()
             _check_integers(part[first:], where)
-            for start in range(0, min(first, len(part)) if base is not None else 0, _CHUNK):
-                piece = part[start : min(start + _CHUNK, first)]
+            compared = first if base is not None else 0
+            for start in range(0, compared, _CHUNK):
+                piece = part[start : min(start + _CHUNK, compared)]
                 sent = base[place + start : place + start + len(piece)]  # type: ignore[index]
-                sums.append(squared.distance(piece, sent))
+                squared, peak = measured(piece, sent)
+                sums.append(squared)
+                own.append(peak)
+            if compared < len(part):
+                own.append(largest_magnitude(part[compared:]))
+            peaks.append(max(own) if all_finite(own) else math.nan)
             place += len(part)
     # In float64 no sum of squares of finite float32 values overflows.
     if not all_finite(peaks):

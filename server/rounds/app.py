@@ -23,10 +23,12 @@ from fedcore.seeds import Randomness
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, build_model, load_preprocess, warm_start
 from fedcore.training.evaluate import measure, output_shape
+from fedcore.updates.distance import COMPILED_FROM
 from fedcore.updates.frozen import load_frozen
 from fedcore.updates.local import local_tensors
 from fedcore.updates.pack import layout_of, unpack
 from server.cloud import CloudData
+from server.process.memory import loading
 from server.records import RoundRecord
 from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpointer
 from server.rounds.checkpointing.progress import Start
@@ -104,6 +106,9 @@ def server_app(
     @app.main()
     def main(grid: Grid, context: Context) -> None:
         model = build_model(task, run)
+        size = layout_of(model.model).size
+        if peers is not None and size >= COMPILED_FROM:  # no round should wait for it
+            _load_loops()
         if run.private and start is None:
             # Imported here: Opacus takes seconds to import, which a resuming server does not need.
             from fedcore.privacy.layers import check_layers
@@ -118,7 +123,7 @@ def server_app(
             run,
             strategy,
             cohort=cohort,
-            size=layout_of(model.model).size,
+            size=size,
             name_of=client_name or (peers or NumberedPeers()).client,
             distil=distiller_of(task, run, model, cloud),
         )
@@ -158,6 +163,13 @@ def server_app(
         listener.on_end(Outcome(model.eval(), federated))
 
     return app
+
+
+def _load_loops() -> None:
+    """Loads the compiled loops for large updates; compiles them where that was never done."""
+    with loading():
+        import fedcore.kernels.distance
+        import fedcore.kernels.fixed_point  # noqa: F401
 
 
 def _outputs(task: Task, model: FullModel, run: RunConfig) -> tuple[int, ...]:

@@ -147,3 +147,32 @@ def test_long_rows_give_the_bits_of_one_after_the_other_too(size: int) -> None:
     compiled.add_rows(rows, weights, add_scaled)
     assert together.mean().tobytes() == alone.mean().tobytes()
     assert compiled.mean().tobytes() == alone.mean().tobytes()
+
+
+@given(
+    st.integers(3, 5000),
+    st.integers(0, 2**32 - 1),
+    st.lists(HEAVY, min_size=1, max_size=4),
+    st.sampled_from([1.0, 2.0**20, 2.0**60]),
+)
+def test_compiled_sums_of_parts_have_the_bits_of_numpy(
+    size: int, seed: int, weights: list[int], scale: float
+) -> None:
+    rng = np.random.default_rng(seed)
+    weights = [weight % 2**17 + 1 for weight in weights] if scale == 1.0 else weights
+    updates = rng.normal(scale=scale, size=(len(weights), size)).astype(np.float32)
+    numpy, compiled = ExactMean(size), ExactMean(size, add_scaled)
+    for update, weight in zip(updates, weights, strict=True):
+        raw = update.tobytes()
+        read = [np.frombuffer(raw[: size // 3 * 4], np.float32)]
+        read += [np.frombuffer(raw, np.float32, offset=size // 3 * 4)]
+        numpy.add(update, weight)
+        compiled.add_parts(lambda read=read: read, weight)  # type: ignore[misc]
+    assert compiled.mean().tobytes() == numpy.mean().tobytes()
+    peaks = [float(np.abs(updates[0]).max())]
+    if scale == 1.0:  # neither sum has a second limb
+        for mean in (numpy, compiled):
+            mean.subtract(lambda: updates[:1], weights[0], peaks=peaks)
+        assert [limb.tobytes() for limb in compiled._limbs] == [
+            limb.tobytes() for limb in numpy._limbs
+        ]

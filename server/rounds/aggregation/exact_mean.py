@@ -46,7 +46,12 @@ class ExactMean:
         rounding to float32.
     """
 
-    def __init__(self, size: int) -> None:
+    def __init__(self, size: int, add_scaled: AddScaled | None = None) -> None:
+        """Starts an empty sum of vectors of ``size`` elements.
+
+        ``add_scaled`` is a faster implementation for vectors in contiguous parts; NumPy when None.
+        """
+        self._compiled = add_scaled
         self._limbs: list[NDArray[np.int64]] = [np.zeros(size, np.int64)]
         """Limbs of the sum: each counts ``2**(32 * index)``, in units of `STEP`."""
         self._bounds = [0]
@@ -177,6 +182,9 @@ class ExactMean:
 
     def _add_ordinary(self, parts: Parts, factor: float, peak: float) -> None:
         """Adds a vector to the first limb, which has room for products of magnitude ``peak``."""
+        if self._compiled is not None:
+            self._add_compiled(self._compiled, parts, factor)
+            return
         start = 0
         # Allocated once: otherwise the kernel maps and zeroes new pages for each part.
         products = np.empty(min(_CHUNK, len(self._limbs[0])), np.float64)
@@ -196,6 +204,13 @@ class ExactMean:
                 self._limbs[0][start : start + len(piece)] += added
                 start += len(piece)
         assert start == len(self._limbs[0]), "parts of a vector of another length"
+
+    def _add_compiled(self, add_scaled: AddScaled, parts: Parts, factor: float) -> None:
+        start, factors, total = 0, np.array([factor]), self._limbs[0]
+        for part in parts():
+            add_scaled(part[None], factors, total[start : start + len(part)])
+            start += len(part)
+        assert start == len(total), "parts of a vector of another length"
 
     def _add_scaled(
         self, rows: NDArray[np.float32], factors: NDArray[np.float64], bound: float

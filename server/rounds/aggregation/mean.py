@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import threading
 
-from server.rounds.aggregation.exact_mean import ExactMean, Parts
+from fedcore.updates.distance import COMPILED_FROM
+from server.rounds.aggregation.exact_mean import AddScaled, ExactMean, Parts
 from server.rounds.aggregation.interface import Aggregate, WeightedUpdate
 
 _TOUCHED = 2**19
@@ -26,7 +27,7 @@ class StreamedMean:
 
         Meanwhile a thread allocates the memory of a large sum.
         """
-        made = cls(ExactMean(size))
+        made = cls(ExactMean(size, _add_scaled() if size >= COMPILED_FROM else None))
         if size >= _TOUCHED:
             made._touching = threading.Thread(target=made.total.touch, name="touching", daemon=True)
             made._touching.start()
@@ -73,3 +74,9 @@ class StreamedMean:
         if self._touching is not None:
             self._touching.join()
             self._touching = None
+
+
+def _add_scaled() -> AddScaled:
+    from fedcore.kernels.fixed_point import add_scaled
+
+    return add_scaled
