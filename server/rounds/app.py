@@ -105,10 +105,7 @@ def server_app(
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        model = build_model(task, run)
-        size = layout_of(model.model).size
-        if peers is not None and size >= COMPILED_FROM:  # no round should wait for it
-            _load_loops()
+        model = _built(task, run, live=peers is not None)
         if run.private and start is None:
             # Imported here: Opacus takes seconds to import, which a resuming server does not need.
             from fedcore.privacy.layers import check_layers
@@ -123,7 +120,7 @@ def server_app(
             run,
             strategy,
             cohort=cohort,
-            size=size,
+            size=layout_of(model.model).size,
             name_of=client_name or (peers or NumberedPeers()).client,
             distil=distiller_of(task, run, model, cloud),
         )
@@ -165,11 +162,14 @@ def server_app(
     return app
 
 
-def _load_loops() -> None:
-    """Loads the compiled loops for large updates; compiles them where that was never done."""
-    with loading():
-        import fedcore.kernels.distance
-        import fedcore.kernels.fixed_point  # noqa: F401
+def _built(task: Task, run: RunConfig, *, live: bool) -> FullModel:
+    """Builds the model; also loads the compiled loops for a live run's updates if it is large."""
+    model = build_model(task, run)
+    if live and layout_of(model.model).size >= COMPILED_FROM:
+        with loading():  # now, as no round should wait for it
+            import fedcore.kernels.distance
+            import fedcore.kernels.fixed_point  # noqa: F401
+    return model
 
 
 def _outputs(task: Task, model: FullModel, run: RunConfig) -> tuple[int, ...]:

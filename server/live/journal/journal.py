@@ -136,9 +136,7 @@ class Journal:
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         """Makes a round's outcome durable and drops its cohort and replies. Idempotent.
 
-        The files of large replies stay until `sweep`.
-
-        Keeps the signatures of the replies that the round used.
+        Keeps the signatures of the replies that the round used, and all files until `sweep`.
 
         Args:
             progress: State after the round, or before the first one.
@@ -357,10 +355,7 @@ class Journal:
         return records[-1].cohort if records else None
 
     def sweep(self) -> None:
-        """Begins to delete the files of values that no entry refers to; call it after a commit.
-
-        Where it is not called, they stay until the journal is opened again.
-        """
+        """Begins to delete the files of values that no entry refers to, as after a commit."""
         self._blobs.keep_only(values_of(self._entries))
 
 

@@ -22,14 +22,7 @@ from server.live.rounds import journaled as journal_keeper
 from server.live.rounds.journaled import JournalCheckpointer, JournalGrid
 from server.records import RoundRecord
 from server.rounds.cohort import Cohort, Draw
-from tests.unit.server.live.journal.journals import (
-    LARGE,
-    answer,
-    asked,
-    progress,
-    record,
-    signed,
-)
+from tests.unit.server.live.journal.journals import LARGE, answer, asked, progress, record, signed
 
 NODES = (4, 5, 6)
 

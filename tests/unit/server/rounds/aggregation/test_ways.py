@@ -13,6 +13,7 @@ from flwr.app import Message, RecordDict
 from fedcore.flower.identity import assume_identity
 from fedcore.updates.messages import ARRAYS, METRICS, MODEL, Update, update_content
 from fedcore.updates.replies import ArraySpec, ReplySpec, read_reply
+from server.rounds.aggregation import mean
 from server.rounds.aggregation.bounded_mean import BoundedMean
 from server.rounds.aggregation.exact_mean import ExactMean
 from server.rounds.aggregation.held import HeldUpdates
@@ -116,3 +117,10 @@ def test_a_sum_of_workers_is_taken_over_and_not_added_to_zeros() -> None:
     total.merge(StreamedMean(worker))
     found = total.result().mean
     assert found is worker
+
+
+def test_a_long_sum_is_compiled_and_has_the_same_bits(monkeypatch: pytest.MonkeyPatch) -> None:
+    expected = bits(aggregated(WAYS["awaiting"], [[1, 2, 3, 4]]))
+    monkeypatch.setattr(mean, "COMPILED_FROM", SIZE)
+    assert StreamedMean.awaiting(SIZE).total._compiled is not None
+    assert bits(aggregated(WAYS["awaiting"], [[1, 2, 3, 4]])) == expected
