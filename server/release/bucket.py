@@ -93,8 +93,10 @@ class Bucket:
         """
         told = self._told(kept=False)
         condition: dict[str, str] = {}
-        if told:  # S3, and stores that speak its protocol
-            condition = {"IfNoneMatch": "*"} if before is None else {"IfMatch": f'"{before.etag}"'}
+        if told and before is None:  # S3, and stores that speak its protocol
+            condition = {"IfNoneMatch": "*"}
+        elif told and before is not None and before.etag:
+            condition = {"IfMatch": f'"{before.etag}"'}
         with self._errors("write to"):
             try:
                 self._put(name, data, {**told, **condition})
