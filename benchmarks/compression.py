@@ -24,7 +24,7 @@ from benchmarks.systems import ROOT
 from fedcore.config.run import CANDIDATES
 from fedcore.errors import CompressionError
 from fedcore.files import write_json
-from server.compression.compress import Compressed
+from server.compression.compressed import Compressed
 from server.compression.runtime import answers, open_session
 
 _EXAMPLE = ROOT / "examples" / "digits"

@@ -80,7 +80,7 @@ if TYPE_CHECKING:
     from server.api.simulation import simulate
     from server.api.steps import compress, finetune, publish
     from server.checking.findings import TaskCheck
-    from server.compression.compress import Compressed
+    from server.compression.compressed import Compressed
     from server.delivery.drift import DeviceShift, ModelDrift
     from server.evaluation import ClientScores, Evaluation, MetricSpread
     from server.finetune.launch import Finetuned
@@ -122,7 +122,7 @@ _LAZY = {
     "ClientSettings": "fedcore.config.client_settings",
     "ClientUpdate": "fedcore.task.algorithm",
     "ComparedRuns": "server.report.compared",
-    "Compressed": "server.compression.compress",
+    "Compressed": "server.compression.compressed",
     "DeviceShift": "server.delivery.drift",
     "DeviceStatus": "server.live.operators.server_client",
     "EdgeModel": "edge_client.model",

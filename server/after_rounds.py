@@ -28,7 +28,8 @@ from fedcore.observability.words import figure
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, checkpoint_bytes
 from server.cloud import CloudData
-from server.compression.compress import Compressed, compress
+from server.compression.compress import compress
+from server.compression.compressed import Compressed
 from server.compression.draft import draft_of
 from server.final_scores import ModelOf, answers_of_chosen, client_tests, final_scores
 from server.finetune.gate_note import gate_note

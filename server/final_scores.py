@@ -12,7 +12,7 @@ from fedcore.task.definition import Examples, Task, size_of
 from fedcore.task.measured import measure_outputs
 from fedcore.task.model import FullModel
 from fedcore.training.evaluate import evaluate, outputs_of
-from server.compression.compress import Compressed
+from server.compression.compressed import Compressed
 from server.compression.runtime import answers, open_session
 from server.records import ClientTestRecord
 from server.release.final_test import FinalTest, Scores

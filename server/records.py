@@ -254,6 +254,8 @@ class CandidateRecord:
     clients_drop: float | None = None
     """Upper bound, at 95 % confidence, on how much worse than fp32 the metric is on data that
     clients hold back; None if no client evaluated the candidate."""
+    missed: tuple[str, ...] = ()
+    """Names of the limits that it misses; empty if it was admitted, or could not be built."""
 
 
 @dataclass(frozen=True)

@@ -14,9 +14,10 @@ from fedcore.errors import ConfigError, ResourceError
 from fedcore.observability.words import counted, figure
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel
-from server.compression.compress import Compressed
+from server.compression.compressed import Compressed
 from server.records import ClientRecord, RoundRecord, RunRecord
 from server.release.draft import Origin
+from server.report.notebook import Plot
 
 
 @dataclass(frozen=True)
@@ -71,13 +72,6 @@ class History:
             ) from None
         rows = self.rows()
         return pandas.DataFrame(rows).set_index("round") if rows else pandas.DataFrame()
-
-
-class Plot(str):
-    """The text of an ``<svg>`` element, which a notebook renders."""
-
-    def _repr_html_(self) -> str:
-        return str(self)
 
 
 @dataclass(frozen=True, repr=False)

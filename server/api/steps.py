@@ -30,8 +30,8 @@ from server.api.arguments import (
 )
 from server.api.result import Result
 from server.cloud import CloudData, cloud_data_of
-from server.compression.compress import Compressed
 from server.compression.compress import compress as make_candidates
+from server.compression.compressed import Compressed
 from server.compression.draft import draft_of
 from server.final_scores import answers_of_chosen, final_scores
 from server.finetune.gate_note import gate_note

@@ -17,7 +17,7 @@ from server.checking.findings import Place
 from server.checking.looking import DataFault, Expected
 from server.checking.progress import Tell
 from server.checking.selection import Asked
-from server.compression.compress import Compressed
+from server.compression.compressed import Compressed
 
 MOST_EXAMPLES = 64
 """Examples that one client trains on in a check, unless a batch is larger."""

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import replace
 
 from fedcore.config.run import Compression
@@ -19,6 +19,8 @@ _UNJUDGED = (
     "signed (finetune.judge = 'cloud' lets the cloud judge)"
 )
 _LIMITS = ("max_accuracy_drop", "min_agreement", "max_bytes", "max_p50_us")
+_Missed = dict[str, str]
+"""What a candidate misses: by the name of the limit, in words."""
 
 
 def choose(
@@ -30,7 +32,7 @@ def choose(
     others meets ``max_bytes``.
 
     Args:
-        records: The measured candidates, fp32 among them; ``admitted`` and ``reason`` are ignored.
+        records: The measured candidates, fp32 among them; their verdicts are ignored.
         limits: ``max_accuracy_drop``, ``min_agreement``, ``max_slowdown``, ``max_bytes``,
             ``max_p50_us``.
         unjudged: Candidates that were trained on the cloud's data where clients judge such models,
@@ -43,29 +45,19 @@ def choose(
     Raises:
         CompressionError: no candidate meets every limit.
     """
-    missed = {
-        record.name: [*_missed(record, limits), *([_UNJUDGED] if record.name in unjudged else [])]
-        for record in records
-    }
+    missed = {record.name: _missed(record, limits, unjudged) for record in records}
     admitted = [record for record in records if not missed[record.name]]
     if not admitted:
-        verdicts = "; ".join(f"{name}: {' and '.join(why)}" for name, why in missed.items())
-        keys = [
-            key for key in _LIMITS if any(key in line for why in missed.values() for line in why)
-        ]
-        raise CompressionError(
-            f"no candidate meets the limits of [compression]: {verdicts}. Nothing was released; "
-            f"relax {' or '.join(keys)}, or train a smaller model."
-        )
+        raise _none_left(missed)
     most = limits.max_slowdown
     slower = {each.name: times for each in records if (times := _slower(each, records, most))}
     fast = [record for record in admitted if record.name not in slower]
     for record in admitted if fast else ():
         if record.name in slower:
-            missed[record.name] = [
+            missed[record.name]["max_slowdown"] = (
                 f"takes {slower[record.name]}, more than max_slowdown = {most:g}, and no limit on "
                 "bytes asks for it"
-            ]
+            )
     best = min(fast or admitted, key=lambda record: (record.bytes, record.p50_us))
     though = slower_note(best, records)
     judged = tuple(_judged(record, best, missed[record.name], though) for record in records)
@@ -76,6 +68,15 @@ def slower_note(chosen: CandidateRecord, records: Sequence[CandidateRecord]) -> 
     """Says that a chosen candidate is slower than fp32; empty if it is not, or hardly."""
     times = _slower(chosen, records, _UNNOTED)
     return times and f"though it takes {times}"
+
+
+def _none_left(missed: Mapping[str, _Missed]) -> CompressionError:
+    verdicts = "; ".join(f"{name}: {' and '.join(why.values())}" for name, why in missed.items())
+    keys = [key for key in _LIMITS if any(key in why for why in missed.values())]
+    return CompressionError(
+        f"no candidate meets the limits of [compression]: {verdicts}. Nothing was released; "
+        f"relax {' or '.join(keys)}, or train a smaller model."
+    )
 
 
 def _slower(record: CandidateRecord, records: Sequence[CandidateRecord], most: float) -> str:
@@ -89,29 +90,33 @@ def _slower(record: CandidateRecord, records: Sequence[CandidateRecord], most: f
     )
 
 
-def _missed(record: CandidateRecord, limits: Compression) -> list[str]:
+def _missed(record: CandidateRecord, limits: Compression, unjudged: Collection[str]) -> _Missed:
     """Describes each limit that a candidate misses, and by how much."""
     most, least = limits.max_accuracy_drop, limits.min_agreement
-    found = _missed_drop(record, most)
+    found: _Missed = {}
+    if dropped := _missed_drop(record, most):
+        found["max_accuracy_drop"] = dropped
     if not record.agreement >= least - _ROUNDING:  # `not >=` also rejects NaN
-        found.append(
+        found["min_agreement"] = (
             f"agrees with fp32 to {record.agreement:.4g} on the cloud's held-out data, less than "
             f"min_agreement = {least:g}"
         )
     if limits.max_bytes is not None and record.bytes > limits.max_bytes:
-        found.append(
+        found["max_bytes"] = (
             f"takes {record.bytes} bytes, {record.bytes - limits.max_bytes} more than max_bytes = "
             f"{limits.max_bytes}"
         )
     if limits.max_p50_us is not None and record.p50_us > limits.max_p50_us:
-        found.append(
+        found["max_p50_us"] = (
             f"takes {record.p50_us:.1f} us, {record.p50_us - limits.max_p50_us:.1f} more than "
             f"max_p50_us = {limits.max_p50_us:g}"
         )
+    if record.name in unjudged:
+        found["finetune.judge"] = _UNJUDGED
     return found
 
 
-def _missed_drop(record: CandidateRecord, most: float) -> list[str]:
+def _missed_drop(record: CandidateRecord, most: float) -> str:
     """Describes a drop beyond the limit: on the cloud's held-out data, on clients', or possible."""
     found = []
     if not record.drop <= most + _ROUNDING:
@@ -130,19 +135,20 @@ def _missed_drop(record: CandidateRecord, most: float) -> list[str]:
             f"may drop up to {bound:.4g} at 95 % confidence, judged by {record.evidence}, more "
             f"than max_accuracy_drop = {most:g} (more held-out data narrow it: finetune.holdout)"
         )
-    return found
+    return " and ".join(found)
 
 
 def _judged(
-    record: CandidateRecord, best: CandidateRecord, missed: list[str], though: str
+    record: CandidateRecord, best: CandidateRecord, missed: _Missed, though: str
 ) -> CandidateRecord:
+    verdict = replace(record, admitted=not missed, missed=tuple(missed))
     if missed:
-        return replace(record, admitted=False, reason=f"refused: {' and '.join(missed)}")
+        return replace(verdict, reason=f"refused: {' and '.join(missed.values())}")
     if record is best:
         reason = f"chosen: the smallest that meets the limits{though and f', {though}'}"
-        return replace(record, admitted=True, reason=reason)
+        return replace(verdict, reason=reason)
     if record.bytes == best.bytes:
         reason = f"as small as {best.name}, but not faster"
     else:
         reason = f"{record.bytes / best.bytes:.3g} times the bytes of {best.name}"
-    return replace(record, admitted=True, reason=f"admitted: {reason}")
+    return replace(verdict, reason=f"admitted: {reason}")

@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +18,6 @@ from numpy.typing import NDArray
 from torch import nn
 
 from fedcore.artifacts.golden import Golden
-from fedcore.artifacts.manifest import MissingAllowed, Parity
 from fedcore.artifacts.parity import FloatArray, max_abs_error
 from fedcore.config.run import RunConfig
 from fedcore.errors import CompressionError, FedcoreError, ParityError, TaskError
@@ -31,6 +30,7 @@ from fedcore.task.model import checkpoint_bytes
 from server.cloud import CloudData
 from server.compression.candidates import ALL, FP32, Candidate, Material
 from server.compression.choose import choose, slower_note
+from server.compression.compressed import Compressed
 from server.compression.evaluated import (
     Evaluated,
     LossBounds,
@@ -56,43 +56,6 @@ QUANTISED = 0.05
 Processors round 8-bit products differently, and one activation step shifts later layers. A
 processor that saturates where this one didn't exceeds the tolerance, and must not serve the
 model."""
-
-
-@dataclass(frozen=True, kw_only=True)
-class Compressed:
-    """The result of compression: all candidates, the choice, and what a release needs of it.
-
-    Example::
-
-        compressed = fedcore.compress(task, "run.toml", result.model)
-        for each in compressed.records:
-            print(each.name, each.bytes, each.p50_us, each.reason)
-        Path("model.onnx").write_bytes(compressed.files[compressed.chosen])
-    """
-
-    records: tuple[CandidateRecord, ...]
-    """All configured candidates; one that couldn't be built is rejected and has NaN figures."""
-    chosen: str
-    files: Mapping[str, bytes] = field(repr=False)
-    """The ONNX file of every candidate that was built, by name."""
-    torch_p50_us: float
-    """Median time in microseconds of one inference of the uncompressed model in torch, on one
-    thread."""
-    parity: Parity
-    """Parity of the chosen candidate."""
-    golden: Golden
-    """Synthetic inputs, and the chosen file's outputs for them, computed one input at a time (see
-    `server.compression.golden`), with the reference that devices compare what they serve with."""
-    golden_tolerance: float
-    """Largest absolute difference from the golden outputs allowed on a device."""
-    calibration: str
-    """Data that quantisation and pruning of the chosen candidate used, or ``none``."""
-    missing: MissingAllowed | None = None
-    """Positions of an input that may be NaN, see `server.compression.missing`."""
-    notes: tuple[str, ...]
-    """Notes for readers of the report, one sentence each."""
-    source_sha256: str
-    """SHA-256 of the compressed model's checkpoint."""
 
 
 def compress(
@@ -174,14 +137,10 @@ def compress(
         records=records,
         chosen=chosen,
         files=files,
+        primary=task.primary.name,
         torch_p50_us=timings[TORCH].p50_us,
         parity=parity_of(of[chosen], of[FP32.name], task.primary if cloud else None),
-        golden=replace(
-            stored(golden, released.golden, seed=run.seed),
-            reference=reference_of(task, cloud.train, released.heldout, seed=run.seed)
-            if cloud
-            else None,
-        ),
+        golden=_stored(material, golden, released, cloud),
         golden_tolerance=allowed,
         missing=missing_in_file(
             released.built.reference,
@@ -215,6 +174,16 @@ def _golden_of(material: Material) -> NDArray[Any]:
         count=golden_count(task.example_input.nbytes, outputs[0].nbytes),
         named=task.named_inputs,
     )
+
+
+def _stored(
+    material: Material, golden: NDArray[Any], released: Evaluated, cloud: CloudData | None
+) -> Golden:
+    """Returns the golden inputs and outputs of a release, with its reference if there are data."""
+    seed, reference = material.run.seed, None
+    if cloud is not None:
+        reference = reference_of(material.task, cloud.train, released.heldout, seed=seed)
+    return replace(stored(golden, released.golden, seed=seed), reference=reference)
 
 
 def _evaluate_candidates(

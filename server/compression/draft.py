@@ -6,7 +6,7 @@ from fedcore.artifacts.golden import golden_bytes
 from fedcore.artifacts.manifest import Lineage, TestStatement
 from fedcore.artifacts.presentation import presentation_of
 from fedcore.task.definition import Task
-from server.compression.compress import Compressed
+from server.compression.compressed import Compressed
 from server.release.draft import Draft, Origin
 from server.release.named import named_tensors
 

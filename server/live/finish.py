@@ -18,7 +18,13 @@ from typing import Annotated, TypeVar
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, golden_bytes, parse_golden
-from fedcore.artifacts.manifest import MAX_MODEL_BYTES, Digest, Manifest, Parity
+from fedcore.artifacts.manifest import (
+    MAX_MODEL_BYTES,
+    Digest,
+    Manifest,
+    MissingAllowed,
+    Parity,
+)
 from fedcore.config.run import RunConfig
 from fedcore.config.section import Section
 from fedcore.errors import DataError, ReleaseError
@@ -34,7 +40,8 @@ from fedcore.task.model import (
 )
 from server.after_rounds import FederatedModel, StageFunctions, StageLog, after_rounds
 from server.cloud import CloudData
-from server.compression.compress import Compressed, compress
+from server.compression.compress import compress
+from server.compression.compressed import Compressed
 from server.finetune.launch import Finetuned, fine_tune
 from server.live.resume import STEPS
 from server.preflight import read_for_release
@@ -83,6 +90,7 @@ class _CompressNote(_StepNote):
     golden: Digest
     golden_tolerance: float
     calibration: str
+    missing: MissingAllowed | None = None
     notes: tuple[str, ...]
 
 
@@ -231,7 +239,8 @@ def _compressed(
     origin = _origin(model, run.finetune, run.compression, run.serving)
     noted = _noted(folder / _COMPRESS, _CompressNote, origin)
     source = sha256_hex(checkpoint_bytes(model))
-    done = _read_compressed(folder, noted, source) if noted is not None else None
+    primary = task.primary.name
+    done = _read_compressed(folder, noted, source, primary) if noted is not None else None
     if done is not None:
         return done
     done = compress(
@@ -251,13 +260,16 @@ def _compressed(
         golden=sha256_hex(golden),
         golden_tolerance=done.golden_tolerance,
         calibration=done.calibration,
+        missing=done.missing,
         notes=done.notes,
     )
     _write(folder / _COMPRESS, note)
     return done
 
 
-def _read_compressed(folder: Path, noted: _CompressNote, source: str) -> Compressed | None:
+def _read_compressed(
+    folder: Path, noted: _CompressNote, source: str, primary: str
+) -> Compressed | None:
     """Loads the stored result of compression; returns None if one of its files is damaged."""
     golden = _whole(folder / _GOLDEN, noted.golden, MAX_GOLDEN_BYTES)
     built = [one for one in noted.records if one.sha256]
@@ -275,6 +287,8 @@ def _read_compressed(folder: Path, noted: _CompressNote, source: str) -> Compres
         golden=parse_golden(golden),
         golden_tolerance=noted.golden_tolerance,
         calibration=noted.calibration,
+        missing=noted.missing,
+        primary=primary,
         notes=noted.notes,
         source_sha256=source,
     )

@@ -7,6 +7,8 @@ from typing import Any
 
 from server.records import RunRecord
 from server.report import plots, sections
+from server.report.candidates_plot import candidates_plot
+from server.report.choice import why_chosen
 from server.report.client_plot import clients_plot
 from server.report.final_test import (
     calibration_plot,
@@ -48,6 +50,7 @@ def report_html(record: RunRecord, summary: Mapping[str, Any]) -> str:
         training=sections.training(record),
         rounds=sections.rounds_table(record),
         candidates=sections.candidates_table(record),
+        choice=why_chosen(record.candidates, record.chosen, primary=record.primary),
         clients=sections.clients_table(record),
         lineage=sections.lineage(record),
         manifest=sections.manifest_table(record),
@@ -67,9 +70,7 @@ def _plots(record: RunRecord) -> dict[str, DrawnPlot | None]:
     rounds = plots.rounds_plot(
         record.rounds, primary=primary, higher_is_better=higher, best_round=record.best_round
     )
-    candidates = plots.candidates_plot(
-        record.candidates, primary=primary, higher_is_better=higher, chosen=record.chosen
-    )
+    candidates = candidates_plot(record.candidates, primary=primary, chosen=record.chosen)
     clients = clients_plot(record.clients, primary=primary, higher_is_better=higher)
     return {
         "calibration_plot": drawn(
@@ -89,8 +90,10 @@ def _plots(record: RunRecord) -> dict[str, DrawnPlot | None]:
         ),
         "candidates_plot": drawn(
             candidates,
-            f"The {primary} on the cloud's held-out data against the time of one inference. "
-            "The larger the marker, the more bytes; hollow ones were refused.",
+            "Bytes of each candidate against the time of one inference, and beside its name the "
+            f"{primary} on the cloud's held-out data. The line joins the candidates within the "
+            "limits that no other one beats in both; grey ones are beaten, hollow ones were "
+            "refused by the limits named.",
         ),
         "clients_plot": drawn(
             clients,

@@ -6,32 +6,26 @@ epsilon.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping, Sequence
 from itertools import accumulate
 
-import numpy as np
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import FuncFormatter, LogLocator, NullFormatter, NullLocator
-from matplotlib.transforms import Bbox
-from numpy.typing import NDArray
+from matplotlib.ticker import FuncFormatter
 
 from fedcore.observability.words import bytes_text, figure
-from server.records import CandidateRecord, RoundRecord
+from server.records import RoundRecord
 from server.report.axes import metric_label, plain_numbers, round_axis
 from server.report.summary import MODELS
 from server.report.svg import (
     BLUE,
     GREEN,
     HEIGHT_IN,
-    INK,
     MUTED,
     ORANGE,
     PURPLE,
     draw,
     drawable,
-    shortened,
 )
 
 
@@ -140,152 +134,6 @@ def bytes_plot(rounds: Sequence[RoundRecord]) -> str | None:
         round_axis(axes, rounds)
 
     return draw("bytes", "Bytes sent by round, up and down", paint, HEIGHT_IN)
-
-
-def candidates_plot(
-    candidates: Sequence[CandidateRecord],
-    *,
-    primary: str,
-    higher_is_better: bool,
-    chosen: str | None,
-) -> str | None:
-    """Plots each candidate's metric against p50 latency; marker area grows with file size."""
-    shown = [c for c in candidates if drawable(c.metric) and drawable(c.p50_us) and c.p50_us > 1e-6]
-    if not shown:
-        return None
-    largest = max(1, *(c.bytes for c in shown))
-
-    def paint(on: Figure) -> None:
-        axes = on.subplots()
-        axes.set_xscale("log")
-        for candidate in shown:
-            colour = ORANGE if candidate.name == chosen else BLUE
-            axes.plot(_bar(candidate), [candidate.metric] * 2, color=colour, linewidth=1.5)
-            axes.scatter(
-                [candidate.p50_us],
-                [candidate.metric],
-                s=40 + 300 * candidate.bytes / largest,
-                facecolor=colour if candidate.admitted else "white",
-                edgecolor=colour,
-                linewidth=1.5,
-                alpha=0.9,
-                zorder=3,
-            )
-        _log_times(axes, [c.p50_us for c in shown])
-        axes.margins(y=0.25)
-        plain_numbers(axes, "y")
-        metric_label(axes, "y", primary, higher_is_better)
-        axes.set_xlabel("p50 latency, \N{MICRO SIGN}s (bar: medians of repeated blocks)")
-        _label_points(on, axes, shown, chosen)
-
-    return draw("candidates", f"Candidates: {primary} against latency", paint, 1.15 * HEIGHT_IN)
-
-
-def _log_times(axes: Axes, times_us: Sequence[float]) -> None:
-    """Sets limits that span at least a factor of six, and ticks such as 10, 20, 50."""
-    middle = math.sqrt(min(times_us)) * math.sqrt(max(times_us))
-    reach = max(math.sqrt(6), 1.6 * math.sqrt(max(times_us) / min(times_us)))
-    axes.set_xlim(middle / reach, middle * reach)
-    axes.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5), numticks=8))
-    axes.xaxis.set_minor_locator(NullLocator())
-    axes.xaxis.set_minor_formatter(NullFormatter())
-    plain_numbers(axes, "x")
-
-
-def _label_points(
-    on: Figure, axes: Axes, shown: Sequence[CandidateRecord], chosen: str | None
-) -> None:
-    """Labels the points, each at the nearest position where the label overlaps least."""
-    on.draw_without_rendering()  # computes the layout that label positions depend on
-    scale = on.dpi / 72  # pixels per point
-    frame = axes.get_window_extent()
-    taken = [box for c in shown for box in _marks(axes, c, scale)]
-    for candidate in sorted(shown, key=lambda c: c.name != chosen):
-        text = _label(candidate, chosen)
-        measured = axes.text(0, 0, text, fontsize=_LABEL_PT)
-        extent = measured.get_window_extent()
-        measured.remove()
-        centre = axes.transData.transform((candidate.p50_us, candidate.metric))
-        boxes = [_box(centre, (extent.width, extent.height), place, scale) for place in _PLACES]
-        covered = [box.count_overlaps(taken) + (not _within(box, frame)) for box in boxes]
-        first = covered.index(min(covered))
-        taken.append(boxes[first])
-        dx, dy = _PLACES[first]
-        label = axes.annotate(
-            text,
-            (candidate.p50_us, candidate.metric),
-            xytext=(dx, dy),
-            textcoords="offset points",
-            ha=_SIDES[_sign(dx)],
-            va=_LEVELS[_sign(dy)],
-            fontsize=_LABEL_PT,
-            color=ORANGE if candidate.name == chosen else INK if candidate.admitted else MUTED,
-            arrowprops={"arrowstyle": "-", "color": MUTED, "linewidth": 0.6, "shrinkB": 5},
-        )
-        label.set_in_layout(False)
-
-
-def _label(candidate: CandidateRecord, chosen: str | None) -> str:
-    text = f"{shortened(candidate.name, 24)}, {bytes_text(candidate.bytes)}"
-    if candidate.name == chosen:
-        return f"{text}\nchosen"
-    if candidate.admitted:
-        return text
-    return f"{text}\nrefused: {shortened(candidate.reason.removeprefix('refused: '), 30)}"
-
-
-_LABEL_PT = 8.5
-_SIDES = {-1: "right", 0: "center", 1: "left"}
-_LEVELS = {-1: "top", 0: "center", 1: "bottom"}
-_PLACES = [
-    (dx * far, dy * far)
-    for far in (1.0, 2.2, 3.6)
-    for dx, dy in ((0, 12), (0, -12), (14, 0), (-14, 0), (10, 10), (-10, 10), (10, -10), (-10, -10))
-]
-"""Candidate label offsets from the marker, in points, nearest first."""
-
-
-def _box(
-    centre: NDArray[np.float64], size: tuple[float, float], place: tuple[float, float], scale: float
-) -> Bbox:
-    """Returns the pixel box of a label of ``size`` at ``place``; its near side is the anchor."""
-    corner = [
-        middle + offset * scale + extent * (_sign(offset) - 1) / 2
-        for middle, offset, extent in zip(centre, place, size, strict=True)
-    ]
-    return Bbox.from_bounds(corner[0], corner[1], size[0], size[1])
-
-
-def _marks(axes: Axes, candidate: CandidateRecord, scale: float) -> list[Bbox]:
-    """Returns the boxes in pixels of a candidate's marker and error bar."""
-    low, high = _bar(candidate)
-    x, y = axes.transData.transform((candidate.p50_us, candidate.metric))
-    left, right = (axes.transData.transform((edge, candidate.metric))[0] for edge in (low, high))
-    return [
-        Bbox.from_extents(x - 8 * scale, y - 8 * scale, x + 8 * scale, y + 8 * scale),
-        Bbox.from_extents(left, y - scale, right, y + scale),
-    ]
-
-
-def _bar(candidate: CandidateRecord) -> tuple[float, float]:
-    """Returns the ends of the error bar; ends that can't be drawn fall back to the median."""
-    low, high = candidate.p50_min_us, candidate.p50_max_us
-    return (
-        low if drawable(low) and low > 0 else candidate.p50_us,
-        high if drawable(high) and high > 0 else candidate.p50_us,
-    )
-
-
-def _sign(number: float) -> int:
-    return (number > 0) - (number < 0)
-
-
-def _within(inner: Bbox, outer: Bbox) -> bool:
-    return bool(
-        outer.x0 <= inner.x0
-        and inner.x1 <= outer.x1
-        and outer.y0 <= inner.y0 <= inner.y1 <= outer.y1
-    )
 
 
 def scores_plot(scores: Mapping[str, float], *, primary: str, higher_is_better: bool) -> str | None:

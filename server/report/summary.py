@@ -7,6 +7,7 @@ from typing import Any
 
 from fedcore.finite import finite_or_none
 from server.records import RunRecord
+from server.report.choice import why_chosen
 
 MODELS = {
     "federated": "federated",
@@ -58,6 +59,7 @@ def summary(
         "candidate": {
             "name": record.chosen,
             "reason": choice and choice.reason,
+            "why": why_chosen(record.candidates, record.chosen, primary=record.primary),
             "agreement": choice and choice.agreement,
             "drop_bound": choice and choice.drop_bound,
         },

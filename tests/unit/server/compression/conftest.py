@@ -17,7 +17,8 @@ from fedcore.task.definition import Examples
 from fedcore.task.model import FullModel, build_model
 from fedcore.training.local import train
 from server.cloud import CloudData, read_cloud_data
-from server.compression.compress import Compressed, compress
+from server.compression.compress import compress
+from server.compression.compressed import Compressed
 
 DIGITS = Path(__file__).parents[4] / "examples" / "digits" / "task.py"
 

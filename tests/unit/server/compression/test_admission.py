@@ -18,7 +18,8 @@ from fedcore.config.run import CANDIDATES, FederationConfig, RunConfig
 from fedcore.files import sha256_hex
 from fedcore.task.model import FullModel
 from server.cloud import CloudData
-from server.compression.compress import Compressed, compress
+from server.compression.compress import compress
+from server.compression.compressed import Compressed
 from server.compression.runtime import answer, open_session
 from tests.origin import LINEAGE
 

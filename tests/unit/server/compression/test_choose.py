@@ -74,7 +74,8 @@ def test_the_smallest_that_keeps_every_limit_wins(
         return
     judged, chosen = choose(records, limits)
     assert [each.name for each in judged if each.admitted] == [each.name for each in allowed]
-    assert [replace(each, admitted=False, reason="") for each in judged] == records
+    assert [replace(each, admitted=False, reason="", missed=()) for each in judged] == records
+    assert all(each.admitted is not bool(each.missed) for each in judged)
     best = next(each for each in allowed if each.name == chosen)
     assert best.bytes == min(each.bytes for each in allowed)
     rivals = [each for each in allowed if each.bytes == best.bytes]
@@ -115,6 +116,8 @@ def test_each_verdict_says_why() -> None:
         "refused: drops 0.012, 0.002 more than max_accuracy_drop = 0.01 and takes 40.0 us, "
         "10.0 more than max_p50_us = 30",
     ]
+    assert judged[1].missed == ("max_accuracy_drop",)
+    assert judged[3].missed == ("max_accuracy_drop", "max_p50_us")
 
 
 def test_a_drop_of_exactly_the_limit_is_kept_to() -> None:

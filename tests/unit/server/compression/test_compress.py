@@ -26,7 +26,8 @@ from fedcore.task.kinds.registry import KindName
 from fedcore.task.model import FullModel
 from server.cloud import CloudData
 from server.compression.candidates import ALL
-from server.compression.compress import Compressed, compress
+from server.compression.compress import compress
+from server.compression.compressed import Compressed
 
 Fresh = Callable[[Task], FullModel]
 QuickRun = Callable[..., RunConfig]
@@ -71,6 +72,15 @@ def test_the_smallest_that_keeps_the_limits_is_chosen(compressed: Compressed) ->
     fp32 = compressed.records[0]
     assert best.bytes < fp32.bytes / 2
     assert best.drop <= 0.01
+
+
+def test_the_choice_is_explained_and_drawn(compressed: Compressed) -> None:
+    assert compressed.why.startswith(f"{compressed.chosen} (")
+    assert "of the time of fp32, and accuracy " in compressed.why
+    plot = compressed.plot()
+    assert plot is not None
+    assert plot.startswith("<svg")
+    assert compressed.chosen in plot
 
 
 def test_records_are_of_the_files(compressed: Compressed) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from fedcore.errors import CompressionError
 from fedcore.task.model import FullModel, Standardise
-from server.compression.compress import Compressed
+from server.compression.compressed import Compressed
 from server.compression.export import export_onnx, export_with_scopes
 from server.compression.quantise import int8_dynamic, int8_static, saturates
 from server.compression.runtime import answer, open_session

@@ -10,7 +10,7 @@ from fedcore.artifacts.feedback import Observation, shifts
 from fedcore.artifacts.reference import binned, measured, ragged, reference_bytes
 from fedcore.task.definition import Task, size_of
 from server.cloud import CloudData
-from server.compression.compress import Compressed
+from server.compression.compressed import Compressed
 from server.compression.reference import reference_of
 
 

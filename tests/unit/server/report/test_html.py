@@ -72,6 +72,7 @@ def test_a_whole_run_shows_every_part(record: RunRecord) -> None:
         assert heading in words.text
     assert words.tags.count("svg") == 5
     assert "refused: drops 0.06, 0.05 more than allowed" in words.text
+    assert "is the smallest of the 2 that keep every limit" in words.text
     assert "1.2 times as long" in words.text  # fp32 against the released model
     assert "a note" in words.text
 

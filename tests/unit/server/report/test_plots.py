@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import math
 import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Callable
@@ -10,9 +9,10 @@ import matplotlib
 import pytest
 
 from server.records import RunRecord
+from server.report.candidates_plot import candidates_plot
 from server.report.client_plot import clients_plot
-from server.report.plots import bytes_plot, candidates_plot, rounds_plot, scores_plot
-from server.report.svg import BLUE, ORANGE, shortened
+from server.report.plots import bytes_plot, rounds_plot, scores_plot
+from server.report.svg import shortened
 
 SVG = "{http://www.w3.org/2000/svg}"
 
@@ -26,10 +26,7 @@ DRAW: dict[str, Callable[[RunRecord], str | None]] = {
     ),
     "bytes": lambda record: bytes_plot(record.rounds),
     "candidates": lambda record: candidates_plot(
-        record.candidates,
-        primary=record.primary,
-        higher_is_better=record.higher_is_better,
-        chosen=record.chosen,
+        record.candidates, primary=record.primary, chosen=record.chosen
     ),
     "clients": lambda record: clients_plot(
         record.clients, primary=record.primary, higher_is_better=record.higher_is_better
@@ -119,24 +116,6 @@ def test_bytes_are_added_up(record: RunRecord) -> None:
     shown = texts(DRAW["bytes"](record))
     assert "up 3 kB" in shown
     assert "down 6 kB" in shown
-
-
-def test_candidates_say_which_was_chosen_and_why_others_were_refused(record: RunRecord) -> None:
-    svg = DRAW["candidates"](record)
-    shown = texts(svg)
-    assert "fp32, 218 kB" in shown
-    assert shown[shown.index("int8_static, 64 kB") + 1] == "chosen"
-    assert shown[shown.index("pruned, 90 kB") + 1] == "refused: drops 0.06, 0.05 more than al…"
-    assert svg is not None
-    fills = re.findall(r"fill: (#[0-9a-f]{6}); fill-opacity: 0.9", svg)
-    assert sorted(fills) == sorted([BLUE, ORANGE, "#ffffff"])  # admitted, chosen, refused: hollow
-
-
-def test_a_candidate_that_was_not_timed_is_left_out(record: RunRecord) -> None:
-    fp32, chosen, pruned = record.candidates
-    broken = (fp32, chosen, replace(pruned, metric=math.nan, p50_us=math.nan, bytes=0))
-    shown = texts(DRAW["candidates"](replace(record, candidates=broken)))
-    assert not any("pruned" in text for text in shown)
 
 
 def test_clients_show_their_median_and_epsilon(record: RunRecord) -> None:

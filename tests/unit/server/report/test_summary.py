@@ -6,6 +6,7 @@ from dataclasses import asdict, replace
 
 from fedcore.artifacts.manifest import TestStatement
 from server.records import ClientTestRecord, MetricSource, RunRecord, TrainingRecord, VirtualRecord
+from server.report.choice import why_chosen
 from server.report.summary import summary
 
 
@@ -28,6 +29,7 @@ def test_a_whole_run(record: RunRecord) -> None:
         "candidate": {
             "name": "int8_static",
             "reason": "chosen: the smallest",
+            "why": why_chosen(record.candidates, "int8_static", primary="accuracy"),
             "agreement": 0.99,
             "drop_bound": None,
         },
@@ -73,7 +75,7 @@ def test_what_a_run_lacks_is_null_and_not_left_out(record: RunRecord) -> None:
         "client_privacy": None,
         "bytes": {"up": 0, "down": 0},
         "model": {"fp32_bytes": None, "released_bytes": None},
-        "candidate": dict.fromkeys(("name", "reason", "agreement", "drop_bound")),
+        "candidate": dict.fromkeys(("name", "reason", "why", "agreement", "drop_bound")),
         "latency": {"torch_p50_us": None, "fp32_p50_us": None, "released_p50_us": None},
         "release": {
             "version": None,
