@@ -6,6 +6,7 @@
     state/RUN.state         Flower's context state of a run, with its privacy charges
     frozen/RUN/ID           parts of the frozen parameters of a run's model
     spool/KEY.reply         finished replies, by a digest of the message they answer
+    activity                what a process is doing (`edge_client.agent.ended`)
 
 `edge_client.ledger` keeps further files here.
 """
@@ -48,6 +49,8 @@ _SPOOLED = 4
 _FROZEN_RUNS = 4
 """Number of runs whose frozen parameters are kept."""
 IDENTITY = "identity.json"
+_OWN = (IDENTITY, "ledger.json", "ledger.mark", "contents.json")
+"""Files in the folder itself, which may also hold files of its user."""
 _MAX_IDENTITY_BYTES = 1 << 10
 _UNREADABLE = "unreadable"
 
@@ -333,5 +336,6 @@ def lock_device_folder(path: Path) -> Iterator[DeviceFolder]:
             for name in ("state", "spool"):  # earlier versions made them readable for all users
                 (path / name).mkdir(exist_ok=True, mode=0o700)
                 (path / name).chmod(0o700)
-                remove_unfinished(path / name)  # not in the folder itself: it may hold the user's
+                remove_unfinished(path / name)
+            remove_unfinished(path, *_OWN)
         yield DeviceFolder(path)

@@ -11,8 +11,9 @@ import re
 import shutil
 import stat
 import tempfile
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,11 @@ from fedcore.errors import ConfigError, DataError, DiskFull, FedcoreError, Resou
 _FULL = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
 _UNFINISHED = re.compile(r"\..+\.[a-z0-9_]{8}", re.DOTALL)
 """Names that `write_atomic` gives to temporary files."""
+_NO_FOLDER = (FileNotFoundError, NotADirectoryError)
+_RANDOM = len(".") + 8
+"""Length of what such a name has after that of the file to write."""
+ABANDONED_S = 3600.0
+"""No write takes so long: its temporary file was left by a process that was killed."""
 PICTURES = (".png", ".pdf", ".svg")
 """File extensions of pictures; each one determines the format."""
 _REFUSED = {
@@ -81,19 +87,37 @@ def write_atomic(path: Path, data: bytes, *, mode: int = 0o644) -> None:
     sync_folder(path.parent)
 
 
-def remove_unfinished(folder: Path) -> None:
+def remove_unfinished(folder: Path, *names: str, idle_s: float = 0.0) -> None:
     """Removes files that `write_atomic` left in a folder when its process was killed.
 
     Call it only while nothing else can write there, such as under the folder's lock. Leaves
     subfolders, links and all other names alone.
 
+    Args:
+        folder: The folder; nothing happens if there is none.
+        names: Files that were being written; of any name if empty. Give them where the folder may
+            also hold files of its user, whose hidden files may have such names.
+        idle_s: Leaves files that were written within so many seconds: where a process may be
+            writing without a lock.
+
     Raises:
         ResourceError: a file cannot be removed.
     """
-    with disk_errors(folder), os.scandir(folder) as entries:
+    before_s = time.time() - idle_s
+    with disk_errors(folder), suppress(*_NO_FOLDER), os.scandir(folder) as entries:
         for entry in entries:
-            if _UNFINISHED.fullmatch(entry.name) and entry.is_file(follow_symlinks=False):
+            if not _UNFINISHED.fullmatch(entry.name) or not entry.is_file(follow_symlinks=False):
+                continue
+            written = entry.name[1:-_RANDOM]
+            old = not idle_s or entry.stat(follow_symlinks=False).st_mtime <= before_s
+            if old and (not names or written in names):
                 Path(entry.path).unlink(missing_ok=True)
+
+
+def remove_unfinished_below(folder: Path) -> None:
+    """Does what `remove_unfinished` does in a folder and all below it, which are fedcore's own."""
+    for path, _, _ in os.walk(folder):
+        remove_unfinished(Path(path))
 
 
 def check_file(path: Path, *, option: str) -> None:

@@ -38,10 +38,13 @@ from fedcore.artifacts.manifest import (
 from fedcore.config.run import Name
 from fedcore.errors import ConfigError, DataError, DeviceError, DigestMismatch, TrustError
 from fedcore.files import (
+    ABANDONED_S,
     lock_file,
     name_exists,
     read_bytes,
     remove,
+    remove_unfinished,
+    remove_unfinished_below,
     sha256_hex,
     sync_folder,
     write_atomic,
@@ -97,7 +100,9 @@ def check_name(model: str) -> None:
 
 @contextmanager
 def locked(store: Path) -> Iterator[None]:
-    """Locks the store for one update; the kernel releases the lock when the process ends.
+    """Locks the store for one update, and removes what a killed process left half-written.
+
+    The kernel releases the lock when the process ends.
 
     Raises:
         DeviceError: another update is running.
@@ -109,6 +114,11 @@ def locked(store: Path) -> Iterator[None]:
         "it has ended."
     )
     with lock_file(store / ".lock", busy):
+        remove_unfinished_below(store / "models")
+        remove_unfinished(store / "trust")
+        remove_unfinished(store, "outbox.json", idle_s=ABANDONED_S)
+        for name in ("health", "tuning"):  # a server of the model writes there without the lock
+            remove_unfinished(store / name, idle_s=ABANDONED_S)
         yield
 
 

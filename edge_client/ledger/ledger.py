@@ -53,7 +53,7 @@ from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import Privacy, RunConfig
 from fedcore.crypto.kit import Kit
 from fedcore.errors import DataError, DiskFull, LedgerFull, PrivacyError, ResourceError
-from fedcore.files import lock_folder, write_atomic
+from fedcore.files import lock_folder, remove_unfinished, write_atomic
 from fedcore.observability.words import counted
 from fedcore.privacy.ledger import (
     FULL,
@@ -264,6 +264,8 @@ class DeviceLedger:
             "Nothing was sent; stop one of the two."
         )
         with lock_folder(self.counted.parent, busy):
+            remove_unfinished(self.counted.parent)
+            remove_unfinished(self.mark.parent, MARK)
             yield
 
 

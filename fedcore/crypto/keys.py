@@ -27,7 +27,13 @@ from cryptography.hazmat.primitives.serialization import (
 )
 
 from fedcore.errors import CertificateRefused
-from fedcore.files import read_bytes, sha256_hex, write_atomic
+from fedcore.files import (
+    ABANDONED_S,
+    read_bytes,
+    remove_unfinished,
+    sha256_hex,
+    write_atomic,
+)
 
 MAX_KEY_BYTES = 4096  # bytes: a P-384 key as PKCS#8 PEM has 306, its public part 215
 
@@ -49,6 +55,7 @@ def save_key(path: Path, key: EllipticCurvePrivateKey) -> None:
         DiskFull: the disk has no room; ``path`` is unchanged.
         ResourceError: the path is not writable.
     """
+    remove_unfinished(path.parent, path.name, idle_s=ABANDONED_S)  # a key that nobody would miss
     write_atomic(path, private_bytes(key), mode=0o600)
 
 

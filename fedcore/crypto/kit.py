@@ -36,7 +36,15 @@ from fedcore.crypto.certificates import (
 )
 from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, public_bytes
 from fedcore.errors import CertificateRefused, DataError
-from fedcore.files import disk_errors, name_exists, open_regular, read_bytes, write_atomic
+from fedcore.files import (
+    ABANDONED_S,
+    disk_errors,
+    name_exists,
+    open_regular,
+    read_bytes,
+    remove_unfinished,
+    write_atomic,
+)
 from fedcore.observability.faults import first_fault
 
 KEY, REQUEST, KIT = "key.pem", "request.pem", "kit.json"
@@ -216,6 +224,7 @@ def load_kit(folder: Path, *, now: datetime | None = None) -> Kit:
 
 def write_kit(folder: Path, file: KitFile) -> None:
     """Installs a kit in a folder, atomically, in place of the previous one."""
+    remove_unfinished(folder, KIT, idle_s=ABANDONED_S)
     write_atomic(folder / KIT, file.to_bytes())
 
 

@@ -25,7 +25,7 @@ from cryptography.hazmat.primitives.asymmetric.ec import EllipticCurvePrivateKey
 
 from fedcore.crypto.certificates import MAX_CERTIFICATE_BYTES, check_authority, parse_certificate
 from fedcore.crypto.keys import MAX_KEY_BYTES, load_key, parse_key, public_bytes
-from fedcore.crypto.kit import KIT, MAX_KIT_BYTES, KitFile, parse_kit_file
+from fedcore.crypto.kit import KEY, KIT, MAX_KIT_BYTES, KitFile, parse_kit_file
 from fedcore.crypto.roster import (
     MAX_ROSTER_BYTES,
     ROSTER,
@@ -37,8 +37,16 @@ from fedcore.crypto.roster import (
 from fedcore.crypto.roster_seal import Signer
 from fedcore.crypto.sealing import decrypt, is_encrypted
 from fedcore.errors import CertificateRefused, ConfigError, DataError, ResourceError
-from fedcore.files import disk_errors, lock_file, name_exists, read_bytes, write_atomic
+from fedcore.files import (
+    disk_errors,
+    lock_file,
+    name_exists,
+    read_bytes,
+    remove_unfinished,
+    write_atomic,
+)
 from server.operator_log import AUDIT, Audit
+from server.operator_log import MARK as AUDIT_MARK
 
 CERTIFICATE, PRIVATE_KEY, SERVER = "authority.pem", "authority.key", "server"
 ROSTER_KEY = "roster.key"
@@ -76,13 +84,15 @@ class AuthorityState:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Locks the folder; waits for another holder.
+    """Locks the folder, and removes what a killed process left half-written; waits for a holder.
 
     Raises:
         DataError: there is no authority in this folder.
     """
     _check_there(folder)
     with lock_file(folder / ".lock"):
+        remove_unfinished(folder, CERTIFICATE, PRIVATE_KEY, ROSTER, ROSTER_KEY, AUDIT_MARK)
+        remove_unfinished(folder / SERVER, KEY, KIT)  # the other files are the running server's
         yield
 
 

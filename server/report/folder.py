@@ -9,7 +9,15 @@ from typing import Any
 
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError
-from fedcore.files import disk_errors, lock_folder, remove, write_atomic, write_json
+from fedcore.files import (
+    disk_errors,
+    lock_folder,
+    remove,
+    remove_unfinished,
+    remove_unfinished_below,
+    write_atomic,
+    write_json,
+)
 from server.records import Finished
 
 CHECKPOINT = "checkpoint.safetensors"
@@ -57,16 +65,12 @@ def open_folder(
     """
     folder = runs / run.name
     with disk_errors(folder):
-        if folder.exists():
-            ours = folder.is_dir() and ((folder / MARK).is_file() or not any(folder.iterdir()))
-            if not ours:
-                raise ConfigError(
-                    f"{folder}: this folder was not written by a run (it has no {MARK}), and a "
-                    "run would replace it. Nothing was run; choose another `name`, or move the "
-                    "folder."
-                )
+        if folder.exists() and not folder.is_dir():
+            raise _not_ours(folder)
         folder.mkdir(parents=True, exist_ok=True)
     with locked(folder), disk_errors(folder):
+        if not (folder / MARK).is_file() and any(folder.iterdir()):
+            raise _not_ours(folder)
         if not has_progress(folder):
             _put_back(folder)  # a process that was killed left it aside
         before(folder)
@@ -105,6 +109,13 @@ def reopen_folder(run: RunConfig, runs: Path) -> Iterator[Path]:
         )
     with locked(folder):
         yield folder
+
+
+def _not_ours(folder: Path) -> ConfigError:
+    return ConfigError(
+        f"{folder}: this folder was not written by a run (it has no {MARK}), and a run would "
+        "replace it. Nothing was run; choose another `name`, or move the folder."
+    )
 
 
 def complete(folder: Path) -> ConfigError:
@@ -162,7 +173,7 @@ def restore_mark(folder: Path, run: RunConfig) -> None:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Locks a folder against other runs.
+    """Locks a folder against other runs, and removes what a killed run left half-written.
 
     Raises:
         ConfigError: a run is active in it.
@@ -172,6 +183,10 @@ def locked(folder: Path) -> Iterator[None]:
         "choose another `name`."
     )
     with lock_folder(folder, refused):
+        if (folder / MARK).is_file():
+            remove_unfinished_below(folder)
+        else:
+            remove_unfinished(folder, MARK)  # the folder may be somebody else's
         yield
 
 

@@ -21,13 +21,17 @@ from pathlib import Path
 from typing import Any
 
 from fedcore.crypto.roster import Member, ServerIdentity
+from fedcore.crypto.roster_seen import SEEN
 from fedcore.errors import ResourceError
-from fedcore.files import lock_folder
-from server.live.network.gate import Operate, Receive, Scope, Send
+from fedcore.files import lock_folder, remove_unfinished
+from server.live.network.asgi import Receive, Scope, Send
+from server.live.network.gate import Operate
 from server.live.network.serve import Listening
 from server.live.operators.client import OPERATE, SOCKET, reachable
 from server.live.operators.control import Control
+from server.live.operators.drained import DRAINED
 from server.live.operators.protocol import MAX_REQUEST_BYTES, Requester
+from server.operator_log import MARK
 from server.process.loop_thread import served_in_thread
 
 _REQUEST_S = 10.0
@@ -39,6 +43,8 @@ _CREDENTIALS = struct.Struct("3i")  # pid, uid, gid
 def server_lock(folder: Path) -> Iterator[None]:
     """Context manager that locks a server's folder against a second server.
 
+    Also removes what a killed server left half-written.
+
     Raises:
         ResourceError: another server is running with this folder.
     """
@@ -48,6 +54,7 @@ def server_lock(folder: Path) -> Iterator[None]:
         "another server with its own project and identity."
     )
     with lock_folder(folder, refused):
+        remove_unfinished(folder, DRAINED, SEEN, MARK)
         yield
 
 

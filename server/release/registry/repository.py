@@ -37,7 +37,7 @@ from tuf.api.serialization.json import JSONSerializer
 
 from fedcore.artifacts.statements import stamp
 from fedcore.errors import DataError, ReleaseError
-from fedcore.files import lock_file, name_exists, read_bytes, write_atomic
+from fedcore.files import lock_file, name_exists, read_bytes, remove_unfinished_below, write_atomic
 from fedcore.observability.words import counted
 from server.release.registry import pending
 from server.release.registry.keys import MAX_METADATA_BYTES, Keys
@@ -45,8 +45,7 @@ from server.release.registry.keys import MAX_METADATA_BYTES, Keys
 OFFLINE_EXPIRY = timedelta(days=365)
 """Lifetime of root and targets: long, because each renewal needs the offline keys."""
 RELEASES_EXPIRY = timedelta(days=30)
-"""Lifetime of releases and snapshot: a stolen online key signs nothing that outlives a month, and
-`refresh` renews both without a person."""
+"""Lifetime of releases and snapshot: nothing that a stolen online key signs outlives a month."""
 TIMESTAMP_EXPIRY = timedelta(days=7)
 """A device notices a frozen repository within a week; run `refresh` daily."""
 
@@ -71,7 +70,7 @@ class RepositoryState:
 
 @contextmanager
 def locked(repository: Path) -> Iterator[None]:
-    """Locks the repository, and completes an interrupted rotation first.
+    """Locks the repository; first completes an interrupted rotation, and removes unfinished files.
 
     Waits for another holder. The kernel releases the lock when its process ends.
 
@@ -84,6 +83,7 @@ def locked(repository: Path) -> Iterator[None]:
             "one with `fedcore release init`."
         )
     with lock_file(repository / ".lock"):
+        remove_unfinished_below(repository)
         pending.finish(repository)
         yield
 

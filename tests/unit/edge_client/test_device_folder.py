@@ -294,6 +294,7 @@ def test_frozen_parameters_of_few_runs_are_kept_whatever_a_server_opens(tmp_path
 def test_what_a_killed_process_left_goes_when_the_next_one_starts(tmp_path: Path) -> None:
     with lock_device_folder(tmp_path):
         pass
+    (tmp_path / ".ledger.json.0a1b2c3d").touch()
     for folder in (tmp_path, tmp_path / "state", tmp_path / "spool"):
         (folder / ".bashrc.original").touch()
         (folder / "file").touch()

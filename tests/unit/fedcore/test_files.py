@@ -5,6 +5,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -55,6 +56,20 @@ def test_what_a_killed_writer_left_is_removed_and_nothing_else(
     remove_unfinished(tmp_path)
     kept = {*others, ".folder.abcdefgh", ".link.abcdefgh"}
     assert {each.name for each in tmp_path.iterdir()} == kept
+
+
+def test_only_named_files_or_abandoned_ones_go_where_others_may_write(tmp_path: Path) -> None:
+    mine, theirs = tmp_path / ".state.json.abcdefgh", tmp_path / ".bashrc.original"
+    for path in (mine, theirs):
+        path.touch()
+    remove_unfinished(tmp_path, "state.json", idle_s=60.0)
+    assert mine.exists()
+    for path in (mine, theirs):
+        os.utime(path, (time.time() - 61.0,) * 2)
+    remove_unfinished(tmp_path, "state.json", idle_s=60.0)
+    assert [path.name for path in tmp_path.iterdir()] == [theirs.name]
+    remove_unfinished(tmp_path / "none")
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.parametrize("mode", [0o600, 0o644])

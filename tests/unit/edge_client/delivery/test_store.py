@@ -161,3 +161,19 @@ def test_a_slot_that_is_empty_is_an_error_of_data(tmp_path: Path, install: Insta
     install(1)
     with pytest.raises(DataError, match="does not exist"):
         store.read(tmp_path / "store", "digits", "previous")
+
+
+def test_an_update_removes_what_a_killed_one_left_half_written(
+    tmp_path: Path, install: Install
+) -> None:
+    install(1)
+    folder = tmp_path / "store"
+    names = ("models/digits/.active.abcdefgh", "trust/.clock.json.abcdefgh")
+    tuned = "tuning/.x.json.abcdefgh"  # a server of the model may be writing it
+    for name in (*names, tuned):
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).touch()
+    with store.locked(folder):
+        left = {str(path.relative_to(folder)) for path in folder.rglob(".*.abcdefgh")}
+    assert left == {tuned}
+    assert store.serving(folder, "digits").manifest.version == 1

@@ -9,6 +9,8 @@ import pytest
 
 import fedcore
 from fedcore.errors import ConfigError, TrustError
+from server.live.operators.endpoint import server_lock
+from server.provision.folder import locked
 from server.provision.issue import Act
 
 SECRET = "five random words are good"
@@ -75,3 +77,19 @@ def test_a_mistake_issues_nothing() -> None:
         authority.backup("authority.sealed")
     assert authority.members().members == ()
     assert {path.name for path in Path().iterdir()} == {"authority", "edge-1"}
+
+
+def test_what_a_killed_process_left_half_written_goes_under_the_lock_that_guards_it() -> None:
+    authority = fedcore.create_authority("authority", "orchard")
+    authority.add_server("localhost")
+    folder = Path("authority")
+    theirs = {folder / ".bashrc.original"}
+    servers = {folder / "server" / ".drained.json.abcdefgh"}
+    for path in (folder / ".roster.json.abcdefgh", folder / "server" / ".key.pem.abcdefgh"):
+        path.touch()
+    for path in theirs | servers:
+        path.touch()
+    with locked(folder):
+        assert {*folder.rglob(".*.*")} == theirs | servers
+    with server_lock(folder / "server"):
+        assert {*folder.rglob(".*.*")} == theirs

@@ -87,6 +87,26 @@ def test_a_file_in_the_way_is_left_alone(tmp_path: Path) -> None:
     assert (tmp_path / "demo").read_text() == "mine"
 
 
+def test_what_a_killed_run_left_half_written_goes_when_the_next_one_starts(tmp_path: Path) -> None:
+    folder = open_folder(RUN, tmp_path)
+    (folder / "journal").mkdir()
+    for place in (folder, folder / "journal"):
+        (place / ".head.json.abcdefgh").write_bytes(b"half")
+    with reopen_folder(RUN, tmp_path):
+        assert sorted(path.name for path in folder.rglob("*")) == ["journal", "run.json"]
+
+
+def test_a_run_that_was_killed_before_its_folder_was_marked_starts_again(tmp_path: Path) -> None:
+    (tmp_path / "demo").mkdir()
+    (tmp_path / "demo" / ".run.json.abcdefgh").touch()
+    assert [path.name for path in open_folder(RUN, tmp_path).iterdir()] == ["run.json"]
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / ".notes.original").touch()
+    with pytest.raises(ConfigError, match="was not written by a run"):
+        open_folder(RUN.model_copy(update={"name": "mine"}), tmp_path)
+    assert (tmp_path / "mine" / ".notes.original").exists()
+
+
 def test_results_are_the_report_and_the_summary(tmp_path: Path) -> None:
     figures = write_results(tmp_path, FINISHED, target_delta=None, seconds=3.5)
     assert json.loads((tmp_path / "summary.json").read_text()) == figures

@@ -196,3 +196,13 @@ def test_metadata_is_plain_json_without_secrets(publisher: Any) -> None:
         text = path.read_text()
         assert {"signed", "signatures"} == set(json.loads(text))
         assert "PRIVATE" not in text
+
+
+def test_what_a_killed_process_left_half_written_goes_under_the_lock(publisher: Any) -> None:
+    names = ("metadata/.timestamp.json.abcdefgh", "targets/models/digits/.x.onnx.abcdefgh")
+    for name in names:
+        (publisher.repository / name).parent.mkdir(parents=True, exist_ok=True)
+        (publisher.repository / name).touch()
+    with registry.locked(publisher.repository):
+        assert not [*publisher.repository.rglob(".*.abcdefgh")]
+    state_of(publisher)
