@@ -12,10 +12,10 @@ from flwr.app.message import make_message
 
 from fedcore.errors import FedcoreError, InvalidUpdate, ResourceError
 from fedcore.flower.fleet import Fleet
-from fedcore.flower.fleet_store import LARGE_BYTES
+from fedcore.flower.fleet_store import LARGE_BYTES, ReplyBytes
 from fedcore.flower.grid import OwnGrid
 from fedcore.updates.messages import REFUSED
-from fedcore.updates.pieces import FileArray
+from fedcore.updates.pieces import FileArray, PathArray
 
 GRACE_S = 3.0
 """Seconds that a round waits for a disconnected device to return, before it continues without."""
@@ -210,11 +210,14 @@ class FleetGrid(OwnGrid):
                 reply = self._checked_reply(answered) if answered in waiting else None
             except (ResourceError, OSError) as error:
                 return batch, error
-            large += size.in_files > LARGE_BYTES
+            expanded, open_files = _expanded(reply)
+            large += max(size.in_files, expanded.in_files) > LARGE_BYTES
             if reply is not None:
                 batch[answered] = reply
-            in_memory = max(size.in_memory, _in_memory_bytes(reply))
+            in_memory = max(size.in_memory, expanded.in_memory)
             if in_memory > LARGE_BYTES or large >= _LARGE_TOGETHER or len(batch) >= _TOGETHER:
+                break
+            if open_files:  # its arrays were put together here, as no honest device's are
                 break
             answered = self._fleet.next_answered(0.0)
         return batch, None
@@ -248,10 +251,16 @@ class FleetGrid(OwnGrid):
             raise ServerStopped("the server is stopping")
 
 
-def _in_memory_bytes(reply: Message | None) -> int:
-    """Returns the bytes of a reply's arrays in memory; many may repeat one small chunk."""
+def _expanded(reply: Message | None) -> tuple[ReplyBytes, int]:
+    """Returns the bytes of a reply's arrays, and how many of these hold a file open.
+
+    They may be far more than the objects that arrived: arrays may repeat one small chunk.
+    """
     if reply is None or reply.has_error():
-        return 0
+        return ReplyBytes(0, 0), 0
     records = reply.content.array_records.values()
-    arrays = {id(one): one for record in records for one in record.values()}
-    return sum(len(one.data) for one in arrays.values() if not isinstance(one, FileArray))
+    arrays = {id(one): one for record in records for one in record.values()}.values()
+    filed = [one for one in arrays if isinstance(one, FileArray)]
+    in_memory = sum(len(one.data) for one in arrays if not isinstance(one, FileArray))
+    in_files = sum(one.size_bytes for one in filed)
+    return ReplyBytes(in_memory, in_files), sum(not isinstance(one, PathArray) for one in filed)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -113,6 +114,16 @@ def repeated(arrays: int, size_bytes: int) -> ArrayRecord:
 def test_arrays_that_repeat_a_small_chunk_count_as_often_as_they_do(fleet: Fleet) -> None:
     devices = Answering(fleet, [SMALL, LARGE, SMALL], to_files=True)
     devices.beside = dict.fromkeys(range(3), repeated(20, 30_000))
+    assert [len(batch) for batch in devices.batches()] == [1, 1, 1]
+
+
+def test_an_array_put_together_from_one_small_chunk_ends_a_batch(fleet: Fleet) -> None:
+    """30 kB arrived, and it holds a file open, of which a server may have few."""
+    record = repeated(1, 30_000)
+    array: Any = record["0"]
+    array.__dict__["_chunks"] = array.slice_array() * 4
+    devices = Answering(fleet, [SMALL] * 3)
+    devices.beside = dict.fromkeys(range(3), record)
     assert [len(batch) for batch in devices.batches()] == [1, 1, 1]
 
 
