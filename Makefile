@@ -82,6 +82,7 @@ campaign: setup  ## kill, stop, cut off, tear, fill and forge; results go to run
 	$(BIN)/python -m tests.campaign.run $(ARGS)
 	$(BIN)/python -m tests.campaign.deliveries
 	$(BIN)/python -m tests.campaign.serving
+	$(BIN)/python -m tests.campaign.network
 	$(BIN)/python -m tests.campaign.finetune_kills --out runs/campaign/finetune_kills.json
 
 bench: setup $(PEERS)  ## a benchmark, NAME=simulation; results go to runs/bench

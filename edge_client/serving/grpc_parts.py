@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from fedcore.errors import ResourceError
+from fedcore.rpc.crowd import Crowd, address_of
 from fedcore.rpc.tls import silence_grpc_core
 
 silence_grpc_core()
@@ -24,14 +25,19 @@ silence_grpc_core()
 import grpc  # noqa: E402 - after its core was told to be silent
 from grpc._cython import cygrpc  # noqa: E402
 
-_ARRIVED, _SENT, _SHUT_DOWN = "arrived", "sent", "shut down"
+_ARRIVED, _SHUT_DOWN = "arrived", "shut down"
 _AHEAD = 8
 """Calls that the core may announce before the loop has looked at the first."""
 _MESSAGE_S = 30.0
 """A caller that opens a call must send its message within so many seconds."""
 _PATIENCE_S = 1.0
 """After so long without a message a call makes room for another, if there is none."""
+_TAKE_S, _TAKE_PATIENCE_S = 30.0, 5.0
+"""A caller must take a message of its answer within so many seconds; where there is no room for
+another call, within fewer."""
 _LOOK_S = 5.0
+_EXPIRE_S = 1.0
+"""Least seconds between two looks for calls that wait for their caller."""
 _STOPPED_S = 2.0
 
 
@@ -46,10 +52,16 @@ class Call:
     core: Any
     waits_since_s: float
     """When the caller's next message was last waited for, by `time.monotonic`."""
+    peer: str
+    """The address of its connection, in gRPC's form."""
     streaming: bool = False
     cancelled: bool = False
     greeted: bool = False
     """Whether initial metadata were sent."""
+    sends_since_s: float | None = None
+    """When a message was handed to the core that the caller has not taken, by `time.monotonic`."""
+    ending: Any = None
+    """The core's call while its last message is on the way."""
 
     def answer(self, message: bytes) -> None:
         """Sends the answer and ends the call, unless it has ended. Any thread may call it."""
@@ -61,7 +73,7 @@ class Call:
                 cygrpc.SendMessageOperation(message, 0),
                 cygrpc.SendStatusFromServerOperation((), cygrpc.StatusCode.ok, b"", 0),
             ),
-            _SENT,
+            _Ended(self),
         )
 
     def fail(self, code: int, details: str) -> None:
@@ -73,12 +85,24 @@ class Call:
         )
         if not self.greeted:
             operations = (cygrpc.SendInitialMetadataOperation((), 0), *operations)
-        self._end().start_server_batch(operations, _SENT)
+        self._end().start_server_batch(operations, _Ended(self))
 
     def _end(self) -> Any:
-        """Returns the core's call and lets go of it: a reference would hold up a shutdown."""
+        """Returns the core's call; `ended` lets go of it, as a reference holds up a shutdown."""
         core, self.core = self.core, None
+        self.ending, self.sends_since_s = core, time.monotonic()
         return core
+
+    def ended(self) -> None:
+        """Lets go of the core's call: its last message was taken, or never will be."""
+        self.ending = self.sends_since_s = None
+
+    def cancel(self) -> None:
+        """Ends the operation that waits for the caller."""
+        self.cancelled = True
+        core = self.core or self.ending
+        if core is not None:
+            core.cancel()
 
     def send(self, message: bytes) -> None:
         """Sends one message of a stream, which stays open, unless it has ended."""
@@ -88,12 +112,20 @@ class Call:
         if not self.greeted:
             self.greeted = True
             operations = (cygrpc.SendInitialMetadataOperation((), 0), *operations)
+        self.sends_since_s = time.monotonic()
         self.core.start_server_batch(operations, self)
 
     def peer_certificate(self) -> bytes:
         """Returns the caller's certificate in PEM; empty without TLS."""
         found = cygrpc.auth_context(self.core).get(b"x509_pem_cert", (b"",))
         return bytes(found[0]) if found else b""
+
+
+@dataclass(slots=True, eq=False)
+class _Ended:
+    """What the core returns when the last operation of a call has ended."""
+
+    call: Call
 
 
 Handler = Callable[[Call, bytes], None]
@@ -121,8 +153,8 @@ class GrpcLoop:
             streaming: Paths of methods whose calls have many messages.
             max_message_bytes: Longest message; longer ones are refused by the core.
             max_calls: Most calls that are open; others get RESOURCE_EXHAUSTED, unless one that
-                waits for its caller's message makes room.
-            max_connections: Most connections; others are closed by the core.
+                waits for its caller makes room.
+            max_connections: Most connections; others are closed by the core. See `keep_room`.
         """
         self._handler, self._run_waiting = handler, run_waiting
         self._streaming, self._max_calls = streaming, max_calls
@@ -146,7 +178,13 @@ class GrpcLoop:
         )
         self._server.register_completion_queue(self._queue)
         self._receiving: OrderedDict[Call, None] = OrderedDict()
-        self._open = 0
+        self._calls: dict[Call, None] = {}
+        """The open calls, the oldest first."""
+        self._expire_s = 0.0
+        self._max_connections = max_connections
+        self._crowd: Crowd | None = None
+        self.port = 0
+        """The port that `bind` has taken."""
         self._ahead = 0
         self._stopping = threading.Event()
         self._destroying = threading.Lock()
@@ -169,7 +207,13 @@ class GrpcLoop:
                 f"serve: port {port} of {host} is in use or forbidden. Nothing was started; stop "
                 "the program that uses it, or choose another with --grpc-port."
             )
+        self.port, self._crowd = bound, Crowd(bound, most=self._max_connections)
         return bound
+
+    def keep_room(self) -> None:
+        """Shuts down connections without a call that are too many, see `Crowd`."""
+        if self._crowd is not None:
+            self._crowd.sweep({address_of(call.peer) for call in list(self._calls)})
 
     def start(self) -> threading.Thread:
         """Starts to serve in a thread, which it returns."""
@@ -200,7 +244,7 @@ class GrpcLoop:
     def _serve(self) -> None:
         pending = False  # whether something arrived since requests last ran
         shut_down = False
-        while not (shut_down and self._open == 0 and self._ahead == 0):
+        while not (shut_down and not self._calls and self._ahead == 0):
             event = self._queue.poll(0 if pending else time.time() + _LOOK_S)
             tag, kind = event.tag, event.completion_type
             if kind == cygrpc.CompletionType.queue_timeout:
@@ -214,8 +258,9 @@ class GrpcLoop:
                     self._expect_call()
                 if event.success and event.call is not None:
                     self._arrived(event)
-            elif tag is _SENT:
-                self._open -= 1
+            elif isinstance(tag, _Ended):
+                tag.call.ended()
+                del self._calls[tag.call]
             elif tag is _SHUT_DOWN:
                 shut_down = True
             else:
@@ -234,32 +279,41 @@ class GrpcLoop:
             deadline_s=deadline_s if deadline_s is not None and deadline_s < 1e12 else None,
             core=event.call,
             waits_since_s=time.monotonic(),
+            peer=event.call.peer(),
         )
-        self._open += 1
-        if self._open > self._max_calls and not self._made_room():
+        self._calls[call] = None
+        if len(self._calls) > self._max_calls and not self._made_room():
             call.fail(RESOURCE_EXHAUSTED, "too many calls are open; send the request again later")
             return
         call.streaming = call.method in self._streaming
         self._receive(call)
 
     def _made_room(self) -> bool:
-        """Ends the call that has waited longest for a message, which may be a stream's next.
+        """Ends the call that has waited longest for its caller.
 
-        Otherwise one caller could open as many calls as there may be, and keep all others out.
+        Either for a message, which may be a stream's next, or for an answer to be taken. Otherwise
+        one caller could open as many calls as there may be, and keep all others out.
         """
         limit_s = time.monotonic() - _PATIENCE_S
         for call in self._receiving:
             if call.waits_since_s > limit_s:  # as all after it
-                return False
+                break
             if not call.cancelled:
-                self._cancel(call)
+                call.cancel()
                 return True
-        return False
+        untaken = self._untaken(_TAKE_PATIENCE_S)
+        if untaken:
+            untaken[0].cancel()
+        return bool(untaken)
 
-    def _cancel(self, call: Call) -> None:
-        """Ends the operation that waits for a call's message; `_moved` ends the call."""
-        call.cancelled = True
-        call.core.cancel()
+    def _untaken(self, for_s: float) -> list[Call]:
+        """Returns the calls whose callers have not taken a message for so long."""
+        limit_s = time.monotonic() - for_s
+        return [
+            call
+            for call in self._calls
+            if not call.cancelled and (call.sends_since_s or limit_s) < limit_s
+        ]
 
     def _receive(self, call: Call) -> None:
         call.waits_since_s = time.monotonic()
@@ -270,6 +324,7 @@ class GrpcLoop:
         """Handles the end of an operation: a message was received, or one of a stream sent."""
         operation = event.batch_operations[0]
         if call not in self._receiving:  # a message of a stream was sent
+            call.sends_since_s = None
             if event.success:
                 self._receive(call)
             else:
@@ -285,11 +340,16 @@ class GrpcLoop:
             call.fail(INVALID_ARGUMENT, "the call has no message, or one that is too long")
 
     def _expire(self) -> None:
-        """Ends calls whose caller opened them and sent nothing."""
-        limit_s = time.monotonic() - _MESSAGE_S
+        """Ends calls whose caller opened them and sent nothing, or takes nothing of the answer."""
+        now_s = time.monotonic()
+        if now_s < self._expire_s:
+            return
+        self._expire_s, limit_s = now_s + _EXPIRE_S, now_s - _MESSAGE_S
+        for call in self._untaken(_TAKE_S):
+            call.cancel()
         for call in [call for call in self._receiving if call.waits_since_s < limit_s]:
             if not call.streaming:
-                self._cancel(call)
+                call.cancel()
 
 
 def code(status: grpc.StatusCode) -> int:

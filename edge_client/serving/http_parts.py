@@ -14,6 +14,8 @@ from typing import Any
 
 import httptools
 
+from fedcore.rpc.crowd import Address, plain_address
+
 MAX_HEAD_BYTES = 16 << 10
 """Longest request line with headers."""
 _REQUEST_S = 30.0
@@ -87,6 +89,10 @@ class InferenceHttpServer:
         self._scheduled = False
         self.run_waiting()
 
+    def peers(self) -> set[Address]:
+        """Returns the addresses of connections whose handshake is complete."""
+        return {each.peer for each in list(self.connections)}
+
     def has_room(self) -> bool:
         """Returns whether one more connection may be opened.
 
@@ -134,6 +140,7 @@ class InferenceConnection(asyncio.Protocol):
         """Whether an answer waits for the peer to take it."""
         self.waits_since_s = self._loop.time()
         """When the peer was last waited for, by the loop's clock."""
+        self.peer: Address = ("", 0)
         self._body = bytearray()
         self._reset()
 
@@ -154,6 +161,7 @@ class InferenceConnection(asyncio.Protocol):
             transport.abort()
             return
         self._server.connections.add(self)
+        self.peer = plain_address(transport.get_extra_info("peername"))
         tls = transport.get_extra_info("ssl_object")
         if isinstance(tls, ssl.SSLObject):
             self._certificate = tls.getpeercert(binary_form=True) or b""

@@ -7,8 +7,8 @@ import itertools
 import logging
 import signal
 import socket
+from asyncio.sslproto import SSLProtocol
 from collections.abc import Callable
-from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,10 +23,15 @@ from edge_client.serving.models import Models, Opener
 from edge_client.serving.page import Page
 from edge_client.serving.service import Service, log_fault
 from fedcore.errors import ResourceError
+from fedcore.rpc.crowd import SWEEP_S, Crowd, raise_file_limit
 
 log = logging.getLogger("fedcore.serving")
 
 _HANDSHAKE_S = 10.0
+_MAX_FILES = 4096
+"""Open files of the process, if the system grants so many: a crowd has none left of 1024."""
+_TLS_BYTES = 1 << 16
+"""Bytes that a connection over TLS reads at a time."""
 LOOK_S = 0.5
 """How often the store is looked at for a newly activated version, in seconds."""
 _TELL_LOOKS = 20
@@ -103,13 +108,17 @@ async def serve(
     http = _http(settings, service, access)
     grpc_loop = _grpc(settings, service, access)
     grpc_port = grpc_loop.bind(settings.host, settings.grpc_port, _credentials(access))
+    # asyncio's default of 256 KiB is allocated for each handshake that has begun.
+    SSLProtocol.max_size = _TLS_BYTES
     server = await loop.create_server(
         http.protocol,
         sock=http_socket,
         ssl=access.context(),
         ssl_handshake_timeout=None if access.identity is None else _HANDSHAKE_S,
     )
+    raise_file_limit(_MAX_FILES)
     grpc_loop.start()
+    crowd = Crowd(http_socket.getsockname()[1], most=settings.max_calls)
     scheme = "http" if access.identity is None else "https"
     started(
         Addresses(
@@ -117,19 +126,22 @@ async def serve(
             f"{scheme}://{_address(settings.host, http_socket.getsockname()[1])}",
         )
     )
-    watching = asyncio.create_task(_watch(models))
+    tasks = [
+        asyncio.create_task(_watch(models)),
+        asyncio.create_task(_keep_room(grpc_loop, http, crowd)),
+    ]
     await stop.wait()
     log.info("serve: stopping; requests that have arrived are answered")
     service.draining = True
-    watching.cancel()
+    for task in tasks:
+        task.cancel()
     server.close()
     await asyncio.gather(
         asyncio.to_thread(grpc_loop.stop, settings.drain_s), http.drain(settings.drain_s)
     )
     await asyncio.to_thread(models.stop)
     await asyncio.to_thread(models.tell)
-    with suppress(asyncio.CancelledError):
-        await watching
+    await asyncio.gather(*tasks, return_exceptions=True)
 
 
 def _address(host: str, port: int) -> str:
@@ -190,6 +202,14 @@ def _credentials(access: Access) -> Any:
         return None
     kit = access.identity.kit
     return server_credentials(kit.key_pem(), kit.certificate_pem, kit.authority_pem)
+
+
+async def _keep_room(grpc_loop: GrpcLoop, http: InferenceHttpServer, crowd: Crowd) -> None:
+    """Ends connections that do nothing and are too many, and handshakes on the port of HTTP."""
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        await asyncio.to_thread(grpc_loop.keep_room)
+        await asyncio.to_thread(crowd.sweep, http.peers())
 
 
 async def _watch(models: Models) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import socket
 import threading
 import time
 from collections.abc import Iterator
@@ -13,6 +14,7 @@ from grpc._cython import cygrpc
 
 from edge_client.serving import grpc_parts
 from edge_client.serving.grpc_parts import Call, GrpcLoop, Handler
+from tests.campaign.http2 import call, opening
 
 METHOD, STREAM = "/a.Service/Method", "/a.Service/Stream"
 
@@ -195,3 +197,70 @@ def test_streams_that_send_nothing_keep_nobody_out(monkeypatch: pytest.MonkeyPat
             call.cancel()
         loop.stop(20.0)
     assert loop.stopped.is_set()
+
+
+def _raw(loop_port: int, calls: int) -> socket.socket:
+    """A caller that opens calls and takes no bytes of their answers."""
+    raw = socket.create_connection(("127.0.0.1", loop_port), 10)
+    raw.sendall(opening(0) + b"".join(call(2 * n + 1, METHOD, b"x") for n in range(calls)))
+    return raw
+
+
+def test_a_call_whose_answer_is_not_taken_ends(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_parts, "_TAKE_S", 0.3)
+    monkeypatch.setattr(grpc_parts, "_EXPIRE_S", 0.05)
+    monkeypatch.setattr(grpc_parts, "_LOOK_S", 0.05)
+    answered: list[Call] = []
+
+    def handler(call: Call, message: bytes) -> None:
+        answered.append(call)
+        call.answer(bytes(1000))
+
+    with serving(handler) as (_, loop), _raw(loop.port, 3):
+        until_s = time.monotonic() + 10.0
+        while len(answered) < 3 or loop._calls:
+            assert time.monotonic() < until_s, loop._calls
+            time.sleep(0.01)
+        assert all(each.core is None and each.ending is None for each in answered)
+
+
+def test_answers_that_are_not_taken_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(grpc_parts, "_TAKE_PATIENCE_S", 0.2)
+    answered = threading.Semaphore(0)
+
+    def handler(call: Call, message: bytes) -> None:
+        call.answer(message * 1000)
+        answered.release()
+
+    with serving(handler, max_calls=2) as (channel, loop), _raw(loop.port, 2):
+        for _ in range(2):
+            assert answered.acquire(timeout=10)
+        time.sleep(0.25)
+        assert channel.unary_unary(METHOD)(b"abc", timeout=10) == b"abc" * 1000
+
+
+def test_connections_without_a_call_leave_room_for_others() -> None:
+    with serving(lambda call, message: call.answer(message), max_connections=16) as (channel, loop):
+        idle = [socket.create_connection(("127.0.0.1", loop.port), 10) for _ in range(12)]
+        until_s = time.monotonic() + 10.0
+        ended = 0
+        while ended < 8:
+            assert time.monotonic() < until_s, ended
+            loop.keep_room()
+            time.sleep(0.05)
+            ended = sum(_has_ended(one) for one in idle)
+        assert channel.unary_unary(METHOD)(b"abc", timeout=10) == b"abc"
+        for one in idle:
+            one.close()
+
+
+def _has_ended(connection: socket.socket) -> bool:
+    connection.setblocking(False)
+    try:
+        while connection.recv(1000):
+            pass
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True
