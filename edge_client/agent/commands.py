@@ -10,10 +10,10 @@ import sys
 import threading
 from collections.abc import Callable
 from dataclasses import replace
-from itertools import chain
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_client.agent.ended import LOADING, WAITING, Activity, ended_text, reason_of
 from edge_client.agent.stopping import stop_on_signals
 from fedcore.cli import Command
 from fedcore.config.owner import OPEN_POLICY, OwnerPolicy, load_owner
@@ -67,18 +67,21 @@ def _start_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _start(options: argparse.Namespace) -> int:
     loading = threading.Event()
-    with stop_on_signals(loading) as signalled:
+    activity = Activity(options.state or options.kit / "device")
+    with stop_on_signals(loading, stopped=activity.end) as signalled:
         try:
-            _work(options, loading)
+            _work(options, loading, activity)
         except BaseException as error:
             if not signalled():
                 raise
             if not isinstance(error, KeyboardInterrupt):  # an import may turn it into another error
                 log.info("stopped; error while stopping: %s: %s", type(error).__name__, error)
+        finally:
+            activity.end()
     return 0
 
 
-def _work(options: argparse.Namespace, loading: threading.Event) -> None:
+def _work(options: argparse.Namespace, loading: threading.Event, activity: Activity) -> None:
     """Runs the device until a signal interrupts it; sets ``loading`` while torch is imported."""
     kit = load_kit(options.kit)
     if kit.role != "device":
@@ -103,20 +106,32 @@ def _work(options: argparse.Namespace, loading: threading.Event) -> None:
     check_task(owner, options.task)
     rate = owner.max_bandwidth_bytes_per_s
     passed = RateLimit(rate).passed if rate else None
-    with lock_device_folder(options.state or options.kit / "device") as folder:
+    with lock_device_folder(activity.folder) as folder:
         folder.belongs_to(kit.public, so="Nothing was started")  # even if the policy pauses it now
-        instance = secrets.token_hex(16)
+        ended = ended_text(activity.interrupted())
+        if ended:
+            log.warning("this device's process before %s", ended)
+        activity.begin(LOADING)
+        instance, sign_off = secrets.token_hex(16), None
         if reason_to_pause(owner) is None:
             # Before torch is imported, which takes seconds: a running round soon gives up waiting.
-            announce(kit, options.task, folder, instance, passed)
+            sign_off = announce(kit, options.task, folder, instance, passed, ended=ended)
         log.info("loading torch and its compiler: a few seconds, longer the first time")
         loading.set()
-        with report_loading(log.info):
-            import edge_client.agent.loop
+        try:
+            with report_loading(log.info):
+                import edge_client.agent.loop
 
-            edge_client.agent.loop.warm_up()
-        loading.clear()
-        run_sessions(_sessions(kit, owner, options.task, folder, instance, passed), owner)
+                edge_client.agent.loop.warm_up()
+            loading.clear()
+            again = "" if sign_off is not None else ended
+            session = _sessions(kit, owner, options.task, folder, instance, passed, again)
+        except BaseException as error:
+            if sign_off is not None:
+                sign_off(reason_of(error))
+            raise
+        activity.begin(WAITING)
+        run_sessions(session, owner)
 
 
 def _sessions(
@@ -126,8 +141,12 @@ def _sessions(
     folder: DeviceFolder,
     instance: str,
     passed: Callable[[int], None] | None,
+    ended: str,
 ) -> Callable[[Signals], None]:
-    """Returns a function that runs one training session; ``instance`` names the first session."""
+    """Returns a function that runs one training session.
+
+    ``instance`` names the first session, which tells the server ``ended``.
+    """
     from edge_client.agent.loop import run_device
     from edge_client.agent.policy import free_gpu, limit_gpu
     from edge_client.agent.run import DeviceSetup
@@ -143,8 +162,13 @@ def _sessions(
         passed=passed,
         between_rounds=free_gpu if owner.free_gpu_between_rounds else None,
     )
-    names = chain([instance], iter(lambda: secrets.token_hex(16), ""))
-    return lambda signals: run_device(replace(device, instance=next(names)), signals)
+    firsts = iter([(instance, ended)])
+
+    def session(signals: Signals) -> None:
+        name, before = next(firsts, (secrets.token_hex(16), ""))
+        run_device(replace(device, instance=name, ended=before), signals)
+
+    return session
 
 
 start = Command(

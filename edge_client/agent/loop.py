@@ -7,10 +7,12 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Callable
+from dataclasses import dataclass, field
 
 import torch
 from flwr.app import Error, Message, MessageType
 
+from edge_client.agent.ended import WAITING, Activity, reason_of
 from edge_client.agent.run import DeviceSetup, OpenRun, open_run
 from edge_client.agent.wake import Signals, TokenBucket, keep_stream_open
 from fedcore.client_app import error_of
@@ -20,6 +22,8 @@ from fedcore.files import sha256_hex
 from fedcore.flower.fleet_client import FleetLink
 from fedcore.flower.fleet_errors import DeviceRejected, NotActivated, Unreachable
 from fedcore.flower.fleet_pull import AnnouncedMessage
+from fedcore.observability.foreign import foreign
+from fedcore.privacy.accounting import noise_searches
 from fedcore.rpc.hello import hello_of
 from fedcore.rpc.jitter import spread_s
 from fedcore.updates.messages import REFUSED
@@ -39,6 +43,24 @@ MESSAGE_S, MESSAGE_BURST = 0.02, 1000
 IDLE_MESSAGES = 50
 """How many messages one without work counts as: declined, failed or answered before. A server
 could make a device decline messages in a tight loop, which no limit on training bounds."""
+SEARCH_S, SEARCH_BURST = 300.0, 64
+"""Rate limit on searches for noise: seconds per search in the long run, and burst size."""
+
+
+@dataclass
+class SearchLimit:
+    """Rate limit on searches for the noise of ``auto``, which take up to ten seconds of CPU.
+
+    A server could ask for another noise in each message, and have the device decline all of them.
+    """
+
+    bucket: TokenBucket = field(default_factory=lambda: TokenBucket(SEARCH_S, SEARCH_BURST))
+    counted: int = field(default_factory=noise_searches)
+
+    def wait_s(self) -> float:
+        """Takes the searches since the last call; returns the seconds to wait before a message."""
+        before, self.counted = self.counted, noise_searches()
+        return self.bucket.wait_s(self.counted - before)
 
 
 def run_device(device: DeviceSetup, signals: Signals) -> None:
@@ -60,6 +82,7 @@ def run_device(device: DeviceSetup, signals: Signals) -> None:
         stop=signals.stop,
         was_admitted=device.folder.was_admitted(device.kit.public),
         passed=device.passed,
+        ended=device.ended,
     )
     watcher = threading.Thread(
         target=keep_stream_open,
@@ -69,19 +92,25 @@ def run_device(device: DeviceSetup, signals: Signals) -> None:
     )
     runs: dict[int, OpenRun] = {}
     messages = TokenBucket(MESSAGE_S, MESSAGE_BURST)
+    searches, reason = SearchLimit(), ""
     try:
         _retry(lambda: _activate(link, signals), signals)
         device.folder.record_admission(device.kit.public)
         watcher.start()
         while not signals.stop.is_set():
-            _retry(lambda: _answer_messages(device, link, signals, runs, messages), signals)
+            _retry(
+                lambda: _answer_messages(device, link, signals, runs, messages, searches), signals
+            )
+    except BaseException as error:
+        reason = reason_of(error)
+        raise
     finally:
         signals.stop.set()
         signals.work.set()
         signals.reconnect.set()
         if watcher.is_alive():
             watcher.join(timeout=_LAST_S)
-        _deactivate(link)
+        _deactivate(link, reason)
         link.close()
 
 
@@ -130,20 +159,28 @@ def _answer_messages(
     signals: Signals,
     runs: dict[int, OpenRun],
     messages: TokenBucket,
+    searches: SearchLimit,
 ) -> None:
-    """Waits for a wake-up call, then answers all messages, at most at the rate of ``messages``."""
+    """Waits for a wake-up call, then answers all messages.
+
+    Answers at most at the rate of ``messages``, and searches for noise at that of ``searches``.
+    """
     signals.work.wait(_LOOK_S)
     if signals.stop.is_set():
         return
     if signals.activate.is_set():
         _activate(link, signals)
+    activity = Activity(device.folder.path)
     signals.work.clear()
     try:
-        while not signals.stop.is_set() and (found := link.announced()) is not None:
+        while not signals.stop.wait(searches.wait_s()) and (found := link.announced()) is not None:
             signals.last_message, signals.busy = time.monotonic(), True
+            kind = foreign(found.message.metadata.message_type, 20)
+            activity.begin(f"it answered a message to {kind}")
             try:
                 worked = _answer_or_reject(device, link, signals, runs, found)
             finally:
+                activity.begin(WAITING)
                 signals.last_message, signals.busy = time.monotonic(), False
             signals.stop.wait(messages.wait_s(1 if worked else IDLE_MESSAGES))
         if device.between_rounds is not None and runs:
@@ -286,9 +323,9 @@ def _store_reply(device: DeviceSetup, run: OpenRun, key: str, reply: Message) ->
         run.ledger.commit(state)
 
 
-def _deactivate(link: FleetLink) -> None:
+def _deactivate(link: FleetLink, reason: str) -> None:
     try:
         if link.node_id:
-            link.deactivate(_LAST_S)
+            link.deactivate(_LAST_S, reason)
     except (FedcoreError, ConnectionError) as error:
         log.debug("cannot tell the server that this device ends: %s", error)

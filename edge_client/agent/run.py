@@ -50,6 +50,8 @@ class DeviceSetup:
     randomness: Randomness = field(default_factory=SystemEntropy)
     instance: str = field(default_factory=lambda: secrets.token_hex(16))
     """Random name by which the server recognizes this session."""
+    ended: str = ""
+    """Why this device's process before ended, for the server; empty if as usual."""
     passed: Callable[[int], None] | None = None
     """Callback after each transfer with its bytes; may block to limit bandwidth."""
     between_rounds: Callable[[], None] | None = None

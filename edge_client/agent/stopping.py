@@ -23,7 +23,9 @@ _OVER = b"\0"  # no signal has this number
 
 
 @contextmanager
-def stop_on_signals(loading: threading.Event) -> Iterator[Callable[[], bool]]:
+def stop_on_signals(
+    loading: threading.Event, *, stopped: Callable[[], None] = lambda: None
+) -> Iterator[Callable[[], bool]]:
     """Handles SIGINT and SIGTERM; yields a function that returns whether one was received.
 
     The first signal raises `KeyboardInterrupt`. If the process still runs a few seconds later, it
@@ -37,6 +39,7 @@ def stop_on_signals(loading: threading.Event) -> Iterator[Callable[[], bool]]:
 
     Args:
         loading: Set by the caller while torch is imported.
+        stopped: Called before the process exits here, not at the end of the block.
 
     Raises:
         KeyboardInterrupt: on the first signal, at any point of the main thread.
@@ -46,12 +49,16 @@ def stop_on_signals(loading: threading.Event) -> Iterator[Callable[[], bool]]:
         return
     came = threading.Event()
 
+    def leave(code: int) -> None:
+        stopped()
+        os._exit(code)
+
     def handle(number: int, frame: FrameType | None) -> None:
         if came.is_set():
-            os._exit(INTERRUPTED)
+            leave(INTERRUPTED)
         came.set()
         if loading.is_set():
-            os._exit(0)
+            leave(0)
         raise KeyboardInterrupt
 
     # Python runs handlers in the main thread, between two instructions. The wake-up descriptor
@@ -61,7 +68,7 @@ def stop_on_signals(loading: threading.Event) -> Iterator[Callable[[], bool]]:
     before = signal.set_wakeup_fd(numbers.fileno(), warn_on_full_buffer=False)
     # Started here: in a handler, the interrupted code might hold the lock for starting threads.
     insisting = threading.Thread(
-        target=_exit_if_late, args=[heard, loading], name="stop", daemon=True
+        target=_exit_if_late, args=[heard, loading, leave], name="stop", daemon=True
     )
     insisting.start()
     kept = {each: signal.signal(each, handle) for each in _SIGNALS}
@@ -78,23 +85,25 @@ def stop_on_signals(loading: threading.Event) -> Iterator[Callable[[], bool]]:
             heard.close()
 
 
-def _exit_if_late(heard: socket.socket, loading: threading.Event) -> None:
+def _exit_if_late(
+    heard: socket.socket, loading: threading.Event, leave: Callable[[int], None]
+) -> None:
     """Exits the process `_STOP_S` after a signal, or at once on a second one."""
     if not _next(heard):
         return
     if loading.is_set():
-        os._exit(0)
+        leave(0)
     heard.settimeout(_STOP_S)
     with suppress(TimeoutError):
         if _next(heard):
-            os._exit(INTERRUPTED)
+            leave(INTERRUPTED)
         return
     text = f"stopped: the work in progress did not end within {_STOP_S:.0f} s"
     # In another thread: the main thread may be blocked writing to a log that nobody reads.
     telling = threading.Thread(target=log.warning, args=[text], daemon=True)
     telling.start()
     telling.join(_TELL_S)
-    os._exit(0)
+    leave(0)
 
 
 def _next(heard: socket.socket) -> bool:

@@ -46,7 +46,7 @@ from fedcore.flower.fleet_errors import (
     untrusted_text,
 )
 from fedcore.flower.fleet_pull import AnnouncedMessage, BoundedClient, announced_in, read_content
-from fedcore.rpc.hello import BUNDLES, WAKE_PORT, next_request_header
+from fedcore.rpc.hello import BUNDLES, WAKE_PORT, next_request_header, reason_header
 from fedcore.rpc.jitter import spread_s
 
 log = logging.getLogger("fedcore.device")
@@ -86,6 +86,7 @@ class FleetLink:
         stop: threading.Event,
         was_admitted: bool = False,
         passed: Callable[[int], None] | None = None,
+        ended: str = "",
     ) -> None:
         """Creates a link; opens no connection yet.
 
@@ -96,6 +97,7 @@ class FleetLink:
             was_admitted: Whether the server has ever admitted this device: the kit is right then,
                 so a peer that cannot prove to be the server is a temporary failure.
             passed: Callback after each request with the bytes transferred; may block.
+            ended: Why this device's process before ended; told when this one is activated.
         """
         self.kit = kit
         """The identity in use."""
@@ -103,6 +105,7 @@ class FleetLink:
         self._headers = dict(headers)
         self._stop = stop
         self._passed = passed
+        self._ended = ended
         self._server = kit.servers[0]
         self._clients = {self._server: self._connect(kit, self._server)}
         self._distrusted = set[str]()
@@ -122,6 +125,8 @@ class FleetLink:
     def intercept(self, context: ProtobufRequestContext, call_next: ProtobufCall) -> httpx.Response:
         """Adds the headers to a request, and reads the server's offers from the response."""
         context.request.headers.update(self._headers)
+        if context.rpc_method == _ACTIVATE:
+            context.request.headers.update(reason_header(self._ended))
         if self._last is not None:
             context.request.extensions["timeout"] = self._last.as_dict()
         elif len(self.kit.servers) > 1:
@@ -147,12 +152,20 @@ class FleetLink:
         """Tells the server that this process is online."""
         request = ActivateNodeRequest(public_key=self.kit.public, heartbeat_interval=HEARTBEAT_S)
         self._node = Node(node_id=self._call(FleetHttpClient.ActivateNode, request).node_id)
-        self._let_in = True
+        self._let_in, self._ended = True, ""
 
-    def deactivate(self, timeout_s: float) -> None:
-        """Tells the server that this process ends; each network step may take ``timeout_s``."""
+    def deactivate(self, timeout_s: float, reason: str = "", *, node_id: int = 0) -> None:
+        """Tells the server that this process ends; each network step may take ``timeout_s``.
+
+        Args:
+            timeout_s: Timeout of each network step.
+            reason: Why it ends; empty if as usual.
+            node_id: The node, if another link has activated it.
+        """
         self._last = httpx.Timeout(timeout_s)
-        self._call(FleetHttpClient.DeactivateNode, DeactivateNodeRequest(node_id=self.node_id))
+        self._headers |= reason_header(reason)
+        request = DeactivateNodeRequest(node_id=node_id or self.node_id)
+        self._call(FleetHttpClient.DeactivateNode, request)
 
     def heartbeat(self, again_s: float) -> None:
         """Tells the server that this process is online, and will call again in ``again_s`` seconds.

@@ -14,6 +14,7 @@ from pathlib import Path
 from fedcore import __version__
 from fedcore.errors import DeviceError
 from fedcore.files import read_bytes, sha256_hex
+from fedcore.observability.foreign import foreign
 
 PROTOCOL = 2
 """Version of the protocol; increases when messages between device and server change."""
@@ -30,6 +31,9 @@ SETTINGS = "run"
 INSTANCE = "instance"
 """Key under which a server sends devices the id of this instance of the run."""
 _AGAIN = "fedcore-again-s"
+_REASON = "fedcore-reason"
+MAX_REASON = 200
+"""Most characters of the reason that a server keeps of a device that has left."""
 WAKE_PORT = "fedcore-wake-port"
 """Response header for an admitted device: the port of the stream that wakes it."""
 BUNDLES = "fedcore-bundles"
@@ -125,6 +129,17 @@ def next_request_s(headers: Mapping[str, str]) -> float | None:
     except ValueError:
         return None
     return seconds if 0.0 <= seconds < float("inf") else None
+
+
+def reason_header(reason: str) -> dict[str, str]:
+    """Returns the header by which a device says why it leaves, or why its process ended before."""
+    shown = foreign(reason, MAX_REASON).encode("ascii", "backslashreplace").decode()
+    return {_REASON: shown} if shown else {}
+
+
+def reason_of(headers: Mapping[str, str]) -> str:
+    """Returns the reason in a request's headers, fit to print; empty if there is none."""
+    return foreign(headers.get(_REASON, ""), MAX_REASON)
 
 
 def check_hello(headers: Mapping[str, str], server: Hello) -> None:

@@ -10,13 +10,14 @@ from flwr.proto.message_pb2 import ObjectTree
 
 from edge_client.agent import loop
 from edge_client.agent.run import DeviceSetup
-from edge_client.agent.wake import Signals
+from edge_client.agent.wake import Signals, TokenBucket
 from edge_client.device_folder import lock_device_folder
 from edge_client.ledger.book import read_book
 from fedcore.config.owner import OPEN_POLICY, DataSet, OwnerPolicy
 from fedcore.errors import InvalidUpdate
 from fedcore.flower.fleet_pull import AnnouncedMessage
 from fedcore.flower.identity import assume_identity
+from fedcore.privacy.accounting import noise_for, noise_searches
 from fedcore.privacy.ledger import ledger_in
 from fedcore.updates.messages import REFUSED
 from tests.unit.edge_client.agent.asked import PRIVATE, RUN_ID, Link, instruction, kit_in, run_of
@@ -86,3 +87,37 @@ def test_files_that_come_to_a_named_data_set_in_mid_run_count_at_once(tmp_path: 
         labels = [one.data for one in charges.runs["run"]]
     assert labels[0] == labels[1] != labels[2] == labels[3]
     assert all(not answer.has_error() for answer in link.answers)
+
+
+def test_searches_for_noise_come_no_faster_than_their_limit(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """A new budget in each message cost seconds of CPU each, and the message could be declined."""
+    now, searched = [0.0], [0]
+    monkeypatch.setattr(loop, "noise_searches", lambda: searched[0])
+    bucket = TokenBucket(loop.SEARCH_S, loop.SEARCH_BURST, lambda: now[0])
+    limit = loop.SearchLimit(bucket, 0)
+    for _ in range(loop.SEARCH_BURST):
+        assert limit.wait_s() == 0.0
+        searched[0] += 1
+    assert limit.wait_s() == 0.0
+    searched[0] += 2
+    assert limit.wait_s() == pytest.approx(2 * loop.SEARCH_S)
+    assert limit.wait_s() == pytest.approx(2 * loop.SEARCH_S)  # a failed message does not end it
+    now[0] += 2 * loop.SEARCH_S
+    assert limit.wait_s() == 0.0
+
+
+def test_a_noise_that_is_known_is_not_searched_again() -> None:
+    def search(max_epsilon: float) -> int:
+        before = noise_searches()
+        noise_for(
+            max_epsilon=max_epsilon,
+            target_delta=1e-6,
+            sample_rate=1.0,
+            steps=3,
+            accountant="rdp",
+        )
+        return noise_searches() - before
+
+    assert [search(7.125), search(7.125), search(7.25)] == [1, 0, 1]
