@@ -11,7 +11,7 @@ from typing import TextIO
 
 from fedcore.files import disk_errors
 from fedcore.observability.foreign import MAX_LINE_BYTES, bounded_line, foreign
-from fedcore.observability.throttle import Throttle, omitted_suffix
+from fedcore.observability.throttle import DailyLines, Throttle, omitted_suffix
 
 MAX_BYTES, KEPT = 10 << 20, 5
 """Size at which a log file is rotated, and old files kept: 60 MiB at most in total."""
@@ -78,39 +78,42 @@ class OneLine(logging.Formatter):
 class Sparse(logging.Filter):
     """Limits the log lines of libraries, which repeat as often as a peer causes them.
 
-    Each logger may write some lines at once, then one in a while. fedcore's own lines all pass:
-    the code that writes them limits those that a peer can cause.
+    Each logger may write some lines at once, then one in a while, and few in a day. fedcore's own
+    lines all pass: the code that writes them limits those that a peer can cause.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Starts with full allowances."""
         super().__init__()
-        self._clock = clock
-        self._left: dict[str, tuple[float, float]] = {}
+        self._libraries: Throttle[str] = Throttle(
+            burst=_BURST, clock=clock, also=DailyLines[str](_LIBRARY_LINES, clock).admit
+        )
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Returns whether to write a record."""
         if record.name.partition(".")[0] == "fedcore":
             return True
-        now_s = self._clock()
-        tokens, since_s = self._left.get(record.name, (_BURST, now_s))
-        tokens = min(tokens + (now_s - since_s) / _AGAIN_S, _BURST)
-        self._left[record.name] = (tokens - 1 if tokens >= 1 else tokens, now_s)
-        return tokens >= 1
+        return self._libraries.admit(record.name) is not None
 
 
 class Throttled(Sparse):
     """Limits the lines of each kind, also fedcore's own; later lines count those left out.
 
     A kind is a message's format string. Warnings have the limit that a server sets for one peer;
-    lower levels, which report progress, have a higher one.
+    lower levels, which report progress, have a higher one. All warnings together, and all other
+    lines, are limited by day, so that a file's rotation does not soon drop what came before.
     """
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
         """Starts with full allowances."""
         super().__init__(clock)
-        self._warnings: Throttle[str] = Throttle(clock=clock)
-        self._news: Throttle[str] = Throttle(every_s=_NEWS_S, burst=_NEWS_BURST, clock=clock)
+        warnings, news = (DailyLines[None](_OWN_LINES, clock) for _ in range(2))
+        self._warnings: Throttle[str] = Throttle(
+            clock=clock, also=lambda kind: warnings.admit(None)
+        )
+        self._news: Throttle[str] = Throttle(
+            every_s=_NEWS_S, burst=_NEWS_BURST, clock=clock, also=lambda kind: news.admit(None)
+        )
 
     def filter(self, record: logging.LogRecord) -> bool:
         """Returns whether to write a record, and notes on a written one how many were left out."""
@@ -124,7 +127,9 @@ class Throttled(Sparse):
 
 _LEFT_OUT = "left_out"
 _NEWS_S, _NEWS_BURST = 1.0, 300
-_BURST, _AGAIN_S = 20.0, 10.0
+_OWN_LINES = 5000
+"""Warnings of all kinds that are written at once, and in each day after that; also other lines."""
+_BURST, _LIBRARY_LINES = 20, 500
 _MESSAGE = 1000  # most characters of a message that is followed by an exception
 
 

@@ -12,6 +12,7 @@ import threading
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Literal
 
@@ -22,6 +23,7 @@ from fedcore.crypto.roster import Member
 from fedcore.errors import DataError, FedcoreError
 from fedcore.files import read_bytes, write_json
 from fedcore.observability.foreign import foreign
+from fedcore.observability.throttle import PeerLines
 from fedcore.observability.words import counted
 from fedcore.rpc.delivery import MAX_REASON, reason_text
 from fedcore.rpc.delivery_pb2 import DeviceReport, ServingReport
@@ -41,29 +43,6 @@ _OUTCOMES = {
     DeviceReport.RETURNED: "returned",
 }
 _MAX_BYTES = 8192
-
-
-def log_report(member: Member, report: DeviceReport | ServingReport) -> None:
-    """Logs what became of a version on a device, or that it told how it is used."""
-    if isinstance(report, ServingReport):
-        log.info(
-            "device %s: %s version %d answered %d requests, %d failed",
-            member.name,
-            foreign(report.model, 64),
-            report.version,
-            report.requests,
-            report.errors,
-        )
-        return
-    outcome = DeviceReport.Outcome.Name(report.outcome).lower()
-    log.info(
-        "device %s: %s version %d %s %s",
-        member.name,
-        foreign(report.model, 64),
-        report.version,
-        outcome,
-        foreign(report.reason, 500),
-    )
 
 
 class KeptReport(BaseModel):
@@ -165,17 +144,20 @@ class TrialJudge:
     keys: Path | None
     """The folder of the online keys; without it, reports are only kept."""
     _lock: threading.Lock = field(default_factory=threading.Lock)
+    _lines: PeerLines = field(
+        default_factory=lambda: PeerLines(partial(log.warning, "%s"), "reports that failed")
+    )
 
     def __call__(self, member: Member, report: DeviceReport | ServingReport) -> None:
         """Keeps a report and judges the trial that it is about. Errors are logged."""
-        log_report(member, report)
         try:
             with self._lock:
                 self.book.put(member, report)
                 if self.keys is not None and isinstance(report, DeviceReport):
                     self._judge(report.model, report.version, self.keys)
         except FedcoreError as error:
-            log.warning("report of %s: %s", foreign(member.name, 64), error)
+            line = f"report of {foreign(member.name, 64)}: {error}"
+            self._lines.tell(member.name, "report", line, member=True)
 
     def _judge(self, model: str, version: int, keys: Path) -> None:
         rollout = rollouts(self.repository, keys).get(model)

@@ -14,6 +14,7 @@ import grpc
 
 from fedcore.crypto.roster import ServerIdentity
 from fedcore.errors import ConfigError, ResourceError
+from fedcore.rpc.crowd import SWEEP_S, Crowd
 from fedcore.rpc.delivery import MAX_REQUEST_BYTES, PORT_OFFSET
 from server.delivery.files import PublishedFiles
 from server.delivery.service import Deliveries, OnReport
@@ -24,6 +25,8 @@ log = logging.getLogger("fedcore.server")
 
 _PING_S, _PONG_S = 30, 60
 """Keepalive interval and timeout: a ping waits behind the data of a slow link."""
+_CONNECTIONS = 4096
+"""Most connections; a quarter of them may be without a call, see `Crowd`."""
 _OPTIONS = (
     ("grpc.keepalive_time_ms", _PING_S * 1000),
     ("grpc.keepalive_timeout_ms", _PONG_S * 1000),
@@ -34,7 +37,7 @@ _OPTIONS = (
     ("grpc.max_metadata_size", 8192),
     ("grpc.max_concurrent_streams", 4),
     ("grpc.max_connection_idle_ms", 60_000),
-    ("grpc.max_allowed_incoming_connections", 4096),
+    ("grpc.max_allowed_incoming_connections", _CONNECTIONS),
     ("grpc.server_handshake_timeout_ms", 10_000),
     ("grpc.so_reuseport", 0),
 )
@@ -69,7 +72,11 @@ def default_port(identity: ServerIdentity) -> int:
 
 @asynccontextmanager
 async def serve_releases(
-    identity: ServerIdentity, repository: Path, address: DeliveryAddress, *, on_report: OnReport
+    identity: ServerIdentity,
+    repository: Path,
+    address: DeliveryAddress,
+    *,
+    on_report: OnReport | None,
 ) -> AsyncIterator[int]:
     """Serves a repository on this event loop until exit; yields the bound port.
 
@@ -79,7 +86,7 @@ async def serve_releases(
         identity: The server's key, certificate and roster.
         repository: The folder of the signed repository.
         address: Address to listen on.
-        on_report: Callback with each device's report; runs in a thread.
+        on_report: Callback with each device's report; runs in a thread. None to log them only.
 
     Raises:
         DataError: there is no repository.
@@ -104,14 +111,27 @@ async def serve_releases(
             "started; stop the program that uses it, or choose another port."
         ) from None
     await server.start()
-    following = asyncio.create_task(deliveries.watchers.follow())
+    crowd = Crowd(port, most=_CONNECTIONS)
+    tasks = [
+        asyncio.create_task(deliveries.watchers.follow()),
+        asyncio.create_task(_sweep(deliveries, crowd)),
+    ]
     log.info("delivering %s on %s:%d", repository, address.host, port)
     try:
         yield port
     finally:
-        following.cancel()
+        for task in tasks:
+            task.cancel()
         deliveries.watchers.end_all()
         await server.stop(grace=1.0)
+
+
+async def _sweep(deliveries: Deliveries, crowd: Crowd) -> None:
+    """Ends calls and connections that keep others out, forever."""
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        deliveries.sweep()
+        await asyncio.to_thread(crowd.sweep, deliveries.open_calls.peers())
 
 
 def serve_until_stopped(
@@ -119,7 +139,7 @@ def serve_until_stopped(
     repository: Path,
     address: DeliveryAddress,
     *,
-    on_report: OnReport,
+    on_report: OnReport | None,
     started: Callable[[int], None],
 ) -> None:
     """Serves a repository until SIGTERM or SIGINT.
@@ -140,7 +160,11 @@ def serve_until_stopped(
 
 @contextmanager
 def serve_releases_in_thread(
-    identity: ServerIdentity, repository: Path, address: DeliveryAddress, *, on_report: OnReport
+    identity: ServerIdentity,
+    repository: Path,
+    address: DeliveryAddress,
+    *,
+    on_report: OnReport | None,
 ) -> Iterator[int]:
     """Serves a repository in a thread of its own until exit; yields the bound port.
 

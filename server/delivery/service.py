@@ -12,8 +12,9 @@ import os
 import time
 from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator, Callable
-from contextlib import aclosing, asynccontextmanager
+from contextlib import aclosing
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import grpc
@@ -21,7 +22,7 @@ from google.protobuf.message import DecodeError, Message
 
 from fedcore.crypto.roster import Member, Roster
 from fedcore.observability.foreign import foreign
-from fedcore.observability.throttle import Throttle, omitted_suffix, take_token
+from fedcore.observability.throttle import PeerLines, take_token
 from fedcore.rpc.delivery import CHUNK_BYTES, MAX_REASON, SERVICE
 from fedcore.rpc.delivery_pb2 import (
     Chunk,
@@ -34,6 +35,7 @@ from fedcore.rpc.delivery_pb2 import (
     WatchReleases,
 )
 from fedcore.rpc.grpc_peer import peer_key
+from fedcore.rpc.open_calls import OpenCall, OpenCalls
 from server.delivery.feedback import fault_of_serving
 from server.delivery.files import PublishedFiles
 from server.delivery.watchers import Watchers
@@ -45,8 +47,10 @@ _READ_BYTES = 16 * CHUNK_BYTES
 _FETCHES = 64
 """Fetches that are served at once; others wait."""
 _FETCHES_OF_ONE = 2
-_STALLED_S = 60.0
-"""Seconds that a device may take for one message."""
+_CALLS_OF_ONE = 8
+"""Open calls of a device; one more ends its oldest. It uses a stream and up to two fetches."""
+_SLOW_BYTES_PER_S, _SLOW_S = 4096, 60.0
+"""Where no slot is free, a fetch that was slower for so long ends; its device goes on later."""
 _CALL_S, _CALLS = 0.05, 400
 """Rate limit on a device's calls: seconds per call in the long run, and burst size."""
 _REPORT_S, _REPORTS = 10.0, 30
@@ -57,6 +61,22 @@ OnReport = Callable[[Member, DeviceReport | ServingReport], None]
 Code = grpc.StatusCode
 
 
+@dataclass
+class Fetching:
+    """How far a fetch is."""
+
+    since_s: float
+    sent_bytes: int = 0
+
+    def rate(self, now_s: float) -> float:
+        """Returns the bytes taken per second so far."""
+        return self.sent_bytes / max(now_s - self.since_s, 1e-9)
+
+    def is_slow(self, now_s: float) -> bool:
+        """Returns whether it has been slow for long."""
+        return now_s - self.since_s > _SLOW_S and self.rate(now_s) < _SLOW_BYTES_PER_S
+
+
 @dataclass(frozen=True)
 class Deliveries:
     """The handlers of the service's calls. Use it from one event loop only."""
@@ -64,38 +84,50 @@ class Deliveries:
     files: PublishedFiles
     roster: Roster
     watchers: Watchers
-    on_report: OnReport
-    """Callback with each valid report; runs in a thread."""
+    on_report: OnReport | None
+    """Callback with each valid report; runs in a thread. None to log them only."""
     _calls: dict[bytes, tuple[float, float]] = field(default_factory=dict)
     _reports: dict[bytes, tuple[float, float]] = field(default_factory=dict)
     _fetching: Counter[bytes] = field(default_factory=Counter)
+    _fetches: dict[OpenCall, Fetching] = field(default_factory=dict)
+    open_calls: OpenCalls = field(default_factory=lambda: OpenCalls(_CALLS_OF_ONE))
     _slots: asyncio.Semaphore = field(default_factory=lambda: asyncio.Semaphore(_FETCHES))
-    _lines: Throttle[tuple[str, str]] = field(default_factory=Throttle)
+    _lines: PeerLines = field(
+        default_factory=lambda: PeerLines(partial(log.info, "%s"), "deliveries")
+    )
 
     async def watch(self, request: WatchReleases, context: Any) -> AsyncIterator[Published]:
         """Yields the repository's state now, and whenever it changes."""
         member = await self._admit(context)
-        stream = self.watchers.open(member.public)
-        self._log(member.name, "waits for releases")
-        try:
-            while not stream.ended:
-                spread_ms = int(1000 * self.watchers.spread_s)
-                yield Published(change=self.watchers.change, spread_ms=spread_ms)
-                await stream.changed()
-            await context.abort(Code.CANCELLED, "another stream of this device, or no member now")
-        finally:
-            self.watchers.close(member.public, stream)
+        with self.open_calls.opened(member.public, context) as call:
+            stream = self.watchers.open(member.public)
+            self._log(member.name, "waits for releases")
+            try:
+                while not stream.ended:
+                    spread_ms = int(1000 * self.watchers.spread_s)
+                    call.sending()
+                    yield Published(change=self.watchers.change, spread_ms=spread_ms)
+                    call.sent()
+                    await stream.changed()
+                await context.abort(
+                    Code.CANCELLED, "another stream of this device, or no member now"
+                )
+            finally:
+                self.watchers.close(member.public, stream)
 
     async def get_metadata(self, request: MetadataRequest, context: Any) -> AsyncIterator[Chunk]:
         """Yields a metadata file in chunks."""
-        await self._admit(context)
-        descriptor = self.files.open_metadata(request.name)
-        if descriptor is None:
-            await context.abort(Code.NOT_FOUND, "there is no such metadata")
-        assert descriptor is not None
-        async with aclosing(_chunks(descriptor, 0)) as chunks:
-            async for chunk in chunks:
-                yield chunk
+        member = await self._admit(context)
+        with self.open_calls.opened(member.public, context) as call:
+            descriptor = self.files.open_metadata(request.name)
+            if descriptor is None:
+                await context.abort(Code.NOT_FOUND, "there is no such metadata")
+            assert descriptor is not None
+            async with aclosing(_chunks(descriptor, 0)) as chunks:
+                async for chunk in chunks:
+                    call.sending()
+                    yield chunk
+                    call.sent()
 
     async def fetch(self, request: FetchRequest, context: Any) -> AsyncIterator[Chunk]:
         """Yields a file in chunks, from an offset on; waits for the device to read each."""
@@ -104,22 +136,45 @@ class Deliveries:
             await self._refuse(context, member.name, Code.RESOURCE_EXHAUSTED, "fetches too much")
         self._fetching[member.public] += 1
         try:
-            async with self._slots:
-                descriptor = await asyncio.to_thread(self.files.open_file, request.sha256)
-                if descriptor is None:
-                    await context.abort(Code.NOT_FOUND, "there is no such file")
-                assert descriptor is not None
-                chunks = _chunks(descriptor, request.offset)
-                async with _watched(context) as progress, aclosing(chunks):
-                    async for chunk in chunks:
-                        yield chunk
-                        progress()
-                        if self.roster.member(member.public) is None:
-                            await context.abort(Code.PERMISSION_DENIED, "no member any more")
+            with self.open_calls.opened(member.public, context) as call:
+                async with self._slots:
+                    chunks = self._fetched(request, context, member, call)
+                    async with aclosing(chunks):
+                        async for chunk in chunks:
+                            yield chunk
         finally:
             self._fetching[member.public] -= 1
             if not self._fetching[member.public]:
                 del self._fetching[member.public]
+
+    async def _fetched(
+        self, request: FetchRequest, context: Any, member: Member, call: OpenCall
+    ) -> AsyncGenerator[Chunk, None]:
+        descriptor = await asyncio.to_thread(self.files.open_file, request.sha256)
+        if descriptor is None:
+            await context.abort(Code.NOT_FOUND, "there is no such file")
+        assert descriptor is not None
+        fetching = self._fetches[call] = Fetching(time.monotonic())
+        try:
+            async with aclosing(_chunks(descriptor, request.offset)) as chunks:
+                async for chunk in chunks:
+                    call.sending()
+                    yield chunk
+                    call.sent()
+                    fetching.sent_bytes += len(chunk.content)
+                    if self.roster.member(member.public) is None:
+                        await context.abort(Code.PERMISSION_DENIED, "no member any more")
+        finally:
+            del self._fetches[call]
+
+    def sweep(self) -> None:
+        """Ends calls whose answer is not taken, and where no slot is free the slowest fetch."""
+        self.open_calls.sweep()
+        if not self._slots.locked():
+            return
+        now_s = time.monotonic()
+        slow = [call for call, one in self._fetches.items() if one.is_slow(now_s)]
+        any(call.end() for call in sorted(slow, key=lambda one: self._fetches[one].rate(now_s)))
 
     async def report(self, request: DeviceReport, context: Any) -> Reported:
         """Takes a report of what became of a version."""
@@ -138,7 +193,9 @@ class Deliveries:
             await self._refuse(context, member.name, Code.RESOURCE_EXHAUSTED, "reports too often")
         if fault := fault_in():
             await self._refuse(context, member.name, Code.INVALID_ARGUMENT, fault)
-        await asyncio.to_thread(self.on_report, member, report)
+        self._log(member.name, "reports", f" {report_text(report)}")
+        if self.on_report is not None:
+            await asyncio.to_thread(self.on_report, member, report)
         return Reported()
 
     def handler(self) -> grpc.GenericRpcHandler:
@@ -167,23 +224,25 @@ class Deliveries:
         if public is None or member is None or member.role != "device":
             # Unknown peers by address without the port, which differs on each connection.
             peer = member.name if member else str(context.peer()).rpartition(":")[0]
-            await self._refuse(context, peer, Code.PERMISSION_DENIED, "not a device in force")
+            await self._refuse(
+                context, peer, Code.PERMISSION_DENIED, "not a device in force", member=bool(member)
+            )
         assert public is not None
         assert member is not None
         if not take_token(self._calls, public, time.monotonic(), every_s=_CALL_S, burst=_CALLS):
             await self._refuse(context, member.name, Code.RESOURCE_EXHAUSTED, "calls too often")
         return member
 
-    async def _refuse(self, context: Any, peer: str, code: grpc.StatusCode, why: str) -> None:
-        self._log(peer, f"refused: {why}")
+    async def _refuse(
+        self, context: Any, peer: str, code: grpc.StatusCode, why: str, *, member: bool = True
+    ) -> None:
+        self._log(peer, f"refused: {why}", member=member)
         await asyncio.sleep(_REFUSED_S)
         await context.abort(code, why)
 
-    def _log(self, peer: str, what: str) -> None:
-        omitted = self._lines.admit((peer, what))
-        if omitted is not None:
-            more = omitted_suffix(omitted)
-            log.info("delivery: %s: %s%s", foreign(peer, 100), what, more)
+    def _log(self, peer: str, what: str, more: str = "", *, member: bool = True) -> None:
+        line = f"delivery: {foreign(peer, 100)}: {what}{more}"
+        self._lines.tell(peer, what, line, member=member)
 
 
 def fault_of(report: DeviceReport) -> str:
@@ -201,6 +260,16 @@ def fault_of(report: DeviceReport) -> str:
     return ""
 
 
+def report_text(report: DeviceReport | ServingReport) -> str:
+    """Returns a valid report in words, fit to print."""
+    model = f"{foreign(report.model, 64)} version {report.version}"
+    if isinstance(report, ServingReport):
+        return f"{model} answered {report.requests} requests, {report.errors} failed"
+    outcome = DeviceReport.Outcome.Name(report.outcome).lower()
+    said = f": {foreign(report.reason, 500)}" if report.reason else ""
+    return f"{model} {outcome}{said}"
+
+
 async def _chunks(descriptor: int, offset: int) -> AsyncGenerator[Chunk, None]:
     """Yields an open file from an offset on, and closes it."""
     try:
@@ -212,27 +281,6 @@ async def _chunks(descriptor: int, offset: int) -> AsyncGenerator[Chunk, None]:
         return
     finally:
         os.close(descriptor)
-
-
-@asynccontextmanager
-async def _watched(context: Any) -> AsyncIterator[Callable[[], None]]:
-    """Cancels a call whose device takes longer than `_STALLED_S` for one message."""
-    loop = asyncio.get_running_loop()
-    last = [loop.time()]
-
-    async def look() -> None:
-        while loop.time() - last[0] < _STALLED_S:
-            await asyncio.sleep(_STALLED_S / 4)
-        context.cancel()
-
-    def progress() -> None:
-        last[0] = loop.time()
-
-    looking = asyncio.create_task(look())
-    try:
-        yield progress
-    finally:
-        looking.cancel()
 
 
 def _parser(kind: type[Message]) -> Callable[[bytes], Message]:

@@ -25,7 +25,6 @@ from fedcore.observability.jsonl import json_lines
 from fedcore.observability.patience import FIRST_STEP, note_if_slow
 from fedcore.rpc.hello import declared_name, hello_of
 from fedcore.seeds import Randomness, SystemEntropy
-from server.delivery.reports import log_report
 from server.delivery.serve import serve_releases
 from server.live.deployment import Deployment, LiveRun
 from server.live.inputs import Inputs
@@ -173,7 +172,7 @@ async def _releases(live: LiveRun) -> AsyncIterator[None]:
         yield
         return
     repository = live.run.path(live.run.release.repository)
-    async with serve_releases(live.identity, repository, live.delivery, on_report=log_report):
+    async with serve_releases(live.identity, repository, live.delivery, on_report=None):
         yield
 
 

@@ -7,7 +7,6 @@ sends nothing. `Connections` therefore counts the resource that the system limit
 from __future__ import annotations
 
 import ipaddress
-import resource
 import socket
 import time
 from collections.abc import Callable, Collection, Hashable, Iterable
@@ -15,6 +14,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Protocol
 
+from fedcore.rpc.crowd import raise_file_limit
 from server.live.network.limits import Limits, Refusals
 
 _MAX_DESCRIPTORS = 65_536
@@ -69,17 +69,8 @@ class _Open:
 
 
 def grant_descriptors() -> int:
-    """Raises the limit on open files as far as allowed; returns how many connections that permits.
-
-    The soft limit is usually 1024; a process may raise it up to the hard limit.
-    """
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    unlimited = resource.RLIM_INFINITY
-    wanted = _MAX_DESCRIPTORS if hard == unlimited else min(hard, _MAX_DESCRIPTORS)
-    if soft != unlimited and soft < wanted:
-        resource.setrlimit(resource.RLIMIT_NOFILE, (wanted, hard))
-        soft = wanted
-    granted = wanted if soft == unlimited else soft
+    """Raises the limit on open files as far as allowed; returns the connections it permits."""
+    granted = raise_file_limit(_MAX_DESCRIPTORS)
     return max(granted - min(_RESERVED_DESCRIPTORS, granted // 4), _PER_DEVICE) // _PER_DEVICE
 
 
@@ -221,7 +212,8 @@ class Connections:
 
     def _log(self, one: _Open, status: int, text: str) -> None:
         name = self._name_of(one.peer.public) if one.peer is not None else None
-        self._refusals.note(name or one.address, status, f"connection: {text}")
+        peer, text = name or one.address, f"connection: {text}"
+        self._refusals.note(peer, status, text, member=name is not None)
 
 
 class _Listener(socket.socket):

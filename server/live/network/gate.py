@@ -32,14 +32,20 @@ from fedcore.flower.fleet_api import ROUTES, Caller, FileResponse, Route, call, 
 from fedcore.flower.fleet_arrivals import BEGINNING_BYTES, ChunkUpload, parse_request_head
 from fedcore.flower.fleet_bundle import PUSH_BUNDLE, read_bundle
 from fedcore.observability.foreign import foreign
-from fedcore.rpc.hello import BUNDLES, WAKE_PORT, Hello, check_hello, instance_of, next_request_s
+from fedcore.rpc.hello import (
+    BUNDLES,
+    WAKE_PORT,
+    Hello,
+    check_hello,
+    instance_of,
+    next_request_s,
+    reason_of,
+)
+from server.live.network.asgi import Receive, Scope, Send, respond, send_file
 from server.live.network.limits import Limits, PeerLog, Rates, Refusals, Uploads
 from server.live.network.peer import divert_of, key_of
 from server.live.network.presence import Presence
 
-Scope = MutableMapping[str, Any]
-Receive = Callable[[], Awaitable[MutableMapping[str, Any]]]
-Send = Callable[[MutableMapping[str, Any]], Awaitable[None]]
 Begin = Callable[[bytes], ChunkUpload | None]
 Operate = Callable[[Scope, Receive, Send, Member], Awaitable[None]]
 
@@ -49,7 +55,6 @@ PING = "/"
 """Path that ``fedcore doctor`` requests to check that a device is authenticated; has no effect."""
 _MEMORY_BYTES = 2**16
 """Maximum bytes of a request's body in memory while it arrives; a longer one goes to a file."""
-_PIECE_BYTES = 2**15
 _STATUS: tuple[tuple[type[FedcoreError], int], ...] = (
     (DataError, 400),
     (TrustError, 403),
@@ -64,6 +69,14 @@ class _Refusal(Exception):
     def __init__(self, status: int, detail: str, *, retry_after_s: float | None = None) -> None:
         super().__init__(detail)
         self.status, self.detail, self.retry_after_s = status, detail, retry_after_s
+
+
+@dataclass(frozen=True)
+class _Peer:
+    """Who sent a request, for the log: a member by name, or a stranger by address."""
+
+    name: str
+    member: bool
 
 
 @dataclass(frozen=True)
@@ -97,7 +110,7 @@ class Gate:
         """Answers one request."""
         if scope["type"] != "http":
             return None
-        peer, begun = str((scope.get("client") or ("?",))[0]), False
+        peer, begun = _Peer(str((scope.get("client") or ("?",))[0]), member=False), False
 
         async def sent(event: MutableMapping[str, Any]) -> None:
             nonlocal begun
@@ -106,7 +119,7 @@ class Gate:
 
         try:
             member = self._member(scope)
-            peer = member.name
+            peer = _Peer(member.name, member=True)
             if member.role != "device" and self.operate is not None:
                 self._check_rate(node_id_of(member.public))
                 return await self.operate(scope, receive, sent, member)
@@ -119,18 +132,16 @@ class Gate:
             status = next((code for kind, code in _STATUS if isinstance(error, kind)), 500)
             await self._refuse(send, peer, scope["path"], _Refusal(status, str(error)))
         except Exception as error:  # an unforeseen input must not break the connection
-            self.refusals.note(peer, 500, f"{scope['path']}: {_describe(error)}")
+            self._note(peer, 500, scope["path"], _describe(error))
             if not begun:
                 text = f"the request failed ({type(error).__name__})"
-                await _respond(
-                    send, 500, b"application/json", json.dumps({"detail": text}).encode()
-                )
+                await respond(send, 500, b"application/json", json.dumps({"detail": text}).encode())
         else:
             if isinstance(answer, FileResponse):
-                await _send_pieces(send, answer, self.limits)
+                await send_file(send, answer, timeout_s=self.limits.body_s)
                 return None
             offers = self._offers() if scope["path"] == ACTIVATE else []
-            await _respond(send, 200, b"application/x-protobuf", answer, offers)
+            await respond(send, 200, b"application/x-protobuf", answer, offers)
 
     def _offers(self) -> list[tuple[bytes, bytes]]:
         """Returns the headers that tell an admitted device what else this server has."""
@@ -148,9 +159,13 @@ class Gate:
     def _has_tokens(self, node_id: int, calls: int) -> bool:
         return self.rates.wait_s(node_id, calls) == 0.0
 
-    def _check_rate(self, node_id: int, calls: int = 1) -> None:
+    def _check_rate(self, node_id: int, calls: int = 1, *, paid: int = 0) -> None:
+        """Takes ``calls`` from a caller's rate, of a request that has paid ``paid`` before."""
         wait_s = self.rates.wait_s(node_id, calls)
         if wait_s > 0:
+            # What was paid is not given back: reading the request took time. The next attempt
+            # pays it again, so it must not come before there is enough for both.
+            wait_s += paid / self.limits.calls_per_s
             raise _Refusal(429, "too many requests", retry_after_s=wait_s)
 
     async def _answer(self, scope: Scope, receive: Receive, member: Member) -> bytes | FileResponse:
@@ -185,7 +200,7 @@ class Gate:
             with closing(body):
                 return bytes(body.finish().SerializeToString())
         if isinstance(body, bytes):
-            await self._prepare(path, caller, instance, body)
+            await self._prepare(path, caller, headers, body)
             return call(self.fleet, caller, route, body)
         with body:
             if path == PUSH_OBJECT:
@@ -195,7 +210,7 @@ class Gate:
                 self.fleet.report_storage_error(None)
                 return answer
             raw = body.read()
-            await self._prepare(path, caller, instance, raw)
+            await self._prepare(path, caller, headers, raw)
             return await asyncio.to_thread(call, self.fleet, caller, route, raw)
 
     def _begin(self, caller: Caller, raw: bytes) -> ChunkUpload | None:
@@ -211,15 +226,22 @@ class Gate:
             raise
         return arrival
 
-    async def _prepare(self, path: str, caller: Caller, instance: str, body: bytes) -> None:
+    async def _prepare(
+        self, path: str, caller: Caller, headers: dict[str, str], body: bytes
+    ) -> None:
         """Updates presence, admission and the log before Flower's handlers get a call."""
         if path == ACTIVATE:
-            if self.presence.arrive(caller.node_id, instance, caller.name, caller.public_key):
+            instance, ended = instance_of(headers), reason_of(headers)
+            public = caller.public_key
+            if self.presence.arrive(caller.node_id, instance, caller.name, public, ended):
                 self.fleet.restart(caller.node_id)
                 self.lines.tell(caller.name, "activated", instance[:8])
+                if ended:
+                    self.lines.tell(caller.name, "its process before", ended)
         elif path == DEACTIVATE:
-            self.presence.leave(caller.node_id)
-            self.lines.tell(caller.name, "left")
+            reason = reason_of(headers)
+            self.presence.leave(caller.node_id, reason)
+            self.lines.tell(caller.name, "left", reason)
         elif path in (PUSH, PUSH_BUNDLE):
             await self._admit(caller, path, body)
         elif path == PUSH_OBJECT:
@@ -227,10 +249,10 @@ class Gate:
 
     async def _admit(self, caller: Caller, path: str, body: bytes) -> None:
         if more := len(body) // self.limits.call_bytes:
-            self._check_rate(caller.node_id, more)
+            self._check_rate(caller.node_id, more, paid=1)
         if path == PUSH_BUNDLE:
             bundle = read_bundle(body)
-            self._check_rate(caller.node_id, len(bundle.objects))
+            self._check_rate(caller.node_id, len(bundle.objects), paid=1 + more)
             body = bundle.call
         upload = upload_of(self.fleet, caller, body)
         if upload is None:
@@ -294,14 +316,17 @@ class Gate:
             arrival.close()
             raise
 
-    async def _refuse(self, send: Send, peer: str, path: str, refusal: _Refusal) -> None:
+    def _note(self, peer: _Peer, status: int, path: str, text: str) -> None:
+        self.refusals.note(peer.name, status, f"{foreign(path, 100)}: {text}", member=peer.member)
+
+    async def _refuse(self, send: Send, peer: _Peer, path: str, refusal: _Refusal) -> None:
         if refusal.status not in (401, 503):  # these two are normal: activate first, retry later
-            self.refusals.note(peer, refusal.status, f"{path}: {refusal.detail}")
+            self._note(peer, refusal.status, path, refusal.detail)
         headers = [(b"connection", b"close")] if refusal.status in (403, 408, 413) else []
         if refusal.retry_after_s is not None:
             headers.append((b"retry-after", f"{refusal.retry_after_s:.2f}".encode()))
         body = json.dumps({"detail": refusal.detail}).encode()
-        await _respond(send, refusal.status, b"application/json", body, headers)
+        await respond(send, refusal.status, b"application/json", body, headers)
 
 
 def _describe(error: Exception) -> str:
@@ -351,32 +376,3 @@ async def _read(
         return b"".join(pieces)
     file.seek(0)
     return file
-
-
-async def _send_pieces(send: Send, answer: FileResponse, limits: Limits) -> None:
-    """Streams a large answer at the peer's pace, with one piece in memory at a time."""
-    length = (b"content-length", str(answer.size_bytes).encode())
-    head = [(b"content-type", b"application/x-protobuf"), length]
-    with answer.file as file:
-        try:
-            async with asyncio.timeout(limits.body_s):
-                await send({"type": "http.response.start", "status": 200, "headers": head})
-                await send({"type": "http.response.body", "body": answer.head, "more_body": True})
-                while piece := file.read(_PIECE_BYTES):
-                    await send({"type": "http.response.body", "body": piece, "more_body": True})
-                await send({"type": "http.response.body", "body": b""})
-        except TimeoutError:
-            return  # uvicorn closes the connection of an incomplete answer
-
-
-async def _respond(
-    send: Send,
-    status: int,
-    kind: bytes,
-    body: bytes,
-    headers: list[tuple[bytes, bytes]] | None = None,
-) -> None:
-    length = (b"content-length", str(len(body)).encode())
-    head = [(b"content-type", kind), length, *(headers or [])]
-    await send({"type": "http.response.start", "status": status, "headers": head})
-    await send({"type": "http.response.body", "body": body})

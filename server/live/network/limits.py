@@ -8,16 +8,16 @@ import time
 from collections import defaultdict
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
 from fedcore.flower.fleet_api import Upload
 from fedcore.observability.foreign import foreign
-from fedcore.observability.throttle import LOG_INTERVAL_S, Throttle, omitted_suffix, take_token
+from fedcore.observability.throttle import PeerLines, take_token
 
 log = logging.getLogger("fedcore.server")
 
 STREAM_S, STREAM_BURST = 1.0, 20
 """Token bucket of a device's stream openings: seconds per token, and capacity."""
-_MAX_LOGGED = 10_000
 
 
 @dataclass(frozen=True)
@@ -100,41 +100,35 @@ class Rates:
 
 
 class Refusals:
-    """Log of rejected requests: at most one line per peer and status in `LOG_INTERVAL_S`.
-
-    Each line states how many were suppressed since the last.
-    """
+    """Log of rejected requests, see `PeerLines`: one line at once per peer and status."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._clock = clock
-        self._logged: dict[tuple[str, int], tuple[float, int]] = {}
+        self._lines = PeerLines(partial(log.warning, "%s"), "refused", burst=1, clock=clock)
 
-    def note(self, peer: str, status: int, text: str) -> None:
-        """Logs a rejection, unless its peer and status were logged within `LOG_INTERVAL_S`."""
-        now, key = self._clock(), (peer, status)
-        last, silent = self._logged.get(key, (-LOG_INTERVAL_S, 0))
-        if now - last < LOG_INTERVAL_S:
-            self._logged[key] = (last, silent + 1)
-            return
-        if len(self._logged) >= _MAX_LOGGED:
-            self._logged.clear()
-        self._logged[key] = (now, 0)
-        shown = foreign(peer, 100), status, foreign(text, 1000), omitted_suffix(silent)
-        log.warning("refused %s: %d: %s%s", *shown)
+    def note(self, peer: str, status: int, text: str, *, member: bool = True) -> None:
+        """Logs a rejection of a member's request, or of a stranger's, unless throttled."""
+        line = f"refused {foreign(peer, 100)}: {status}: {foreign(text, 1000)}"
+        self._lines.tell(peer, status, line, member=member)
+
+    def summarise(self) -> None:
+        """Logs how many were not logged, once an hour."""
+        self._lines.summarise()
 
 
 class PeerLog:
-    """Log of peers' actions, throttled per peer and action."""
+    """Log of devices' actions, see `PeerLines`."""
 
     def __init__(self, clock: Callable[[], float] = time.monotonic) -> None:
-        self._logged: Throttle[tuple[str, str]] = Throttle(clock=clock)
+        self._lines = PeerLines(partial(log.info, "%s"), "actions of devices", clock=clock)
 
     def tell(self, peer: str, what: str, more: str = "") -> None:
-        """Logs that ``peer`` did ``what``, with details ``more``, unless throttled."""
-        silent = self._logged.admit((peer, what))
-        if silent is not None:
-            shown = f" ({foreign(more, 100)})" if more else ""
-            log.info("device %s: %s%s%s", foreign(peer, 100), what, shown, omitted_suffix(silent))
+        """Logs that the device ``peer`` did ``what``, with details ``more``, unless throttled."""
+        shown = f" ({foreign(more, 300)})" if more else ""
+        self._lines.tell(peer, what, f"device {foreign(peer, 100)}: {what}{shown}", member=True)
+
+    def summarise(self) -> None:
+        """Logs how many were not logged, once an hour."""
+        self._lines.summarise()
 
 
 class Streams:

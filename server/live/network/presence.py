@@ -12,8 +12,10 @@ import threading
 import time
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from functools import partial
 
 from fedcore.errors import TrustError
+from fedcore.observability.throttle import PeerLines
 
 log = logging.getLogger("fedcore.server")
 
@@ -26,6 +28,8 @@ a polling interval; short, so that a device that dies in between does not delay 
 POLL_GRACE_S = 3.0
 """Seconds by which a device may miss its announced polling time."""
 
+LOST = "it did not sign off: its process was killed, or its network failed"
+"""Reason of a device whose stream ended, and that has not called since."""
 _REPLACED = 64
 """Number of earlier processes of a device that are remembered."""
 
@@ -50,6 +54,13 @@ class _Session:
     """Whether it was online and did not reply in time to a round, and has not called since."""
     replaced: tuple[str, ...] = ()
     """Identifiers of earlier processes of this device."""
+    reason: str = ""
+    """Why it left, or why its process before ended; empty if nothing is known."""
+
+    def is_back(self) -> None:
+        """Records a call or a stream: only its network had failed."""
+        if self.reason == LOST:
+            self.reason = ""
 
 
 @dataclass(frozen=True)
@@ -64,6 +75,8 @@ class DevicePresence:
     """Whether its stream is open; an online device without a stream polls."""
     owes: bool = False
     """Whether it has not replied in time to a round, and not called since; rounds leave it out."""
+    reason: str = ""
+    """Why it left, or why its process before ended; empty if nothing is known. Fit to print."""
 
 
 class Presence:
@@ -84,10 +97,15 @@ class Presence:
         self._lock = threading.RLock()
         self._sessions: dict[int, _Session] = {}
         self._drained: frozenset[str] = frozenset()
+        self._lines = PeerLines(partial(log.warning, "%s"), "late replies", clock=clock)
         self._loop = asyncio.get_running_loop()
 
-    def arrive(self, node_id: int, instance: str, name: str, public_key: bytes) -> bool:
+    def arrive(
+        self, node_id: int, instance: str, name: str, public_key: bytes, ended: str = ""
+    ) -> bool:
         """Makes a process a device's active one; returns False if it was already.
+
+        ``ended`` is why the device's process before ended, if that said nothing itself.
 
         Raises:
             TrustError: a newer process of this device has replaced it.
@@ -103,7 +121,7 @@ class Presence:
                     "was refused; each device needs its own identity: stop one of the two, and "
                     "enrol that device under its own name."
                 )
-            session = _Session(instance, name, public_key, now)
+            session = _Session(instance, name, public_key, now, reason=ended)
             if old is not None:
                 session.replaced = (*old.replaced, old.instance)[-_REPLACED:]
                 _set_event(self._loop, old.stream)
@@ -126,6 +144,7 @@ class Presence:
                 session.silent_s = min(next_call_s + POLL_GRACE_S, MAX_SILENCE_S)
             if session.stream is None:
                 session.left = None
+            session.is_back()
             return True
 
     def watch(self, node_id: int, instance: str) -> asyncio.Event | None:
@@ -139,6 +158,7 @@ class Presence:
                 return None
             _set_event(self._loop, session.stream)
             session.stream, session.left = asyncio.Event(), None
+            session.is_back()
             stream = session.stream
         self._on_change()
         return stream
@@ -154,18 +174,21 @@ class Presence:
             session = self._sessions.get(node_id)
             if session is None or session.stream is not stream:
                 return
-            session.stream, session.left = None, self._clock()
+            session.stream, session.left, session.reason = None, self._clock(), LOST
             session.silent_s = (
                 POLL_GRACE_S  # a device that is still online calls, and opens another
             )
         self._on_change()
 
-    def leave(self, node_id: int) -> None:
-        """Marks a device offline that has signed off, and ends its stream."""
+    def leave(self, node_id: int, reason: str = "") -> None:
+        """Marks a device offline that has signed off, and ends its stream.
+
+        ``reason`` is why; empty if as usual.
+        """
         with self._lock:
             session = self._sessions.get(node_id)
             if session is not None:
-                session.left = self._clock()
+                session.left, session.reason = self._clock(), reason
                 _set_event(self._loop, session.stream)
                 session.stream = None
         self._on_change()
@@ -194,11 +217,11 @@ class Presence:
             for session in found:
                 session.owes = True
         for name in sorted(session.name for session in found):
-            log.warning(
-                "%s: connected, but it did not reply by federation.deadline_s. Rounds leave it out "
-                "until it calls again; look at its log, and restart it if its task hangs",
-                name,
+            line = (
+                f"{name}: connected, but it did not reply by federation.deadline_s. Rounds leave "
+                "it out until it calls again; look at its log, and restart it if its task hangs"
             )
+            self._lines.tell(name, "owes", line, member=True)
         self._on_change()
 
     def close(self) -> None:
@@ -228,7 +251,12 @@ class Presence:
         with self._lock:
             found = [
                 DevicePresence(
-                    node_id, one.name, self._left(one) is None, one.stream is not None, one.owes
+                    node_id,
+                    one.name,
+                    self._left(one) is None,
+                    one.stream is not None,
+                    one.owes,
+                    self._reason(one),
                 )
                 for node_id, one in self._sessions.items()
             ]
@@ -262,6 +290,11 @@ class Presence:
                 return float("inf")
             left = self._left(session)
             return 0.0 if left is None else self._clock() - left
+
+    def _reason(self, session: _Session) -> str:
+        """Returns why a session left; that it was lost if it fell silent."""
+        silent = session.left is None and self._left(session) is not None
+        return session.reason or (LOST if silent else "")
 
     def _left(self, session: _Session) -> float | None:
         """Returns when a session went offline, by the clock; None if it is online."""

@@ -32,12 +32,12 @@ from fedcore.updates.seal import run_digest
 from server.live.network.connections import Connections, grant_descriptors
 from server.live.network.gate import Gate, Operate
 from server.live.network.http import bind, http_server
-from server.live.network.limits import Limits, Rates, Refusals, Uploads
+from server.live.network.limits import Limits, PeerLog, Rates, Refusals, Uploads
 from server.live.network.presence import Presence
 from server.live.network.signatures import DevicePeers, SignatureChecks
 from server.live.network.steady_clock import SteadyClock
 from server.live.network.uvicorn_parts import HttpServer
-from server.live.network.wake import Wakeups, disconnect_revoked, serve_wakeups
+from server.live.network.wake import Wakeups, disconnect_revoked, keep_room, serve_wakeups
 from server.process.memory import return_freed_blocks
 from server.process.signals import exit_immediately
 
@@ -135,7 +135,8 @@ async def listen(
         spool.mkdir(parents=True, mode=0o700)
     fleet = Fleet(spool)
     assume_identity(fleet.open_run(settings))
-    presence, uploads, refusals = Presence(fleet.wake), Uploads(limits, fleet.abandon), Refusals()
+    presence, uploads = Presence(fleet.wake), Uploads(limits, fleet.abandon)
+    refusals, lines = Refusals(), PeerLog()
     digest, key_of, now = run_digest(settings), fleet.key_of, clock.seconds
     checks = SignatureChecks(roster, key_of, run_id=digest, refusals=refusals, clock=now)
     max_connections = min(limits.connections, grant_descriptors())
@@ -144,8 +145,9 @@ async def listen(
     )
     listener = connections.listener(bind(address.host, address.port))
     with _closed_on_error(listener):
+        wakeups = Wakeups(presence, roster, uploads, refusals, lines=lines)
         wake, wake_port = await serve_wakeups(
-            Wakeups(presence, roster, uploads, refusals),
+            wakeups,
             identity,
             host=address.host,
             port=address.wake_port,
@@ -164,21 +166,32 @@ async def listen(
         bodies=asyncio.Semaphore(limits.bodies),
         wake_port=wake_port,
         refusals=refusals,
+        lines=lines,
         operate=operate,
     )
     http, peers = http_server(gate, identity, connections), DevicePeers(roster, key_of, refusals)
     bound = Address(address.host, listener.getsockname()[1], wake_port)
     listening = Listening(fleet, presence, uploads, checks, peers, bound, threading.Event())
-    watching = asyncio.create_task(
-        disconnect_revoked(presence, roster, uploads, connections, every_s=_ROSTER_S)
+
+    def summarise() -> None:
+        refusals.summarise()
+        lines.summarise()
+
+    revoking = disconnect_revoked(
+        presence, roster, uploads, connections, summarise=summarise, every_s=_ROSTER_S
     )
+    tasks = [
+        asyncio.create_task(revoking),
+        asyncio.create_task(keep_room(wakeups, wake_port, connections, max_connections)),
+    ]
     serving = await _started(http, listener)
     log.info("listening on %s:%d, wakes on %d", bound.host, bound.port, bound.wake_port)
     try:
         yield listening
     finally:
         listening.stop()
-        watching.cancel()
+        for task in tasks:
+            task.cancel()
         http.should_exit = True
         presence.close()
         await wake.stop(grace=1.0)

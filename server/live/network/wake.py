@@ -8,16 +8,19 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import AsyncGenerator, AsyncIterator, Callable
+from contextlib import aclosing
 from dataclasses import dataclass, field
 
 import grpc
 from google.protobuf.message import DecodeError
 
-from fedcore.crypto.roster import Roster, ServerIdentity
+from fedcore.crypto.roster import Member, Roster, ServerIdentity
 from fedcore.errors import ResourceError
 from fedcore.flower.fleet import node_id_of
+from fedcore.rpc.crowd import SWEEP_S, Crowd
 from fedcore.rpc.grpc_peer import peer_key
+from fedcore.rpc.open_calls import OpenCall, OpenCalls
 from fedcore.rpc.wake_pb2 import DESCRIPTOR, Call, WatchRequest
 from fedcore.rpc.wake_pb2_grpc import WakeServicer
 from server.live.network.connections import Connections
@@ -30,6 +33,8 @@ _PING_S, _PONG_S = 2, 3
 """Keepalive interval and timeout in seconds. A lost device is noticed within their sum plus 0.5 s.
 """
 _IDLE_S = 5
+_STREAMS = 4
+"""Open streams of a device, on any of its connections; one more ends its oldest."""
 _OPTIONS = (
     ("grpc.keepalive_time_ms", _PING_S * 1000),
     ("grpc.keepalive_timeout_ms", _PONG_S * 1000),
@@ -55,6 +60,7 @@ class Wakeups(WakeServicer):
     refusals: Refusals
     streams: Streams = field(default_factory=Streams)
     lines: PeerLog = field(default_factory=PeerLog)
+    open_calls: OpenCalls = field(default_factory=lambda: OpenCalls(_STREAMS))
 
     async def Watch(  # noqa: N802 - the name of the service's method
         self, request: WatchRequest, context: grpc.aio.ServicerContext[WatchRequest, Call]
@@ -70,7 +76,10 @@ class Wakeups(WakeServicer):
             # Log unknown peers by address without the port, which differs on each connection.
             peer = member.name if member else context.peer().rpartition(":")[0]
             self.refusals.note(
-                peer, 403, "stream: the certificate is not that of a device in force"
+                peer,
+                403,
+                "stream: the certificate is not that of a device in force",
+                member=member is not None,
             )
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "not a device of this project")
         assert public is not None
@@ -80,23 +89,39 @@ class Wakeups(WakeServicer):
             # Delay the answer, or a device that retries in a loop would do so at full speed.
             await asyncio.sleep(STREAM_S)
             await context.abort(grpc.StatusCode.RESOURCE_EXHAUSTED, "opened too often")
-        node_id = node_id_of(public)
+        with self.open_calls.opened(public, context) as call:
+            calls = self._calls(request, context, member, call)
+            async with aclosing(calls):
+                async for each in calls:
+                    yield each
+
+    async def _calls(
+        self,
+        request: WatchRequest,
+        context: grpc.aio.ServicerContext[WatchRequest, Call],
+        member: Member,
+        call: OpenCall,
+    ) -> AsyncGenerator[Call, None]:
+        node_id = node_id_of(member.public)
         stream = self.presence.watch(node_id, request.instance)
         if stream is None:
             await context.abort(grpc.StatusCode.UNAUTHENTICATED, "this process was not activated")
         assert stream is not None
         self.lines.tell(member.name, "stream open")
+        kind = Call.OPEN
         try:
-            yield Call(kind=Call.OPEN)
             while True:
+                call.sending()
+                yield Call(kind=kind)
+                call.sent()
                 await stream.wait()
                 stream.clear()
                 if not self.presence.watched_by(node_id, stream):
                     return
-                yield Call(kind=Call.WORK)
+                kind = Call.WORK
         finally:
             if self.presence.watched_by(node_id, stream):
-                self.lines.tell(member.name, "stream closed")
+                self.lines.tell(member.name, "stream closed without a sign-off")
                 self.presence.unwatch(node_id, stream)
                 self.uploads.disconnected(node_id)
 
@@ -164,23 +189,43 @@ async def serve_wakeups(
     return server, bound
 
 
+async def keep_room(wakeups: Wakeups, port: int, connections: Connections, most: int) -> None:
+    """Ends streams that are not read, and connections without one that are too many, forever.
+
+    Args:
+        wakeups: The service.
+        port: Its port.
+        connections: The connections of the other port.
+        most: Most connections on ``port``.
+    """
+    crowd = Crowd(port, most=most)
+    while True:
+        await asyncio.sleep(SWEEP_S)
+        wakeups.open_calls.sweep()
+        peers = wakeups.open_calls.peers()
+        await asyncio.to_thread(crowd.sweep, peers, others=len(connections))
+
+
 async def disconnect_revoked(
     presence: Presence,
     roster: Roster,
     uploads: Uploads,
     connections: Connections,
     *,
+    summarise: Callable[[], None],
     every_s: float,
 ) -> None:
     """Closes streams and connections of former members, every ``every_s`` seconds, forever.
 
-    Also closes connections that exceed a timeout, see `Connections.sweep`.
+    Also closes connections that exceed a timeout, see `Connections.sweep`, and calls ``summarise``,
+    which logs what was not logged one by one.
     """
     while True:
         await asyncio.sleep(every_s)
         # Also makes the roster load a newer list while no device calls.
         members = {member.public for member in roster.members()}
         connections.sweep(members)
+        summarise()
         for node_id, public in presence.keys().items():
             if public not in members:
                 log.warning("device %s: no longer a member; disconnected", node_id)

@@ -82,6 +82,7 @@ def _status(client: ServerClient) -> str:
         lines.insert(1, f"Last:    {_round(found.last)}")
     if found.waits:
         lines.insert(1, f"Waits:   {found.waits}")
+    lines += [f"Left:    {name}: {reason}" for name, reason in found.left.items()]
     if found.roster.damage:
         lines.append(f"Roster:  could not be reloaded: {found.roster.damage}")
     return "\n".join([*lines, *(f"Note:    {note}" for note in found.notes)])
@@ -106,7 +107,8 @@ def _devices(client: ServerClient) -> str:
         drained = ", drained" if one.drained else ""
         drained += ", owes a reply: left out until it calls" if one.owes else ""
         until = f"{one.certificate_not_after:%Y-%m-%d}"
-        lines.append(f"{one.name:<24} {there}{drained}; certificate until {until}")
+        why = f"; {one.reason}" if one.reason else ""
+        lines.append(f"{one.name:<24} {there}{drained}; certificate until {until}{why}")
     return "\n".join(lines) or "The project has no devices yet."
 
 

@@ -6,7 +6,7 @@ neither torch nor Flower.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime
 from os import PathLike
 from pathlib import Path
@@ -82,6 +82,8 @@ class ServerStatus:
     up_s: float
     version: str
     """The server's version of fedcore."""
+    left: dict[str, str] = field(default_factory=dict)
+    """Why devices left, or why their process before ended, by name; of 20 devices at most."""
 
 
 @dataclass(frozen=True)
@@ -108,6 +110,8 @@ class DeviceStatus:
     """Fixed weight of its updates; None for the same as other devices."""
     certificate_not_after: datetime
     """When its certificate expires, UTC."""
+    reason: str | None = None
+    """Why it left, or why its process before ended; None if nothing is known."""
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from fedcore.crypto.roster import Roster, ServerIdentity
 from fedcore.flower.fleet import node_id_of
 from server.live.network.serve import Listening
 
+_REASONS = 20
+"""Devices whose reasons for leaving are in the answer to ``status``; ``devices`` has all."""
+
 
 def status_answer(
     run: RunConfig,
@@ -57,6 +60,7 @@ def status_answer(
             "there": sum(device["there"] for device in devices),
             "drained": len(drained),
         },
+        "left": dict([(one["name"], one["reason"]) for one in devices if one["reason"]][:_REASONS]),
         "project": kit.project,
         "listens": address and f"{address.host}:{address.port}",
         "wakes": address and address.wake_port,
@@ -89,6 +93,7 @@ def devices_answer(
                 "there": device is not None and device.online,
                 "awake": device is not None and device.awake,
                 "owes": device is not None and device.owes,
+                "reason": (device.reason if device is not None else "") or None,
                 "drained": member.name in drained,
                 "num_examples": member.num_examples,
                 "certificate_not_after": f"{member.not_after:%Y-%m-%dT%H:%M:%SZ}",

@@ -168,7 +168,9 @@ def test_a_device_writes_few_lines_of_a_kind_and_says_how_many_were_left_out() -
 
 def test_what_is_left_out_is_bounded_in_kinds() -> None:
     throttled = Throttled(lambda: 0.0)
+    written = 0
     for number in range(50_000):
         record = logging.LogRecord("fedcore", 30, "", 0, f"kind {number}", None, None)
-        assert throttled.filter(record)
+        written += throttled.filter(record)
+    assert written == 5000, "as many in all at once, and in each day after that"
     assert len(throttled._warnings._left) <= 10_000

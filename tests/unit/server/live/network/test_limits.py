@@ -9,8 +9,8 @@ from collections.abc import Callable
 import pytest
 
 from fedcore.flower.fleet_api import Upload
+from fedcore.observability.throttle import LOG_INTERVAL_S
 from server.live.network.limits import (
-    LOG_INTERVAL_S,
     STREAM_BURST,
     STREAM_S,
     Limits,

@@ -8,7 +8,13 @@ from collections.abc import Awaitable, Callable
 import pytest
 
 from fedcore.errors import TrustError
-from server.live.network.presence import INITIAL_SILENCE_S, MAX_SILENCE_S, POLL_GRACE_S, Presence
+from server.live.network.presence import (
+    INITIAL_SILENCE_S,
+    LOST,
+    MAX_SILENCE_S,
+    POLL_GRACE_S,
+    Presence,
+)
 
 Scenario = Callable[[Presence, list[float], list[int]], Awaitable[None]]
 
@@ -196,3 +202,32 @@ def test_a_device_that_owes_a_reply_is_left_out_until_it_calls(
     run(scenario)
     assert [record.getMessage().partition(":")[0] for record in caplog.records] == ["hung"] * 2
     assert "did not reply by federation.deadline_s" in caplog.records[0].getMessage()
+
+
+def test_why_a_device_left_is_kept_until_it_is_back() -> None:
+    async def scenario(presence: Presence, now: list[float], changes: list[int]) -> None:
+        def reason() -> str:
+            (one,) = presence.devices()
+            return one.reason
+
+        presence.arrive(7, "a", "edge", b"key")
+        assert reason() == ""
+        now[0] += INITIAL_SILENCE_S + 1
+        assert reason() == LOST, "it polled, and fell silent"
+        presence.call(7, "a")
+        assert reason() == ""
+        stream = presence.watch(7, "a")
+        assert stream is not None
+        presence.unwatch(7, stream)
+        assert reason() == LOST
+        assert presence.watch(7, "a") is not None
+        assert reason() == ""
+        presence.leave(7, "TaskError")
+        assert reason() == "TaskError"
+        presence.arrive(7, "b", "edge", b"key", "was killed")
+        assert presence.call(7, "b")
+        assert reason() == "was killed"
+        presence.leave(7)
+        assert reason() == ""
+
+    run(scenario)

@@ -65,6 +65,9 @@ def test_answers_are_typed(monkeypatch: pytest.MonkeyPatch) -> None:
     assert status.last == record(3)
     answering(monkeypatch, {"devices": [DEVICE]})
     assert [(one.name, one.awake) for one in client.devices()] == [("edge-1", True)]
+    assert (status.left, client.devices()[0].reason) == ({}, None), "of an earlier version"
+    answering(monkeypatch, {"devices": [DEVICE | {"reason": "TaskError"}]})
+    assert client.devices()[0].reason == "TaskError"
     answering(monkeypatch, {"run": "trial", "rounds": [asdict(record(1)), asdict(record(2))]})
     assert client.rounds() == (record(1), record(2))
 
