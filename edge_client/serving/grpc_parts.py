@@ -31,11 +31,13 @@ _AHEAD = 8
 _MESSAGE_S = 30.0
 """A caller that opens a call must send its message within so many seconds."""
 _PATIENCE_S = 1.0
-"""After so long without a message a call makes room for another, if there is none."""
-_TAKE_S, _TAKE_PATIENCE_S = 30.0, 5.0
-"""A caller must take a message of its answer within so many seconds; where there is no room for
-another call, within fewer."""
+"""A call whose caller sends no message, or takes no answer, for so long makes room for another."""
+_TAKE_S = 30.0
+"""A caller must take a message of its answer within so many seconds."""
 _LOOK_S = 5.0
+_IN_A_RUSH = 8
+"""How much higher the core's own limit on connections is: a crowd must not fill it between two
+looks of `GrpcLoop.keep_room`."""
 _EXPIRE_S = 1.0
 """Least seconds between two looks for calls that wait for their caller."""
 _STOPPED_S = 2.0
@@ -154,7 +156,8 @@ class GrpcLoop:
             max_message_bytes: Longest message; longer ones are refused by the core.
             max_calls: Most calls that are open; others get RESOURCE_EXHAUSTED, unless one that
                 waits for its caller makes room.
-            max_connections: Most connections; others are closed by the core. See `keep_room`.
+            max_connections: Most connections; `keep_room` closes others, and the core those far
+                above.
         """
         self._handler, self._run_waiting = handler, run_waiting
         self._streaming, self._max_calls = streaming, max_calls
@@ -165,7 +168,7 @@ class GrpcLoop:
                 ("grpc.max_receive_message_length", max_message_bytes),
                 ("grpc.max_metadata_size", 16384),
                 ("grpc.max_concurrent_streams", max_calls),
-                ("grpc.max_allowed_incoming_connections", max_connections),
+                ("grpc.max_allowed_incoming_connections", _IN_A_RUSH * max_connections),
                 ("grpc.server_handshake_timeout_ms", 10_000),
                 # Identity alone: a compressed message may unfold to any size. The core hands its
                 # packed bytes over and has ended the call by then.
@@ -301,7 +304,7 @@ class GrpcLoop:
             if not call.cancelled:
                 call.cancel()
                 return True
-        untaken = self._untaken(_TAKE_PATIENCE_S)
+        untaken = self._untaken(_PATIENCE_S)
         if untaken:
             untaken[0].cancel()
         return bool(untaken)

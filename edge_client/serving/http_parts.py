@@ -161,7 +161,8 @@ class InferenceConnection(asyncio.Protocol):
             transport.abort()
             return
         self._server.connections.add(self)
-        self.peer = plain_address(transport.get_extra_info("peername"))
+        if (name := transport.get_extra_info("peername")) is not None:
+            self.peer = plain_address(name)
         tls = transport.get_extra_info("ssl_object")
         if isinstance(tls, ssl.SSLObject):
             self._certificate = tls.getpeercert(binary_form=True) or b""

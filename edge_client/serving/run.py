@@ -28,8 +28,8 @@ from fedcore.rpc.crowd import SWEEP_S, Crowd, raise_file_limit
 log = logging.getLogger("fedcore.serving")
 
 _HANDSHAKE_S = 10.0
-_MAX_FILES = 4096
-"""Open files of the process, if the system grants so many: a crowd has none left of 1024."""
+_MAX_FILES = 16_384
+"""Open files of the process, if the system grants so many: a crowd leaves none of 1024."""
 _TLS_BYTES = 1 << 16
 """Bytes that a connection over TLS reads at a time."""
 LOOK_S = 0.5

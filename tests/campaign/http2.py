@@ -85,7 +85,7 @@ def key_updates(connection: ssl.SSLSocket, count: int) -> None:
 def stuffed(kit: Kit, folder: Path, size_bytes: int) -> ssl.SSLContext:
     """TLS of a device whose certificate is followed by others, of so many bytes in all."""
     context, chain = client_context(kit), kit.certificate_pem
-    authority = issue_authority(new_key(), project="x" * 60, now=datetime.now(UTC))
+    authority = issue_authority(new_key(), project="x" * 40, now=datetime.now(UTC))
     raw = authority.public_bytes(Encoding.PEM)
     size = len(authority.public_bytes(Encoding.DER))
     path = folder / f"chain-{size_bytes}.pem"

@@ -40,6 +40,11 @@ MOST_GROWTH_BYTES = 192 << 20
 LEAST_ANSWERED = 0.8
 SETTLED_S = 45.0
 """So long after an attack its connections may take to be gone."""
+_UNANSWERED = (
+    grpc.StatusCode.UNAVAILABLE,
+    grpc.StatusCode.DEADLINE_EXCEEDED,
+    grpc.StatusCode.RESOURCE_EXHAUSTED,
+)
 INFER = "/inference.GRPCInferenceService/"
 
 
@@ -124,7 +129,7 @@ def serve_rounds(folder: Path) -> None:
             identity, hello, Address(HOST, 0, 0), settings={"run": "{}"}, spool=folder / "spool"
         ) as listening:
             bound = listening.address
-            paths = ("/fedcore.wake.v1.Wake/Watch",)
+            paths = ("/fedcore.wake.v1.Wake/Nothing", "/fedcore.wake.v1.Wake/Watch")
             _say([("rounds", bound.wake_port, True, paths), ("rounds", bound.port, False, ())])
             await asyncio.Event().wait()
 
@@ -177,11 +182,13 @@ def asked(kit: Kit, port: Port) -> float | None:
             options = (("grpc.use_local_subchannel_pool", 1),)
             with grpc.secure_channel(f"{HOST}:{port.number}", credentials, options) as channel:
                 message = MetadataRequest(name="timestamp.json").SerializeToString()
-                with suppress(grpc.RpcError):
+                try:
                     for _ in channel.unary_stream(port.paths[0])(message, timeout=5.0):
                         break
-                    return time.monotonic() - began_s
-                return None
+                except grpc.RpcError as error:
+                    if error.code() in _UNANSWERED:
+                        return None
+                return time.monotonic() - began_s
         with dial(kit, port.number, MEMBER, h2=False) as connection:
             connection.settimeout(5.0)
             connection.sendall(b"GET /v2/health/ready HTTP/1.1\r\nhost: x\r\n\r\n")

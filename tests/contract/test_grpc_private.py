@@ -225,7 +225,7 @@ def test_a_call_whose_answer_is_not_taken_ends(monkeypatch: pytest.MonkeyPatch) 
 
 
 def test_answers_that_are_not_taken_make_room(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(grpc_parts, "_TAKE_PATIENCE_S", 0.2)
+    monkeypatch.setattr(grpc_parts, "_PATIENCE_S", 0.2)
     answered = threading.Semaphore(0)
 
     def handler(call: Call, message: bytes) -> None:
