@@ -130,10 +130,7 @@ async def listen(
     return_freed_blocks()
     limits, clock = limits or Limits(), SteadyClock()
     roster = identity.roster(clock=clock)
-    with disk_errors(spool):
-        shutil.rmtree(spool, ignore_errors=True)
-        spool.mkdir(parents=True, mode=0o700)
-    fleet = Fleet(spool)
+    fleet = Fleet(_emptied(spool))
     assume_identity(fleet.open_run(settings))
     presence, uploads = Presence(fleet.wake), Uploads(limits, fleet.abandon)
     refusals, lines = Refusals(), PeerLog()
@@ -172,26 +169,14 @@ async def listen(
     http, peers = http_server(gate, identity, connections), DevicePeers(roster, key_of, refusals)
     bound = Address(address.host, listener.getsockname()[1], wake_port)
     listening = Listening(fleet, presence, uploads, checks, peers, bound, threading.Event())
-
-    def summarise() -> None:
-        refusals.summarise()
-        lines.summarise()
-
-    revoking = disconnect_revoked(
-        presence, roster, uploads, connections, summarise=summarise, every_s=_ROSTER_S
-    )
-    tasks = [
-        asyncio.create_task(revoking),
-        asyncio.create_task(keep_room(wakeups, wake_port, connections, max_connections)),
-    ]
+    upkeep = _start_upkeep(wakeups, wake_port, connections, max_connections)
     serving = await _started(http, listener)
     log.info("listening on %s:%d, wakes on %d", bound.host, bound.port, bound.wake_port)
     try:
         yield listening
     finally:
         listening.stop()
-        for task in tasks:
-            task.cancel()
+        upkeep.cancel()
         http.should_exit = True
         presence.close()
         await wake.stop(grace=1.0)
@@ -199,6 +184,34 @@ async def listen(
         fleet.end_run()
         shutil.rmtree(spool, ignore_errors=True)
         log.info("stopped")
+
+
+def _emptied(spool: Path) -> Path:
+    with disk_errors(spool):
+        shutil.rmtree(spool, ignore_errors=True)
+        spool.mkdir(parents=True, mode=0o700)
+    return spool
+
+
+def _start_upkeep(
+    wakeups: Wakeups, wake_port: int, connections: Connections, max_connections: int
+) -> asyncio.Future[tuple[None, None]]:
+    """Starts what closes all that must not stay open, and logs what was left out; runs forever."""
+
+    def summarise() -> None:
+        wakeups.refusals.summarise()
+        wakeups.lines.summarise()
+
+    revoking = disconnect_revoked(
+        wakeups.presence,
+        wakeups.roster,
+        wakeups.uploads,
+        connections,
+        summarise=summarise,
+        every_s=_ROSTER_S,
+    )
+    keeping = keep_room(wakeups, wake_port, connections, max_connections)
+    return asyncio.gather(revoking, keeping)
 
 
 async def _started(http: HttpServer, listener: socket.socket) -> asyncio.Task[None]:
