@@ -55,13 +55,16 @@ def loading() -> Iterator[None]:
 
     Modules consist of hundreds of thousands of objects. Scanning them repeatedly during import
     takes a fifth of a server's start-up time, and scanning them later stalls its threads.
+    Where a program had disabled garbage collection, it stays disabled.
     """
+    enabled_before = gc.isenabled()
     gc.disable()
     try:
         yield
     finally:
         gc.freeze()
-        gc.enable()
+        if enabled_before:
+            gc.enable()
 
 
 def _set_heap(*, mapped_bytes: int, kept_bytes: int) -> None:

@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import gc
 
-from server.process.memory import objects_frozen
+import pytest
+
+from server.process.memory import loading, objects_frozen
 
 
 def test_what_a_program_had_excluded_from_collection_stays_so() -> None:
@@ -21,3 +23,15 @@ def test_what_was_collected_before_is_collected_afterwards() -> None:
         assert gc.get_freeze_count() == 0
     finally:
         gc.freeze()
+
+
+@pytest.mark.parametrize("enabled", [True, False])
+def test_loading_leaves_garbage_collection_as_a_program_had_it(enabled: bool) -> None:
+    before = gc.isenabled()
+    try:
+        (gc.enable if enabled else gc.disable)()
+        with loading():
+            assert not gc.isenabled()
+        assert gc.isenabled() == enabled
+    finally:
+        (gc.enable if before else gc.disable)()
