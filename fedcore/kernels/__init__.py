@@ -2,5 +2,5 @@
 
 Kernels know only shapes and numbers, not models, clients or privacy. Start with `compiled`, then
 `llvm`, which emits vector code where numba fails to vectorise. Convolutions are `direct`, `im2col`
-and `winograd`.
+and `winograd`; their backward pass is `sparse_backward`.
 """

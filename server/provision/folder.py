@@ -7,7 +7,7 @@
     roster.json     all members with certificates, revoked ones too; signed
     roster.key      the key that signs it, certified by the authority's key; mode 0600
     audit.jsonl     append-only, hash-chained log of certificates issued and revoked
-    audit.mark      the length of that log
+    audit.mark      the end of that log
     server/         the server's identity: key.pem, kit.json, and roster.json, a link to the above
 """
 
