@@ -133,9 +133,7 @@ class StageFunctions:
     Deployments replace them to make the steps resumable.
     """
 
-    fine_tune: Callable[[Task, RunConfig, FullModel, CloudData, Judge | None], Finetuned] = (
-        fine_tune
-    )
+    fine_tune: Callable[..., Finetuned] = fine_tune
     compress: Callable[..., Compressed] = compress
     publish: Callable[..., Manifest] = publish
 
@@ -353,7 +351,9 @@ def _fine_tuned(
     steps: StageFunctions,
 ) -> Finetuned:
     with story.stage("finetune") as said:
-        tuned = steps.fine_tune(task, run, trained.outcome.model, cloud, trained.judge)
+        tuned = steps.fine_tune(
+            task, run, trained.outcome.model, cloud, trained.judge, emit=story.emit
+        )
         said.append(gate_note(tuned, task.primary))
     for text in tuned.notes:
         story.note(text)

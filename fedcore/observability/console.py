@@ -6,7 +6,7 @@ import os
 import sys
 import time
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from importlib import import_module
 from importlib.util import find_spec
@@ -20,9 +20,10 @@ from fedcore.observability.events import (
     StageAdvanced,
     StageFinished,
     StageStarted,
+    TrainingAdvanced,
     Value,
     json_line,
-    tee,
+    nowhere,
 )
 from fedcore.observability.foreign import bounded_line, foreign
 from fedcore.observability.words import (
@@ -48,6 +49,8 @@ _ON_DEVICES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
 """Columns for a virtual clock: heading, name of the value, formatter."""
 _LINES = 30  # stages and notes shown in a notebook's cell; the report has all of them
 _REDRAWN_S = 0.2  # short rounds pass faster than anybody reads
+_FIRST_LINE_S, _NEXT_LINE_S = 2.0, 10.0  # between lines about one training
+_TRAININGS = {"finetuned": "fine-tuning", "cloud_alone": "training alone, for comparison"}
 _Cells = tuple[tuple[str, str], ...]
 
 
@@ -75,7 +78,7 @@ def shown(progress: bool | Sink) -> AbstractContextManager[Sink]:
     """
     if callable(progress):
         return nullcontext(progress)
-    return choose(sys.stderr, json=False) if progress else nullcontext(tee())
+    return choose(sys.stderr, json=False) if progress else nullcontext(nowhere)
 
 
 @contextmanager
@@ -85,9 +88,30 @@ def as_json(stream: TextIO) -> Iterator[Sink]:
 
 
 @contextmanager
-def plain(stream: TextIO) -> Iterator[Sink]:
-    """Yields a sink that writes each event as one line of text."""
-    yield _lines(stream, _sentence)
+def plain(stream: TextIO, *, clock: Callable[[], float] = time.monotonic) -> Iterator[Sink]:
+    """Yields a sink that writes each event as one line of text.
+
+    Of a training it writes a line every ten seconds, and the last one; none of a short one.
+
+    Args:
+        stream: Where lines go.
+        clock: Returns seconds.
+    """
+    write = _lines(stream, _sentence)
+    model, due_s, told = "", 0.0, False
+
+    def sink(event: Event) -> None:
+        nonlocal model, due_s, told
+        if isinstance(event, TrainingAdvanced):
+            if event.model != model:
+                model, due_s, told = event.model, clock() + _FIRST_LINE_S, False
+            last = told and event.done >= event.steps
+            if clock() < due_s and not last:
+                return
+            due_s, told = clock() + _NEXT_LINE_S, True
+        write(event)
+
+    yield sink
 
 
 def _lines(stream: TextIO, text: Callable[[Event], str]) -> Sink:
@@ -113,6 +137,8 @@ def _sentence(event: Event) -> str:
             text = f"[{stage}] step {done}" + (f": {note}" if note else "")
         case StageFinished(stage, seconds, note):
             text = f"[{stage}] done in {seconds_text(seconds)}" + (f": {note}" if note else "")
+        case TrainingAdvanced():
+            text = training_text(event)
         case RoundFinished(values):
             (_, number), *cells = _round_cells(values)
             text = f"round {number}: " + ", ".join(
@@ -124,6 +150,27 @@ def _sentence(event: Event) -> str:
         case _:
             assert_never(event)
     return bounded_line(text)
+
+
+def _training(event: TrainingAdvanced) -> str:
+    """Returns what is trained, and how far it has come."""
+    what = _TRAININGS.get(event.model, f"fine-tuning after {event.model}")
+    return f"{what}: step {event.done:,} of {event.steps:,}"
+
+
+def _training_figures(event: TrainingAdvanced) -> str:
+    """Returns the known figures of a training, as text."""
+    rates = ((event.tokens_per_s, "tokens"), (event.examples_per_s, "examples"))
+    found = [f"loss {figure(event.loss)}", f"learning rate {event.learning_rate:.3g}"]
+    found += [f"{figure(rate, 3)} {unit}/s" for rate, unit in rates if rate is not None][:1]
+    if event.memory_bytes is not None:
+        found.append(bytes_text(event.memory_bytes))
+    return ", ".join([*found, f"{seconds_text(event.remaining_s)} left"])
+
+
+def training_text(event: TrainingAdvanced) -> str:
+    """Returns the progress of a training, in words."""
+    return f"{_training(event)}, {_training_figures(event)}"
 
 
 def _round_cells(values: Mapping[str, Value]) -> _Cells:
@@ -210,19 +257,30 @@ def live(console: Console) -> Iterator[Sink]:
         redirect_stderr=sys.stderr.isatty(),
     )
 
+    bar: dict[str, bars.TaskID] = {}  # of the stage, and of a training within it
+
     def start(stage: str, steps: int | None) -> None:
         finish()
-        progress.add_task(foreign(stage), total=steps)
+        bar["stage"] = progress.add_task(foreign(stage), total=steps)
 
     def advance(done: int, note: str) -> None:
+        finish(but={"stage"})
         step.plain = foreign(note)
-        for task in progress.task_ids:
-            progress.update(task, completed=done)
+        if "stage" in bar:
+            progress.update(bar["stage"], completed=done)
 
-    def finish() -> None:
+    def train(event: TrainingAdvanced) -> None:
+        what, _, _ = _training(event).partition(":")
+        finish(but={"stage", what})
+        if what not in bar:
+            bar[what] = progress.add_task(what, total=event.steps)
+        progress.update(bar[what], completed=event.done)
+        step.plain = _training_figures(event)
+
+    def finish(*, but: Collection[str] = ()) -> None:
         step.plain = ""
-        for task in progress.task_ids:
-            progress.remove_task(task)
+        for name in bar.keys() - but:
+            progress.remove_task(bar.pop(name))
 
     def sink(event: Event) -> None:
         match event:
@@ -230,6 +288,8 @@ def live(console: Console) -> Iterator[Sink]:
                 start(stage, steps)
             case StageAdvanced(_, done, note):
                 advance(done, note)
+            case TrainingAdvanced():
+                train(event)
             case RoundFinished(values):
                 advance(int(_number(values, "round") or 0), ", ".join(_pace(values)))
                 rows.append(_round_cells(values))
@@ -297,6 +357,8 @@ def in_cell(
                 steps, at = (f" of {counted(count, 'step')}" if count else ""), "started"
             case StageAdvanced(_, done, note):
                 at, steps = f"step {done}" + (f": {note}" if note else ""), ""
+            case TrainingAdvanced():
+                at, steps = training_text(event), ""
             case RoundFinished(values):
                 rows.append(_round_cells(values))
                 at, steps = ", ".join([f"round {rows[-1][0][1]}", *_pace(values)]), ""

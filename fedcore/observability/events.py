@@ -59,22 +59,54 @@ class RoundFinished:
 
 
 @dataclass(frozen=True)
+class TrainingAdvanced:
+    """Steps of fine-tuning are done, within the running stage.
+
+    Figures are of the steps since the last such event; the first ones include set-up.
+    """
+
+    model: str
+    """What is trained: ``finetuned``; ``cloud_alone``, an untrained network for comparison; or
+    ``round 5``, the global model after that round."""
+    done: int
+    """Steps done so far. After a return to a checkpoint it is lower than before."""
+    steps: int
+    """Steps of the whole training."""
+    loss: float | None
+    """Mean loss over the steps; None where it is not finite."""
+    learning_rate: float
+    """Learning rate of the last step."""
+    examples_per_s: float | None
+    tokens_per_s: float | None
+    """Only where the task predicts tokens."""
+    memory_bytes: int | None
+    """Of all processes: resident memory on CPUs, the most that tensors have taken on GPUs."""
+    remaining_s: float
+    """Until all trainings of the stage are done, by the time that steps have taken lately."""
+
+
+@dataclass(frozen=True)
 class Noted:
     """A note for the user: a limit that was reached, a choice that was made."""
 
     text: str
 
 
-Event = StageStarted | StageAdvanced | StageFinished | RoundFinished | Noted
+Event = StageStarted | StageAdvanced | StageFinished | TrainingAdvanced | RoundFinished | Noted
 Sink = Callable[[Event], None]
 
 _NAMES: dict[type[Event], str] = {
     StageStarted: "stage_started",
     StageAdvanced: "stage_advanced",
     StageFinished: "stage_finished",
+    TrainingAdvanced: "training_advanced",
     RoundFinished: "round_finished",
     Noted: "noted",
 }
+
+
+def nowhere(event: Event) -> None:
+    """A sink that drops every event."""
 
 
 def tee(*sinks: Sink) -> Sink:

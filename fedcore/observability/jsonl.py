@@ -10,17 +10,26 @@ from io import FileIO
 from pathlib import Path
 
 from fedcore.files import disk_errors, open_regular
-from fedcore.observability.events import Event, Sink, StageAdvanced, StageStarted, json_line
+from fedcore.observability.events import (
+    Event,
+    Sink,
+    StageAdvanced,
+    StageStarted,
+    TrainingAdvanced,
+    json_line,
+)
 
 log = logging.getLogger("fedcore")
+
+_PROGRESS = StageStarted | StageAdvanced | TrainingAdvanced
 
 
 @contextmanager
 def json_lines(path: Path) -> Iterator[Sink]:
     """Yields a sink that writes each event to ``path``, one JSON object a line.
 
-    Replaces a file of an earlier run. Leaves out `StageStarted` and `StageAdvanced`, which only
-    show progress.
+    Replaces a file of an earlier run. Leaves out `StageStarted`, `StageAdvanced` and
+    `TrainingAdvanced`, which only show progress.
 
     Raises:
         DiskFull: the disk has no room for a line; the file then contains the lines before it.
@@ -28,7 +37,7 @@ def json_lines(path: Path) -> Iterator[Sink]:
     with appending(path) as append:
 
         def sink(event: Event) -> None:
-            if not isinstance(event, StageStarted | StageAdvanced):
+            if not isinstance(event, _PROGRESS):
                 append((json_line(event) + "\n").encode())
 
         yield sink

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import replace
 from datetime import UTC, datetime
 from os import PathLike
@@ -15,7 +16,7 @@ from fedcore.errors import ConfigError, ReleaseError
 from fedcore.files import sha256_hex
 from fedcore.flower.quiet import quiet
 from fedcore.observability.console import shown
-from fedcore.observability.events import Sink
+from fedcore.observability.events import Sink, nowhere, tee
 from fedcore.task.definition import Task, check_inputs, data_folder
 from fedcore.task.model import checkpoint_bytes
 from server.after_rounds import StageLog, counted_steps
@@ -48,6 +49,7 @@ from server.release.final_test import (
 from server.release.publish import check_publishable
 from server.release.publish import publish as sign_and_publish
 from server.release.push import check_push, push_published
+from server.report.tensorboard import tensorboard_events
 from server.rounds.evaluation.judging import clients_judge
 from server.simulation.evaluating import VirtualClients
 from server.simulation.judging import judge_in_simulation, measure_onnx_in_simulation
@@ -60,6 +62,7 @@ def finetune(
     *,
     owner: OwnerPolicy = OPEN_POLICY,
     progress: bool | Sink = True,
+    tensorboard: str | PathLike[str] | None = None,
     **settings: Any,
 ) -> Finetuned:
     """Fine-tunes a model on the cloud's data and keeps the result only if a quality gate admits it.
@@ -82,6 +85,8 @@ def finetune(
         model: The model to start from, or its checkpoint. Not changed.
         owner: The policy that evaluating virtual clients enforce.
         progress: Whether to show progress, or a callback that receives the events.
+        tensorboard: Folder for TensorBoard events: loss, learning rate, speed and memory. Events of
+            an earlier call are replaced. None for none.
         settings: Sections or settings of the run to override.
 
     Returns:
@@ -105,15 +110,15 @@ def finetune(
         )
     quiet()
     start = model_of(model, found, config)
-    with shown(progress) as emit:
-        story = StageLog(emit)
+    with shown(progress) as show, _tracked(tensorboard) as board:
+        story = StageLog(tee(board, show))
         judge = None
         if clients_judge(config):
             clients = clients_of(found, config, data_folder())
             virtual = VirtualClients(config, found, owner)
             judge = judge_in_simulation(virtual, clients, story.note)
         with story.stage("finetune") as said:
-            tuned = fine_tune(found, config, start, cloud, judge)
+            tuned = fine_tune(found, config, start, cloud, judge, emit=story.emit)
             said.append(gate_note(tuned, found.primary))
         for text in tuned.notes:
             story.note(text)
@@ -256,6 +261,10 @@ def publish(
     )
     push_published(manifest, place, signing, run.release.push)
     return manifest
+
+
+def _tracked(folder: str | PathLike[str] | None) -> AbstractContextManager[Sink]:
+    return nullcontext(nowhere) if folder is None else tensorboard_events(Path(folder))
 
 
 def _cloud(run: RunConfig, task: Task) -> CloudData | None:

@@ -85,7 +85,8 @@ def _finetune(options: argparse.Namespace) -> int:
                 join_finetuning(None, run)
                 return 0
             with choose(shown_on, json=options.json) as shown:
-                tuned = finetuned(None, run, start, progress=shown)
+                board = folder / "tensorboard" / "finetune"
+                tuned = finetuned(None, run, start, progress=shown, tensorboard=board)
         except KeyboardInterrupt:
             if run.finetune.checkpoints is None:
                 raise

@@ -72,6 +72,10 @@ class Exchanged:
     """Time of these steps, the mean over processes."""
     busy_s: tuple[float, ...]
     """CPU time of each process in these steps."""
+    memory_bytes: tuple[int, ...]
+    """Memory of each process, see `fedcore.training.memory.used_bytes`; 0 where it is not known."""
+    learning_rate: float
+    """That of the last of these steps."""
     stop: bool
     """Whether any process was asked to stop."""
 
@@ -92,6 +96,8 @@ class StepLog:
     group: Group
     asked: Callable[[], bool]
     """Whether this process was asked to stop."""
+    used_bytes: Callable[[], int | None]
+    """Returns the memory of this process."""
     _sums: list[Tensor] = field(default_factory=list)
     _counts: list[int] = field(default_factory=list)
     _every: int = 1
@@ -104,31 +110,36 @@ class StepLog:
         self._counts.append(count)
         return len(self._sums) >= self._every
 
-    def exchange(self, step: int) -> Exchanged | None:
+    def exchange(self, step: int, rate: float) -> Exchanged | None:
         """Shares what was added since the last exchange; None if that is nothing.
 
         Args:
             step: Number of steps taken so far.
+            rate: The learning rate of the last one.
         """
         number, world = len(self._sums), self.group.world
         if not number:
             return None
         sums = torch.stack(self._sums).to("cpu", torch.float64)  # waits for the device
         now_s, busy_s = time.monotonic(), time.process_time()
-        values = torch.zeros(2 * number + world + 2, dtype=torch.float64)
+        values = torch.zeros(2 * (number + world) + 2, dtype=torch.float64)
         values[:number], values[number : 2 * number] = sums, torch.tensor(self._counts)
-        values[2 * number + self.group.rank] = busy_s - self._busy_from_s
+        of_rank = values[2 * number : -2].view(2, world)[:, self.group.rank]
+        of_rank[0], of_rank[1] = busy_s - self._busy_from_s, self.used_bytes() or 0
         values[-2], values[-1] = now_s - self._began_s, float(self.asked())
         totals = self.group.total(values)
         seconds = totals[-2].item() / world
         self._every = max(1, min(MOST_STEPS, round(_EXCHANGE_S * number / max(seconds, 1e-6))))
         self.forget()
+        busy, memory = totals[2 * number : -2].view(2, world)
         return Exchanged(
             first_step=step - number,
             losses=tuple((totals[:number] / totals[number : 2 * number]).tolist()),
             examples=int(totals[number : 2 * number].sum()),
             seconds=seconds,
-            busy_s=tuple(totals[2 * number : 2 * number + world].tolist()),
+            busy_s=tuple(busy.tolist()),
+            memory_bytes=tuple(map(int, memory.tolist())),
+            learning_rate=rate,
             stop=bool(totals[-1]),
         )
 

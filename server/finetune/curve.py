@@ -50,8 +50,8 @@ def _read(path: Path) -> list[Exchanged]:
     for line in lines:
         try:
             read = json.loads(line)
-        except ValueError:
-            continue  # a process was killed while it wrote this line
-        lists = {name: tuple(value) for name, value in read.items() if isinstance(value, list)}
-        found.append(Exchanged(**(read | lists)))
+            lists = {name: tuple(value) for name, value in read.items() if isinstance(value, list)}
+            found.append(Exchanged(**(read | lists)))
+        except (ValueError, TypeError, AttributeError):
+            continue  # a process was killed while it wrote this line, or it has other fields
     return found

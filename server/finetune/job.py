@@ -23,6 +23,8 @@ class Job:
     """Safetensors files to start from; results are written to ``<file>.trained``."""
     folder: str
     """Folder of the starting points, and of the error files of failed processes."""
+    models: tuple[str, ...]
+    """What each starting point becomes, as `TrainingAdvanced.model` says it."""
     places: tuple[str | None, ...]
     """Folder of the checkpoints for each starting point, named by its identity; None for none."""
     unused: bool = False
@@ -49,6 +51,11 @@ class Job:
     def notes_file(self) -> Path:
         """The file to which the first process appends notes for the user, one a line."""
         return Path(self.folder) / "notes"
+
+    @property
+    def progress_file(self) -> Path:
+        """The file to which the first process appends events, one a line."""
+        return Path(self.folder) / "progress.jsonl"
 
     @property
     def stop_file(self) -> Path:

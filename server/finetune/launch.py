@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -17,6 +17,7 @@ from fedcore.config.finetune import Finetune
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, FedcoreError, RoundFailed, TrainingError
 from fedcore.files import sha256_hex, write_atomic
+from fedcore.observability.events import Event, Sink, nowhere
 from fedcore.observability.foreign import say
 from fedcore.seeds import kept_streams
 from fedcore.task.definition import Task, size_of
@@ -30,6 +31,7 @@ from server.finetune.failures import unknown_failure
 from server.finetune.job import Job, places_of, remember_by_start, trained
 from server.finetune.loop import train_start
 from server.finetune.parallel import device_of
+from server.finetune.progress import Progress, followed
 from server.process.signals import stop_requested
 from server.rounds.evaluation.judgement import Judgement
 from server.rounds.evaluation.judging import Judge
@@ -82,7 +84,13 @@ class Finetuned:
 
 
 def fine_tune(
-    task: Task, run: RunConfig, model: FullModel, cloud: CloudData, judge: Judge | None = None
+    task: Task,
+    run: RunConfig,
+    model: FullModel,
+    cloud: CloudData,
+    judge: Judge | None = None,
+    *,
+    emit: Sink = nowhere,
 ) -> Finetuned:
     """Trains the federated model on the cloud's data, and an untrained one for comparison.
 
@@ -113,8 +121,8 @@ def fine_tune(
     parent = checkpoint_bytes(model)
     untrained = build_model(task, run)
     untrained.preprocess.load_state_dict(model.preprocess.state_dict())
-    starts = (parent, checkpoint_bytes(untrained))
-    found = _trained_from(task, run, cloud, starts)
+    models = {"finetuned": parent, "cloud_alone": checkpoint_bytes(untrained)}
+    found = _trained_from(task, run, cloud, models, emit)
     candidate, cloud_alone = found.models
     primary = task.primary
     before = evaluate(model, cloud.heldout, [primary])[primary.name]
@@ -141,10 +149,13 @@ def fine_tune(
     )
 
 
-def tune(task: Task, run: RunConfig, model: FullModel, cloud: CloudData) -> FullModel:
+def tune(
+    task: Task, run: RunConfig, model: FullModel, cloud: CloudData, *, name: str, emit: Sink
+) -> FullModel:
     """Returns a copy of a global model that was trained on the cloud's data, without a gate.
 
-    It is held to the model's answers by ``finetune.remember``.
+    It is held to the model's answers by ``finetune.remember``. Progress goes to ``emit`` as that of
+    the model ``name``.
 
     Guarantee:
         The run's seed and the model determine every bit; after an interrupted training only as
@@ -154,7 +165,8 @@ def tune(task: Task, run: RunConfig, model: FullModel, cloud: CloudData) -> Full
         TrainingDiverged: a loss was not finite.
         TrainingError: a process or the task's code failed.
     """
-    (tuned,) = _trained_from(task, run, cloud, [checkpoint_bytes(model)]).models
+    starts = {name: checkpoint_bytes(model)}
+    (tuned,) = _trained_from(task, run, cloud, starts, emit).models
     return tuned
 
 
@@ -181,22 +193,22 @@ def join(task: Task, run: RunConfig, cloud: CloudData) -> None:
             "nodes and finetune.rendezvous, the same ones on every node."
         )
     untrained = checkpoint_bytes(build_model(task, run))
-    starts = [untrained, untrained]
+    starts = dict.fromkeys(("finetuned", "cloud_alone"), untrained)
     results = [build_model(task, run) for _ in starts]
-    places = places_of(run, starts, size_of(cloud.train))
-    _train_apart(run, starts, results, places, joins=True)
+    places = places_of(run, list(starts.values()), size_of(cloud.train))
+    _train_apart(run, starts, results, places, nowhere, joins=True)
 
 
 def _trained_from(
-    task: Task, run: RunConfig, cloud: CloudData, starts: Sequence[bytes]
+    task: Task, run: RunConfig, cloud: CloudData, starts: Mapping[str, bytes], emit: Sink
 ) -> _TrainedModels:
-    """Trains a model from each checkpoint; the first is a federated one."""
+    """Trains a model from each checkpoint, by the name of its progress; the first is federated."""
     results = [build_model(task, run) for _ in starts]
-    places = places_of(run, starts, size_of(cloud.train))
+    places = places_of(run, list(starts.values()), size_of(cloud.train))
     if run.finetune.processes == run.finetune.nodes == 1:
-        found = _train_here(task, run, cloud, starts, results, places)
+        found = _train_here(task, run, cloud, starts, results, places, emit)
     else:
-        found = _train_apart(run, starts, results, places)
+        found = _train_apart(run, starts, results, places, emit)
     for place in places:
         if place is not None:
             shutil.rmtree(place, ignore_errors=True)  # another node may do so, too
@@ -225,17 +237,26 @@ def _train_here(
     task: Task,
     run: RunConfig,
     cloud: CloudData,
-    starts: Sequence[bytes],
+    starts: Mapping[str, bytes],
     results: Sequence[FullModel],
     places: Sequence[Path | None],
+    emit: Sink,
 ) -> _TrainedModels:
     """Trains each result from its start, in this process."""
-    device, curves = device_of(0), list[Curve]()
+    device, curves, failed = device_of(0), list[Curve](), list[Exception]()
+
+    def show(event: Event) -> None:
+        try:
+            emit(event)
+        except Exception as error:  # not one of training
+            failed.append(error)
+            raise
+
     try:
         with kept_streams(), _stop(places) as asked:
             remembered = remember_by_start(run, len(starts))
-            for start, result, remember, place in zip(
-                starts, results, remembered, places, strict=True
+            for number, ((name, start), result, remember, place) in enumerate(
+                zip(starts.items(), results, remembered, places, strict=True), 1
             ):
                 load_checkpoint(start, result, where="the model to fine-tune")
                 curves.append(Curve(None if place is None else place / "curve.jsonl"))
@@ -249,11 +270,14 @@ def _train_here(
                     place=place,
                     stop=asked,
                     curve=curves[-1],
+                    on_part=Progress(show, name, len(starts) - number),
                 )
                 result.to("cpu").eval()
     except FedcoreError:
         raise
     except (Exception, SystemExit) as error:  # the task's code may raise anything
+        if error in failed:
+            raise
         raise TrainingError(unknown_failure(0, error)) from error
     return _TrainedModels(results, [curve.losses for curve in curves])
 
@@ -270,31 +294,34 @@ def _stop(places: Sequence[Path | None]) -> Iterator[Callable[[], bool] | None]:
 
 def _train_apart(
     run: RunConfig,
-    starts: Sequence[bytes],
+    starts: Mapping[str, bytes],
     results: Sequence[FullModel],
     places: Sequence[Path | None],
+    emit: Sink,
     *,
     joins: bool = False,
 ) -> _TrainedModels:
     """Trains each result from its start, in new processes that load the task from its file."""
     with tempfile.TemporaryDirectory(prefix="fedcore-finetune-") as folder:
         paths = [Path(folder) / f"start-{number}.safetensors" for number in range(len(starts))]
-        for path, start in zip(paths, starts, strict=True):
+        for path, start in zip(paths, starts.values(), strict=True):
             write_atomic(path, start)
         job = Job(
             run=run.model_dump_json(),
             base=str(run.base),
             starts=tuple(map(str, paths)),
             folder=folder,
+            models=tuple(starts),
             places=tuple(None if place is None else str(place) for place in places),
             joins=joins,
         )
-        try:
-            launch(job)
-        except TrainingError as error:
-            if _UNUSED not in str(error):
-                raise
-            launch(replace(job, unused=True))
+        with followed(job.progress_file, emit):
+            try:
+                launch(job)
+            except TrainingError as error:
+                if _UNUSED not in str(error):
+                    raise
+                launch(replace(job, unused=True))
         for path, result in zip(map(trained, paths), results, strict=True):
             load_checkpoint(path.read_bytes(), result.eval(), where=str(path))
         curves = [Curve(job.curve_file(number)) for number in range(len(starts))]

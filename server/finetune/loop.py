@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
+from functools import partial
 from itertools import chain, islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -19,16 +20,18 @@ from fedcore.errors import TrainingDiverged, TrainingError
 from fedcore.observability.words import counted
 from fedcore.seeds import derive
 from fedcore.task.definition import Examples, Task, size_of
-from fedcore.training.batches import batches_of
+from fedcore.training.batches import batches_of, gather
 from fedcore.training.distillation import beside_teacher
 from fedcore.training.local import check_loss, clip_gradients, diverged, make_optimizer
 from fedcore.training.lone_rows import least_rows, use_running_statistics
+from fedcore.training.memory import used_bytes
 from server.finetune.control import ALONE, Exchanged, Group, StepLog
 from server.finetune.curve import Curve
 from server.finetune.loading import Batch, loaded
 from server.finetune.order import Position, rows_of_epoch
 from server.finetune.parallel import compiled, distributed, leaves_unused, synchronised
 from server.finetune.precision import autocast, make_scaler, recomputed
+from server.finetune.progress import Extent, OnPart
 from server.finetune.rates import rate_of
 from server.finetune.state import TrainingState
 
@@ -63,6 +66,8 @@ class FineTuner:
     log: StepLog
     curve: Curve
     checkpoints: CheckpointFolder | None
+    on_part: OnPart
+    extent: Extent
 
 
 def train_start(
@@ -78,6 +83,7 @@ def train_start(
     place: Path | None = None,
     stop: Callable[[], bool] | None = None,
     curve: Curve | None = None,
+    on_part: OnPart = lambda part, extent: None,
     note: Callable[[str], None] | None = None,
 ) -> None:
     """Trains a model in place on the cloud's data.
@@ -104,6 +110,7 @@ def train_start(
             when None.
         stop: Returns whether training should stop; asked after each step or every few.
         curve: Receives losses and speed.
+        on_part: Callback for each part of the course, for progress.
         note: Receives what the memory estimate says, where it decides about sharding.
 
     Raises:
@@ -134,6 +141,7 @@ def train_start(
         trained.train()
         if share < least:
             use_running_statistics(trained)
+        steps = len(batches_of(torch.arange(share), batch, least=least))
         optimizer = make_optimizer(model, settings, fused=settings.fused)
         trainer = FineTuner(
             state=TrainingState(model, optimizer, make_scaler(settings, device)),
@@ -146,13 +154,22 @@ def train_start(
             group=group,
             batch=batch,
             least=least,
-            steps_per_epoch=len(batches_of(torch.arange(share), batch, least=least)),
+            steps_per_epoch=steps,
             end_s=end_s,
-            log=StepLog(group, stop or (lambda: False)),
+            log=StepLog(group, stop or (lambda: False), partial(used_bytes, device)),
             curve=curve or Curve(),
             checkpoints=None if place is None else _checkpoints(place, settings, group),
+            on_part=on_part,
+            extent=Extent(settings.epochs * steps, _tokens_per_example(task, examples)),
         )
         _train(trainer)
+
+
+def _tokens_per_example(task: Task, examples: Examples) -> int | None:
+    if task.problem.name != "next_token":
+        return None
+    _, targets = gather(examples, [0])
+    return targets.numel()
 
 
 def _checkpoints(place: Path, settings: Finetune, group: Group) -> CheckpointFolder:
@@ -266,12 +283,14 @@ def _exchange(trainer: FineTuner, position: Position) -> None:
         NotFinite: a loss isn't finite, and there are checkpoints to return to.
         KeyboardInterrupt: a process was asked to stop.
     """
-    part: Exchanged | None = trainer.log.exchange(position.step)
+    rate = trainer.state.optimizer.param_groups[0]["lr"]
+    part: Exchanged | None = trainer.log.exchange(position.step, float(rate))
     if part is None:
         return
     if trainer.checkpoints and not part.finite:
         raise NotFinite
     trainer.curve.append(part)
+    trainer.on_part(part, trainer.extent)
     if part.stop:
         if trainer.checkpoints:
             _save(trainer, position)

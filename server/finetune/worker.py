@@ -18,6 +18,7 @@ from safetensors.torch import save
 
 from fedcore.errors import FedcoreError, TrainingError
 from fedcore.files import read_bytes, write_atomic, write_json
+from fedcore.observability.events import nowhere
 from fedcore.task.definition import data_folder, load_task
 from fedcore.task.model import MAX_CHECKPOINT_BYTES, build_model, load_checkpoint
 from server.cloud import read_cloud_data
@@ -28,6 +29,7 @@ from server.finetune.job import Job, remember_by_start, trained
 from server.finetune.loop import train_start
 from server.finetune.nodes import check_alike, share_weights, shared_place
 from server.finetune.parallel import device_of, threads_of
+from server.finetune.progress import Progress, appended_to
 from server.finetune.sharding import whole_state
 from server.process.parent import die_with_parent
 
@@ -92,6 +94,7 @@ def _train_all(job: Job, local_rank: int) -> None:
     group = make_group(device)
     source = check_alike(group, run, joins=job.joins)
     remembered = remember_by_start(run, len(job.starts))
+    emit = appended_to(job.progress_file) if group.rank == source else nowhere
     for number, (start, remember) in enumerate(zip(map(Path, job.starts), remembered, strict=True)):
         if group.least(int(trained(start).exists())):
             continue  # trained before processes were started again
@@ -113,6 +116,7 @@ def _train_all(job: Job, local_rank: int) -> None:
             place=place,
             stop=job.stop_file.exists,
             curve=Curve(job.curve_file(number)) if group.rank == source else None,
+            on_part=Progress(emit, job.models[number], len(job.starts) - number - 1),
             note=partial(_note, job) if group.rank == source else None,
         )
         whole = save(whole_state(model))  # by every process, as the model may be divided

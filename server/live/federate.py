@@ -81,7 +81,7 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         start=journal.start,
         peers=peers,
         awaited=lambda: members.count(drained=live.control.drained),
-        tuner=tuner_of(live.inputs.task, run, cloud),
+        tuner=tuner_of(live.inputs.task, run, cloud, live.emit),
     )
     journaled = JournalGrid(
         grid,

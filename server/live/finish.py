@@ -181,6 +181,8 @@ def _fine_tuned(
     model: FullModel,
     cloud: CloudData,
     judge: Judge | None,
+    *,
+    emit: Sink,
 ) -> Finetuned:
     """Returns the result of fine-tuning: the stored one if it is intact, else a new one."""
     origin = _origin(model, run.finetune)
@@ -201,7 +203,7 @@ def _fine_tuned(
                 noted.unjudged,
                 parent_sha256=sha256_hex(checkpoint_bytes(model)),
             )
-    tuned = fine_tune(task, run, model, cloud, judge)
+    tuned = fine_tune(task, run, model, cloud, judge, emit=emit)
     files = {}
     for name, one in zip(_TUNED, (tuned.candidate, tuned.cloud_alone), strict=True):
         raw = checkpoint_bytes(one)

@@ -30,8 +30,9 @@ class RoundTuning:
     """The primary metric on the cloud's held-out data, before and after fine-tuning."""
 
 
-Tuner = Callable[[FullModel], RoundTuning]
-"""Fine-tunes a global model on the cloud's data; equal models give equal bits.
+Tuner = Callable[[FullModel, int], RoundTuning]
+"""Fine-tunes the global model of a round, given by number, on the cloud's data; equal models give
+equal bits.
 
 Raises:
     TrainingError: training failed."""
@@ -69,7 +70,7 @@ def tune(
     """
     assert federation.tuner is not None  # the caller has asked `is_due`
     unpack(weights, model.model)
-    found = federation.tuner(model.eval())
+    found = federation.tuner(model.eval(), number)
     verdict = "the next round starts from it" if found.kept else "not kept"
     federation.on_note(
         f"round {number}: fine-tuned on the cloud's data: {federation.primary.name} on held-out "

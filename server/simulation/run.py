@@ -16,7 +16,7 @@ from pathlib import Path
 from fedcore.config.owner import OwnerPolicy, tighten
 from fedcore.config.run import RunConfig
 from fedcore.errors import FedcoreError
-from fedcore.observability.events import Noted, RoundFinished, Sink
+from fedcore.observability.events import Noted, RoundFinished, Sink, nowhere
 from fedcore.observability.foreign import say
 from fedcore.observability.pace import RoundPace
 from fedcore.seeds import Simulated
@@ -167,6 +167,7 @@ def run_federated_part(
                     checkpointer=checkpointer,
                     tell=tell,
                     on_choice=on_choice,
+                    emit=emit,
                 )
             except FedcoreError:
                 if stopping():  # a service manager's signal stops the workers, too
@@ -193,8 +194,12 @@ def run_simulated_rounds(
     checkpointer: RoundCheckpointer,
     tell: Callable[[StoredEvent], None],
     on_choice: Callable[[Choice, int], None],
+    emit: Sink = nowhere,
 ) -> Outcome:
-    """Runs rounds from ``resumed`` and ``state`` on, until the last or until asked to stop."""
+    """Runs rounds from ``resumed`` and ``state`` on, until the last or until asked to stop.
+
+    ``emit`` receives the progress of fine-tuning between rounds, which a checkpoint does not keep.
+    """
     outcomes: list[Outcome] = []
     pace = RoundPace()
 
@@ -213,7 +218,7 @@ def run_simulated_rounds(
         strategy=prepared.strategy,
         client_name=lambda node: prepared.clients[node - FIRST_NODE_ID],
         annotate=state.with_clock,
-        tuner=tuner_of(task, run, prepared.cloud),
+        tuner=tuner_of(task, run, prepared.cloud, emit),
     )
     fleet = read_fleet(run, prepared.clients)
     federate(

@@ -80,6 +80,8 @@ def _status(client: ServerClient) -> str:
     ]
     if found.last:
         lines.insert(1, f"Last:    {_round(found.last)}")
+    if found.training:
+        lines.insert(1, f"Trains:  {found.training}")
     if found.waits:
         lines.insert(1, f"Waits:   {found.waits}")
     lines += [f"Left:    {name}: {reason}" for name, reason in found.left.items()]

@@ -224,6 +224,7 @@ class Control:
             site.listening,
             state=self._described(),
             stage=self._recent.stage,
+            training=self._recent.training,
             waits=self._recent.waits if self._state in ("waiting", "running") else "",
             rounds=rounds,
             notes=self._recent.notes,

@@ -7,12 +7,14 @@ from collections import deque
 from dataclasses import dataclass, field
 from typing import Any
 
+from fedcore.observability.console import training_text
 from fedcore.observability.events import (
     Event,
     Noted,
     RoundFinished,
     StageAdvanced,
     StageStarted,
+    TrainingAdvanced,
     json_line,
 )
 
@@ -28,11 +30,15 @@ class RecentEvents:
     notes: deque[str] = field(default_factory=lambda: deque(maxlen=_NOTES_SHOWN))
     stage: str = ""
     """Current step after the rounds; empty during the rounds."""
+    training: str = ""
+    """How far a training in the cloud has come; empty where none is under way."""
     waits: str = ""
     """What the current round waits for; empty where it has not waited long."""
 
     def record(self, event: Event) -> None:
         """Records an event."""
+        if not isinstance(event, Noted):
+            self.training = training_text(event) if isinstance(event, TrainingAdvanced) else ""
         if isinstance(event, RoundFinished):
             self.waits = ""
             self.rounds.append(json.loads(json_line(event)))

@@ -84,6 +84,8 @@ class ServerStatus:
     """The server's version of fedcore."""
     left: dict[str, str] = field(default_factory=dict)
     """Why devices left, or why their process before ended, by name; of 20 devices at most."""
+    training: str | None = None
+    """How far a training in the cloud has come, in words; None where none is under way."""
 
 
 @dataclass(frozen=True)

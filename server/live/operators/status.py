@@ -23,6 +23,7 @@ def status_answer(
     *,
     state: str,
     stage: str,
+    training: str,
     waits: str,
     rounds: Sequence[Mapping[str, Any]],
     notes: Sequence[str],
@@ -38,6 +39,7 @@ def status_answer(
         listening: The network server; None once devices are no longer served.
         state: The run's state, in a word.
         stage: Current step after the rounds; empty during the rounds.
+        training: How far a training in the cloud has come; empty where none is under way.
         waits: What the current round waits for; empty where it waits for nothing or not for long.
         rounds: Records of the most recent rounds, the latest last.
         notes: The most recent notes.
@@ -50,6 +52,7 @@ def status_answer(
         "run": run.name,
         "state": state,
         "stage": stage or None,
+        "training": training or None,
         "waits": waits or None,
         "round": rounds[-1]["round"] if rounds else 0,
         "rounds": run.federation.rounds,

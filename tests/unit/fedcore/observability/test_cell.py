@@ -14,6 +14,7 @@ from fedcore.observability.events import (
     StageAdvanced,
     StageFinished,
     StageStarted,
+    TrainingAdvanced,
 )
 
 Round = Callable[[int], RoundFinished]
@@ -105,3 +106,12 @@ def test_what_was_last_is_drawn_whatever_happens(cell: Cell, finished_round: Rou
     with pytest.raises(KeyboardInterrupt):
         run()
     assert cell.shown[1].split()[0] == "1/5"
+
+
+def test_a_training_is_the_stage_at_hand(cell: Cell) -> None:
+    with console.in_cell(cell.display) as sink:
+        sink(StageStarted("finetune", None))
+        sink(TrainingAdvanced("finetuned", 3, 10, 0.5, 0.1, None, None, None, 7.0))
+    assert cell.shown == [
+        "finetune: fine-tuning: step 3 of 10, loss 0.5000, learning rate 0.1, 7.0 s left"
+    ]

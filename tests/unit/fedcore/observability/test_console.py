@@ -17,6 +17,7 @@ from fedcore.observability.events import (
     StageAdvanced,
     StageFinished,
     StageStarted,
+    TrainingAdvanced,
 )
 
 Round = Callable[[int], RoundFinished]
@@ -236,3 +237,50 @@ def test_a_mean_of_clients_is_called_one_and_an_undefined_metric_undefined(
     one, other = stream.getvalue().splitlines()
     assert one.startswith("round 2/5: accuracy, mean of clients 0.7000, ")
     assert other.startswith("round 2/5: auc undefined, ")
+
+
+def training(done: int, model: str = "finetuned") -> TrainingAdvanced:
+    return TrainingAdvanced(model, done, 1200, 0.4321, 0.05, 8_000.0, None, 412_000_000, 754.0)
+
+
+TRAINED = "loss 0.4321, learning rate 0.05, 8000 examples/s, 412 MB, 12 min 34 s left"
+
+
+def test_plain_writes_a_line_of_a_training_every_ten_seconds_and_the_last_one() -> None:
+    stream, now = StringIO(), 0.0
+    with console.plain(stream, clock=lambda: now) as sink:
+        for done in range(1, 31):
+            now += 0.5
+            sink(training(done))
+        sink(training(1200))
+        sink(training(1, "cloud_alone"))  # short: nothing is said
+        sink(training(1200, "cloud_alone"))
+    assert stream.getvalue().splitlines() == [
+        f"fine-tuning: step {done} of 1,200, {TRAINED}" for done in ("5", "25", "1,200")
+    ]
+
+
+def test_live_shows_a_training_within_its_stage() -> None:
+    stream = StringIO()
+    with live(stream, width=120) as sink:
+        sink(StageStarted("federate", 5))
+        sink(training(300, "round 5"))
+    last = stream.getvalue().rsplit("federate", 1)[1]
+    assert "fine-tuning after round 5" in last
+    assert "300/1200" in last
+    assert TRAINED in last
+    with live(stream, width=120) as sink:
+        sink(StageStarted("finetune", None))
+        sink(training(300))
+        sink(training(1, "cloud_alone"))
+        sink(StageStarted("compress", None))
+    last = stream.getvalue().rsplit("\x1b[2K", 1)[1]
+    assert "compress" in last
+    assert "1200" not in last
+
+
+def test_tokens_are_shown_in_place_of_examples() -> None:
+    text = console.training_text(TrainingAdvanced("x", 1, 2, None, 1.0, 8.0, 512.0, None, 3.0))
+    assert text == (
+        "fine-tuning after x: step 1 of 2, loss -, learning rate 1, 512 tokens/s, 3.0 s left"
+    )

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
@@ -56,7 +57,13 @@ def test_the_federated_model_is_trained_and_kept(
     folder: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert command(folder, "--json") == 0
-    told = json.loads(capsys.readouterr().out.splitlines()[-1])
+    *events, told = map(json.loads, capsys.readouterr().out.splitlines())
+    last = [each for each in events if each["event"] == "training_advanced"][-1]
+    assert (last["model"], last["done"]) == ("cloud_alone", last["steps"])
+    board = EventAccumulator(str(folder / "runs" / "run" / "tensorboard" / "finetune"))
+    board.Reload()
+    (rate, *_) = board.Scalars("finetune/finetuned/learning_rate")
+    assert rate.value == pytest.approx(0.05)
     out = folder / "runs" / "run" / "finetuned.safetensors"
     assert told["kept"]
     assert told["after"] > told["before"]

@@ -16,6 +16,7 @@ import torch
 from fedcore.config.finetune import Finetune
 from fedcore.config.run import RunConfig
 from fedcore.errors import RoundFailed, TrainingDiverged, TrainingError
+from fedcore.observability.events import Event, Sink, TrainingAdvanced, nowhere
 from fedcore.task.definition import Task, load_task
 from fedcore.task.metrics import ACCURACY
 from fedcore.task.model import FullModel, build_model
@@ -106,13 +107,15 @@ class Case:
         start = self.run.model_copy(update={"seed": 9})
         self.model: FullModel = build_model(self.task, start).eval()
 
-    def fine_tune(self, judge: Judge | None = None) -> Finetuned:
-        return fine_tune(self.task, self.run, self.model, self.cloud, judge)
+    def fine_tune(self, judge: Judge | None = None, emit: Sink = nowhere) -> Finetuned:
+        return fine_tune(self.task, self.run, self.model, self.cloud, judge, emit=emit)
 
 
 @pytest.mark.timeout(900)  # five launches, each of which imports torch twice
 def test_two_processes_do_what_one_does_and_repeat_it_bit_for_bit(tmp_path: Path) -> None:
-    two = Case(tmp_path / "two", processes=2).fine_tune()
+    events = list[Event]()
+    two = Case(tmp_path / "two", processes=2).fine_tune(emit=events.append)
+    assert told_of(events) == ["finetuned", "cloud_alone"]
     again = _harmed(tmp_path / "again")
     assert again.curve == two.curve
     for part in ("candidate", "cloud_alone"):
@@ -126,7 +129,9 @@ def test_two_processes_do_what_one_does_and_repeat_it_bit_for_bit(tmp_path: Path
     def nobody(before: FullModel, after: FullModel) -> Judgement:
         raise RoundFailed("nobody was there")
 
-    alone = Case(tmp_path / "alone", processes=1).fine_tune(nobody)
+    events = []
+    alone = Case(tmp_path / "alone", processes=1).fine_tune(nobody, events.append)
+    assert told_of(events) == ["finetuned", "cloud_alone"]
     assert (alone.kept, alone.unjudged, alone.clients) == (False, "nobody was there", None)
     assert alone.after > alone.before
 
@@ -147,6 +152,13 @@ def test_two_processes_do_what_one_does_and_repeat_it_bit_for_bit(tmp_path: Path
         single, double = (pack(getattr(result, part).model) for result in (one, two))
         assert np.abs(single - double).max() < 1e-4
         assert np.abs(single - federated).max() > 0.5
+
+
+def told_of(events: list[Event]) -> list[str]:
+    """The models whose training was told to its end, in order; nothing else was told."""
+    told = [event for event in events if isinstance(event, TrainingAdvanced)]
+    assert len(told) == len(events)
+    return [event.model for event in told if event.done == event.steps]
 
 
 def _harmed(folder: Path) -> Finetuned:

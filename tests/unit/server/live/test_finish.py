@@ -21,7 +21,7 @@ from fedcore.artifacts.manifest import Manifest
 from fedcore.config.run import RunConfig
 from fedcore.errors import CompressionError, DataError, DiskFull, ReleaseError
 from fedcore.files import sha256_hex, write_atomic, write_json
-from fedcore.observability.events import Event
+from fedcore.observability.events import Event, Sink
 from fedcore.task.definition import Examples
 from fedcore.task.model import FullModel, build_model
 from fedcore.updates.pack import pack
@@ -110,7 +110,14 @@ class Site:
         patch.setattr(finish_module, "compress", self._compress)
 
     def _fine_tune(
-        self, task: Task, run: RunConfig, model: FullModel, cloud: CloudData, judge: Judge | None
+        self,
+        task: Task,
+        run: RunConfig,
+        model: FullModel,
+        cloud: CloudData,
+        judge: Judge | None,
+        *,
+        emit: Sink,
     ) -> Finetuned:
         """In this process: what it comes to is not what these tests are about."""
         self.done["fine-tuning"] += 1

@@ -8,7 +8,13 @@ from pathlib import Path
 
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-from fedcore.observability.events import Noted, RoundFinished, StageFinished, StageStarted
+from fedcore.observability.events import (
+    Noted,
+    RoundFinished,
+    StageFinished,
+    StageStarted,
+    TrainingAdvanced,
+)
 from server.records import RunRecord
 from server.report.tensorboard import EVENTS_FILE, tensorboard_events
 
@@ -45,6 +51,7 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path, record: RunRecord) -
         sink(StageStarted("rounds", 3))
         for each in record.rounds:
             sink(RoundFinished(asdict(each)))
+        sink(TrainingAdvanced("round 5", 40, 90, 0.25, 0.125, 8.0, None, None, 7.0))
         sink(StageFinished("rounds", 1.5, ""))
         sink(Noted("a note"))
     read = scalars(tmp_path / "tensorboard")
@@ -53,6 +60,13 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path, record: RunRecord) -
     assert [step for step, _ in read["metrics/accuracy"]] == [1, 2, 3]
     assert math.isclose(read["metrics/accuracy"][2][1], 0.75, rel_tol=1e-6)
     assert read["seconds/rounds"] == [(0, 1.5)]
+    group = "finetune/round_5/"
+    trained = {tag: value for tag, value in read.items() if tag.startswith(group)}
+    assert trained == {
+        f"{group}loss": [(40, 0.25)],
+        f"{group}learning_rate": [(40, 0.125)],
+        f"{group}examples_per_s": [(40, 8.0)],
+    }
     assert "train/loss" not in read  # the rounds have none
 
 

@@ -23,7 +23,7 @@ from tests.unit.server.simulation.plain import data, task_of
 def to(value: float, *, kept: bool = True) -> Any:
     """A tuner that sets all weights; its gate keeps the result or not."""
 
-    def tune(model: FullModel) -> RoundTuning:
+    def tune(model: FullModel, number: int) -> RoundTuning:
         found = zeros()
         unpack(np.full(3, value, np.float32), found.model)
         return RoundTuning(found if kept else model, kept, 0.5, 0.7)
