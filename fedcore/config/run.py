@@ -30,6 +30,7 @@ from fedcore.config.section import (
     Steps,
     WeightDecay,
 )
+from fedcore.config.tracking import Tracking
 
 MAX_CLIENTS = 10_000_000
 Clients = Annotated[int, Field(ge=1, le=MAX_CLIENTS)]
@@ -329,6 +330,7 @@ class RunConfig(Section):
     release: ReleaseConfig = Field(default_factory=ReleaseConfig)
     serving: Serving = Field(default_factory=Serving)
     simulation: Simulation = Field(default_factory=Simulation)
+    tracking: Tracking = Field(default_factory=Tracking)
     base: Path = Field(default=Path(), exclude=True, repr=False)
     """The folder that relative paths start from; set by the loader."""
 

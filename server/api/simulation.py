@@ -36,6 +36,7 @@ from server.api.result import Result
 from server.checking.before import refuse_bad_rows
 from server.preflight import Prepared, prepare
 from server.report.folder import open_folder, reopen_folder, write_results
+from server.report.mlflow_runs import mlflow_run
 from server.report.tensorboard import tensorboard_events
 from server.rounds.strategies.own import UserStrategy
 from server.simulation.checkpoint import Checkpoint
@@ -220,17 +221,18 @@ def run_in(
     Returns:
         The completed run, and the content of ``summary.json``.
     """
-    with (
-        json_lines(folder / "metrics.jsonl") as lines,
-        tensorboard_events(folder / "tensorboard") as board,
-        batched(tee(lines, board, shown)) as emit,
-    ):
-        files = tee(lines, board)
-        for event in resumed.events if resumed else ():
-            files(event)
-        finished = run_pipeline(
-            run, task, owner, prepared, folder, emit, command=command, resumed=resumed
-        )
     delta = tighten(run, owner).privacy.target_delta if run.private else None
-    taken_s = time.monotonic() - started + (resumed.elapsed_s if resumed else 0.0)
-    return finished, write_results(folder, finished, target_delta=delta, seconds=taken_s)
+    with mlflow_run(run, "simulation", folder) as tracker:
+        with (
+            json_lines(folder / "metrics.jsonl") as lines,
+            tensorboard_events(folder / "tensorboard") as board,
+            batched(tee(lines, board, tracker, shown)) as emit,
+        ):
+            files = tee(lines, board)
+            for event in resumed.events if resumed else ():
+                files(event)
+            finished = run_pipeline(
+                run, task, owner, prepared, folder, emit, command=command, resumed=resumed
+            )
+        taken_s = time.monotonic() - started + (resumed.elapsed_s if resumed else 0.0)
+        return finished, write_results(folder, finished, target_delta=delta, seconds=taken_s)

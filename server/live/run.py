@@ -42,6 +42,7 @@ from server.live.resume import RunComplete, has_journal, open_run
 from server.live.rounds.settings import device_settings
 from server.process.signals import interrupt_then_exit
 from server.report.folder import check_outside
+from server.report.mlflow_runs import mlflow_run
 from server.rounds.peers import Peers
 
 if TYPE_CHECKING:
@@ -119,12 +120,13 @@ def _opened(
     with (
         opening as (folder, journal),
         json_lines(folder / "metrics.jsonl") as lines,
+        mlflow_run(run, "server", folder) as tracker,
         choose(out, json=deployment.json) as shown,
     ):
         if journal.start is None:
             _ = inputs.task  # nothing was committed before the crash, so this is a new run
         kept = tee(lines, control.sink)
-        emit = tee(kept, shown)
+        emit = tee(kept, tracker, shown)
         for record in journal.start.records if journal.start else ():
             kept(RoundFinished(asdict(record)))
         for note in _notes_of_resume(journal):

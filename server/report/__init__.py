@@ -1,4 +1,4 @@
-"""Reports of a run: ``summary.json``, TensorBoard events, and an HTML page with plots.
+"""Reports of a run: ``summary.json``, TensorBoard, MLflow, and an HTML page with plots.
 
 Start with `folder`, the results folder of a run; `html` assembles the page.
 """

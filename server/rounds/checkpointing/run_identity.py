@@ -25,8 +25,12 @@ the rounds have ended. ``finetune.holdout`` is not among them: held-out data eva
 IN_ROUNDS = tuple(one for one in AFTER_ROUNDS if not one.startswith("finetune."))
 """`AFTER_ROUNDS` of a run whose rounds start from fine-tuned models."""
 TASK, STRATEGY, TRACE = "task file", "strategy file", "trace"
-_FREE = {"run.simulation.workers", "run.simulation.engine"}
-"""Settings that may change on resume, so that a machine with less memory can use fewer workers.
+_FREE = {
+    *("run.simulation.workers", "run.simulation.engine"),
+    *("run.tracking.mlflow", "run.tracking.experiment"),
+}
+"""Settings that may change on resume, so that a machine with less memory can use fewer workers, and
+figures can go elsewhere.
 They affect no bit, except the order of float32 sums where clients are trained in batches."""
 
 

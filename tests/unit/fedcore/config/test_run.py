@@ -27,7 +27,7 @@ SECTIONS: list[type[Section]] = [
 
 
 def test_every_section_is_frozen_strict_and_closed() -> None:
-    assert len(SECTIONS) == 8
+    assert len(SECTIONS) == 9
     everything: list[type[Section]] = [*SECTIONS, RunConfig]
     for section in everything:
         assert section.model_config["frozen"]
