@@ -12,9 +12,8 @@ import argparse
 import os
 import sys
 import tempfile
-import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from multiprocessing import get_context
 from pathlib import Path
@@ -31,8 +30,11 @@ from fedcore import Task
 from fedcore.config.run import RunConfig
 from fedcore.files import write_json
 from server.finetune import control
+from server.finetune.costs import Costs, all_reduce_s, flops_per_example, matrix_peak
 from server.finetune.curve import Curve
 from server.finetune.loop import train_start
+from server.finetune.scaling import ScalingReport, report_of
+from server.finetune.timing import Timed
 
 OUT = Path("runs/bench")
 _WARM = 2
@@ -72,6 +74,12 @@ class Course:
     """What one process gave to collectives in the hook or DDP's buckets, over all steps."""
     peak_bytes: int
     """Growth of a process's resident memory since before the model was built; the largest."""
+
+    def timed(self, sizes: Sizes) -> Timed:
+        """Returns the steps that count, in the terms of the product's report."""
+        examples, world = self.steps * sizes.batch, len(self.busy_s)
+        peak = world * self.peak_bytes
+        return Timed(world, self.steps, examples, self.seconds, self.busy_s, peak, fits=True)
 
 
 def grouped(world: int, work: Callable[[int, int], Any]) -> list[Any]:
@@ -158,79 +166,78 @@ def _count_sent(sent: list[int]) -> None:
     dist.all_reduce = counted
 
 
-def communication_s(parameters: int, repeats: int) -> float:
-    """Returns the time of one all-reduce of all gradients between two processes."""
+def costs_of(sizes: Sizes, world: int) -> Costs:
+    """Measures what a step costs besides time, as `fedcore finetune --report` does."""
 
-    def work(rank: int, world: int) -> float:
-        gradients = torch.ones(parameters)
-        dist.all_reduce(gradients)
-        started = time.perf_counter()
-        for _ in range(repeats):
-            dist.all_reduce(gradients)
-        return (time.perf_counter() - started) / repeats
+    def work(rank: int, world: int) -> Costs:
+        model, cpu = GPT(sizes.layers, sizes.width, sizes.context), torch.device("cpu")
+        parameters = sum(each.numel() for each in model.parameters())
+        return Costs(
+            parameters=parameters,
+            flops_per_example=flops_per_example(
+                model,
+                lambda outputs, y: nn.functional.cross_entropy(outputs.flatten(0, 1), y.flatten()),
+                Tokens(2, sizes.context),
+                cpu,
+                rows=2,
+            ),
+            tokens_per_example=sizes.context,
+            peak_flops=matrix_peak(cpu),
+            all_reduce_s=all_reduce_s(parameters, cpu) if world > 1 else None,
+            energy_j=None,
+        )
 
-    return max(grouped(2, work))
-
-
-def matrix_peak() -> float:
-    """Returns the float32 operations a second of one thread in large matrix products."""
-
-    def work(rank: int, world: int) -> float:
-        one = torch.randn(1024, 1024)
-        best = 0.0
-        for _ in range(5):
-            started = time.perf_counter()
-            one @ one
-            best = max(best, 2 * 1024**3 / (time.perf_counter() - started))
-        return best
-
-    return float(grouped(1, work)[0])
+    found = grouped(world, work)
+    peak = sum(one.peak_flops for one in found) / world
+    return replace(found[0], peak_flops=peak)
 
 
 def measure(sizes: Sizes, price_per_hour: float) -> dict[str, Any]:
     """Runs everything; returns rows and checks."""
     model = GPT(sizes.layers, sizes.width, sizes.context)
     parameters = sum(each.numel() for each in model.parameters())
-    tokens = sizes.batch * sizes.context
-    rates: dict[str, list[float]] = {"1 worker": [], "2 workers": []}
-    balance, over_bare = list[float](), list[float]()
+    reports, over_bare = list[ScalingReport](), list[float]()
     for _ in range(sizes.repeats):
         one = train(sizes, 1, sizes.steps)
         two = train(sizes, 2, sizes.steps)
         bare_s = grouped(1, lambda rank, world: bare_loop(sizes, _WARM))[0]
-        rates["1 worker"].append(one.steps * tokens / one.seconds)
-        rates["2 workers"].append(two.steps * tokens / two.seconds)
         # CPU time of one thread each: equal to wall time where nothing else runs.
         over_bare.append(bare_s / (sizes.steps - _WARM) / (one.busy_s[0] / one.steps))
-        balance.append(min(two.busy_s) / max(two.busy_s))
-    sent_s, peak = communication_s(parameters, 5), matrix_peak()
-    rows = [row(name, "gpt", "tokens_per_s", "1/s", values) for name, values in rates.items()]
-    speedups = _ratios(rates["2 workers"], rates["1 worker"])
-    step_s = [tokens / rate for rate in rates["2 workers"]]
-    rows += [
-        row("2 workers", "gpt", "efficiency", "fraction", [each / 2 for each in speedups]),
-        row("2 workers", "gpt", "load_balance", "fraction", balance),
-        row("2 workers", "gpt", "communication_alone", "fraction", [sent_s / s for s in step_s]),
-        row("1 worker", "gpt", "flops_utilisation", "fraction",
-            [6 * parameters * rate / peak for rate in rates["1 worker"]]),
-        row("2 workers", "gpt", "flops_utilisation", "fraction",
-            [6 * parameters * rate / peak / 2 for rate in rates["2 workers"]]),
-        row("2 workers", "gpt", "cost_per_million_tokens", "currency",
-            [1e6 / rate / 3600 * price_per_hour for rate in rates["2 workers"]]),
-    ]  # fmt: skip
+        timings = [(one.timed(sizes), costs_of(sizes, 1)), (two.timed(sizes), costs_of(sizes, 2))]
+        reports.append(report_of(timings, batch_size=sizes.batch, price_per_hour=price_per_hour))
     checks = [
-        at_least("two workers over one, tokens a second", speedups, 1.7),
+        at_least("two workers over one, tokens a second",
+                 [2 * report.rows[1].efficiency for report in reports], 1.7),
         at_least("one worker over a bare loop, tokens a CPU second", over_bare, 0.97),
-    ]
+    ]  # fmt: skip
     checks += _compressed(sizes, parameters)
     cost, saved = _divided(LARGE if sizes is FULL else sizes)
-    rows, checks = [*rows, cost], checks + saved
-    _plot(rates, tokens)
+    rows, checks = [*_rows(reports), cost], checks + saved
+    OUT.mkdir(parents=True, exist_ok=True)
+    median = sorted(reports, key=lambda report: report.rows[1].step_s)[len(reports) // 2]
+    median.plot(OUT / "finetune.png")
+    print(median.table())
     return {"rows": [asdict(each) for each in rows], "checks": [asdict(each) for each in checks]}
 
 
-def _ratios(over: list[float], under: list[float]) -> list[float]:
-    return [one / other for one, other in zip(over, under, strict=True)]
+_FIGURES = {
+    "tokens_per_s": "1/s",
+    "efficiency": "fraction",
+    "load_balance": "fraction",
+    "communication": "fraction",
+    "flops_utilisation": "fraction",
+    "cost_per_million": "currency",
+}
+
+
+def _rows(reports: list[ScalingReport]) -> list[Row]:
+    found = []
+    for number, system in enumerate(("1 worker", "2 workers")):
+        for metric, unit in _FIGURES.items():
+            values = [getattr(report.rows[number], metric) for report in reports]
+            if None not in values:
+                found.append(row(system, "gpt", metric, unit, values))
+    return found
 
 
 def _compressed(sizes: Sizes, parameters: int) -> list[Any]:
@@ -259,23 +266,6 @@ def _divided(sizes: Sizes) -> tuple[Row, list[Check]]:
         at_most(f"loss over {sizes.steps} steps, FSDP2 against DDP", gaps, 1e-4),
         at_most("peak memory, FSDP2 over DDP", memory, 0.65),
     ]
-
-
-def _plot(rates: dict[str, list[float]], tokens: int) -> None:
-    import matplotlib as mpl
-
-    mpl.use("Agg")
-    from matplotlib import pyplot
-
-    measured = [tokens / sorted(rates[name])[len(rates[name]) // 2] for name in
-                ("1 worker", "2 workers")]  # fmt: skip
-    figure, axes = pyplot.subplots(figsize=(5, 3.5), layout="constrained")
-    axes.plot([1, 2], measured, "o-", label="measured")
-    axes.plot([1, 2], [measured[0], measured[0] / 2], "--", label="ideal: time of one / workers")
-    axes.set(xlabel="workers", ylabel="seconds a step", xticks=[1, 2], ylim=(0, None))
-    axes.legend()
-    OUT.mkdir(parents=True, exist_ok=True)
-    figure.savefig(OUT / "finetune.png", dpi=150)
 
 
 def main() -> int:

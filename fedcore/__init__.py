@@ -77,6 +77,7 @@ if TYPE_CHECKING:
     )
     from server.api.replaying import replay
     from server.api.result import History, Result
+    from server.api.scaling import measure_scaling
     from server.api.simulation import simulate
     from server.api.steps import compress, finetune, publish
     from server.checking.findings import TaskCheck
@@ -84,6 +85,7 @@ if TYPE_CHECKING:
     from server.delivery.drift import DeviceShift, ModelDrift
     from server.evaluation import ClientScores, Evaluation, MetricSpread
     from server.finetune.launch import Finetuned
+    from server.finetune.scaling import ScalingReport
     from server.live.journal.evidence import Evidence
     from server.live.launch import LiveServer, start_server
     from server.live.operators.protocol import BackedUp
@@ -168,6 +170,7 @@ _LAZY = {
     "Round": "fedcore.task.algorithm",
     "RoundRecord": "server.records",
     "RunConfig": "fedcore.config.run",
+    "ScalingReport": "server.finetune.scaling",
     "ServerClient": "server.live.operators.server_client",
     "ServerStatus": "server.live.operators.server_client",
     "ServingSummary": "edge_client.installed",
@@ -207,6 +210,7 @@ _LAZY = {
     "load_run": "fedcore.config.settings",
     "load_task": "fedcore.task.definition",
     "measure_drift": "server.api.drift",
+    "measure_scaling": "server.api.scaling",
     "merge_adapters": "fedcore.task.adapters",
     "new_task": "fedcore.task.templates",
     "open_model": "edge_client.model",
@@ -292,6 +296,7 @@ __all__ = [
     "Round",
     "RoundRecord",
     "RunConfig",
+    "ScalingReport",
     "ServerClient",
     "ServerStatus",
     "ServingSummary",
@@ -332,6 +337,7 @@ __all__ = [
     "load_run",
     "load_task",
     "measure_drift",
+    "measure_scaling",
     "merge_adapters",
     "new_task",
     "open_model",

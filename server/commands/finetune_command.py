@@ -6,11 +6,14 @@ import argparse
 import json
 import sys
 from contextlib import redirect_stdout
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from fedcore.cli import Command
+from fedcore.config.run import RunConfig
 from fedcore.config.settings import load_run
-from fedcore.errors import INTERRUPTED
+from fedcore.errors import INTERRUPTED, ConfigError
 from fedcore.files import check_file
 from fedcore.observability.foreign import say
 from fedcore.observability.patience import report_loading
@@ -58,6 +61,12 @@ def _finetune_arguments(parser: argparse.ArgumentParser) -> None:
         action="store_true",
         help="lend this machine to the node that has the model, and keep no result",
     )
+    parser.add_argument(
+        "--report",
+        action="store_true",
+        help="train nothing; measure time, efficiency and cost by number of processes, e.g. --set "
+        "finetune.processes=4 --report, into finetune_scaling.json and .png beside the result",
+    )
     parser.add_argument("--json", action="store_true", help="print events and the result as JSON")
 
 
@@ -71,6 +80,13 @@ def _finetune(options: argparse.Namespace) -> int:
     start = options.start or folder / "global.safetensors"
     out = options.out or folder / "finetuned.safetensors"
     check_file(out, option="--out")
+    if options.report and options.join:
+        raise ConfigError(
+            "--report and --join: scaling is measured on one machine. Nothing was measured; leave "
+            "one of them out."
+        )
+    if options.report:
+        return _report(options, run, start, out.parent)
     with report_loading():
         from fedcore.files import write_atomic
         from fedcore.observability.console import choose
@@ -85,7 +101,9 @@ def _finetune(options: argparse.Namespace) -> int:
                 join_finetuning(None, run)
                 return 0
             with choose(shown_on, json=options.json) as shown:
-                board = folder / "tensorboard" / "finetune"
+                # A folder that no run has made would be in the way of one.
+                there = out.parent.is_dir()
+                board = out.parent / "tensorboard" / "finetune" if there else None
                 tuned = finetuned(None, run, start, progress=shown, tensorboard=board)
         except KeyboardInterrupt:
             if run.finetune.checkpoints is None:
@@ -95,10 +113,35 @@ def _finetune(options: argparse.Namespace) -> int:
     if tuned.kept:
         write_atomic(out, checkpoint_bytes(tuned.model))
     if options.json:
-        figures = {"kept": tuned.kept, "before": tuned.before, "after": tuned.after}
+        figures: dict[str, Any] = {"kept": tuned.kept, "before": tuned.before, "after": tuned.after}
+        if tuned.auto:
+            figures["auto"] = asdict(tuned.auto)
         say(json.dumps({"event": "finetuned", **figures, "file": str(out) if tuned.kept else None}))
     else:
+        if tuned.auto:
+            say(tuned.auto.table())
         say(f"model: {out}" if tuned.kept else "The gate kept the model as it was.")
+    return 0
+
+
+def _report(options: argparse.Namespace, run: RunConfig, start: Path, folder: Path) -> int:
+    """Measures how fine-tuning scales, in place of training; figures go to ``folder``."""
+    with report_loading():
+        from fedcore.files import write_json
+        from fedcore.observability.console import choose
+        from server.api.scaling import measure_scaling
+
+    shown_on = sys.stdout
+    with redirect_stdout(sys.stderr), choose(shown_on, json=options.json) as shown:
+        report = measure_scaling(None, run, start, progress=shown)
+    # A folder that no run has made would be in the way of one.
+    picture = (folder if folder.is_dir() else Path()) / "finetune_scaling.png"
+    report.plot(picture)
+    write_json(picture.with_suffix(".json"), report.to_dict())
+    if options.json:
+        say(json.dumps({"event": "scaling", **report.to_dict(), "plot": str(picture)}))
+    else:
+        say(f"{report.table()}\nplot: {picture}")
     return 0
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import os
 import signal
 import tempfile
@@ -19,9 +20,11 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from fedcore.config.run import RunConfig
+from fedcore.config.settings import load_run
 from fedcore.seeds import kept_streams
-from fedcore.task.definition import Examples, Task
-from fedcore.task.model import FullModel, build_model
+from fedcore.task.definition import Examples, Task, load_task
+from fedcore.task.model import FullModel, build_model, checkpoint_bytes
+from server.commands import finetune
 from server.finetune.control import ALONE, make_group
 from server.finetune.curve import Curve
 from server.finetune.loop import train_start
@@ -140,3 +143,42 @@ def in_group() -> Grouped:
 @pytest.fixture
 def place(tmp_path: Path) -> Path:
     return tmp_path / "checkpoints" / "this-training"
+
+
+COMMAND_TASK = """
+import torch
+from torch import nn
+from torch.utils.data import TensorDataset
+from fedcore import Task
+
+rng = torch.Generator().manual_seed(0)
+targets = torch.randint(3, (90,), generator=rng)
+data = TensorDataset(nn.functional.one_hot(targets, 5).float(), targets)
+task = Task(
+    name="tiny",
+    kind="classification",
+    model=lambda: nn.Linear(5, 3),
+    clients=lambda folder: ["anna"],
+    client_data=lambda client, folder: data,
+    cloud_data=lambda folder: data,
+    example_input=torch.zeros(5),
+)
+"""
+
+
+def command(folder: Path, *more: str) -> int:
+    parser = argparse.ArgumentParser()
+    finetune.arguments(parser)  # type: ignore[misc]
+    given = [str(folder / "run.toml"), "--runs", str(folder / "runs"), *more]
+    return int(finetune.run(parser.parse_args(given)))  # type: ignore[misc]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    (tmp_path / "task.py").write_text(COMMAND_TASK)
+    text = 'name = "run"\ntask = "task.py"\n[finetune]\nepochs = 3\ncheckpoints = "kept"\n'
+    (tmp_path / "run.toml").write_text(text)
+    start = build_model(load_task(tmp_path / "task.py"), load_run(tmp_path / "run.toml", []))
+    (tmp_path / "runs" / "run").mkdir(parents=True)
+    (tmp_path / "runs" / "run" / "global.safetensors").write_bytes(checkpoint_bytes(start))
+    return tmp_path

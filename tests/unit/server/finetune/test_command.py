@@ -1,6 +1,5 @@
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
@@ -11,46 +10,8 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
 from fedcore.task.definition import load_task
-from fedcore.task.model import build_model, checkpoint_bytes, load_checkpoint
-from server.commands import finetune
-
-TASK = """
-import torch
-from torch import nn
-from torch.utils.data import TensorDataset
-from fedcore import Task
-
-rng = torch.Generator().manual_seed(0)
-targets = torch.randint(3, (90,), generator=rng)
-data = TensorDataset(nn.functional.one_hot(targets, 5).float(), targets)
-task = Task(
-    name="tiny",
-    kind="classification",
-    model=lambda: nn.Linear(5, 3),
-    clients=lambda folder: ["anna"],
-    client_data=lambda client, folder: data,
-    cloud_data=lambda folder: data,
-    example_input=torch.zeros(5),
-)
-"""
-
-
-def command(folder: Path, *more: str) -> int:
-    parser = argparse.ArgumentParser()
-    finetune.arguments(parser)  # type: ignore[misc]
-    given = [str(folder / "run.toml"), "--runs", str(folder / "runs"), *more]
-    return int(finetune.run(parser.parse_args(given)))  # type: ignore[misc]
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    (tmp_path / "task.py").write_text(TASK)
-    text = 'name = "run"\ntask = "task.py"\n[finetune]\nepochs = 3\ncheckpoints = "kept"\n'
-    (tmp_path / "run.toml").write_text(text)
-    start = build_model(load_task(tmp_path / "task.py"), load_run(tmp_path / "run.toml", []))
-    (tmp_path / "runs" / "run").mkdir(parents=True)
-    (tmp_path / "runs" / "run" / "global.safetensors").write_bytes(checkpoint_bytes(start))
-    return tmp_path
+from fedcore.task.model import build_model, load_checkpoint
+from tests.unit.server.finetune.conftest import command
 
 
 def test_the_federated_model_is_trained_and_kept(
