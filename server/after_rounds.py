@@ -7,7 +7,6 @@ admits it. Start with `after_rounds`.
 
 from __future__ import annotations
 
-import itertools
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ from fedcore.artifacts.manifest import (
 from fedcore.config.run import IN_MEMORY, RunConfig
 from fedcore.errors import FedcoreError
 from fedcore.files import sha256_hex, write_atomic
-from fedcore.observability.events import Noted, Sink, StageAdvanced, StageFinished, StageStarted
+from fedcore.observability.events import Noted, Sink, StageFinished, StageStarted, counted_steps
 from fedcore.observability.words import figure
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, checkpoint_bytes
@@ -32,6 +31,7 @@ from server.compression.compress import compress
 from server.compression.compressed import Compressed
 from server.compression.draft import draft_of
 from server.final_scores import ModelOf, answers_of_chosen, client_tests, final_scores
+from server.finetune.auto import AUTO_FILE, read_trials
 from server.finetune.gate_note import gate_note
 from server.finetune.launch import Finetuned, fine_tune
 from server.origin import origin_of
@@ -180,9 +180,8 @@ def after_rounds(
         FedcoreError: any failure before the release; one of the release itself is in the record.
             Earlier releases remain valid.
     """
-    outcome = trained.outcome
+    outcome, tuned = trained.outcome, None
     write_atomic(folder / GLOBAL_MODEL, parent := checkpoint_bytes(outcome.model))
-    tuned = None
     if cloud and run.finetune.epochs:
         tuned = _fine_tuned(run, task, cloud, trained, folder, story, steps)
     model = tuned.model if tuned else outcome.model
@@ -236,6 +235,7 @@ def after_rounds(
         details=tested.details,
         task_sha256=_task_sha256(run),
         settings=shown_settings(run),
+        finetune_trials=read_trials(folder) if run.finetune.auto and tuned else None,
         stages=story.seconds,
         notes=tuple(story.notes),
     )
@@ -352,7 +352,13 @@ def _fine_tuned(
 ) -> Finetuned:
     with story.stage("finetune") as said:
         tuned = steps.fine_tune(
-            task, run, trained.outcome.model, cloud, trained.judge, emit=story.emit
+            task,
+            run,
+            trained.outcome.model,
+            cloud,
+            trained.judge,
+            emit=story.emit,
+            auto_file=folder / AUTO_FILE,
         )
         said.append(gate_note(tuned, task.primary))
     for text in tuned.notes:
@@ -392,9 +398,3 @@ def _compressed(
     for text in compressed.notes:
         story.note(text)
     return compressed
-
-
-def counted_steps(emit: Sink, stage: str) -> Callable[[str], None]:
-    """Returns a callback that emits a numbered progress event for each step of a stage."""
-    count = itertools.count(1)
-    return lambda text: emit(StageAdvanced(stage, next(count), text))

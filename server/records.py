@@ -311,6 +311,8 @@ class RunRecord:
     """What the run's start had spent: ``nothing`` or ``not known``."""
     client_privacy: ClientStatement | None = None
     """Client-level privacy guarantee of the models; None if clients aren't protected."""
+    finetune_trials: dict[str, Any] | None = None
+    """What ``finetune.auto`` tried and chose, by name; None where it tried nothing."""
     stages: dict[str, float] = field(default_factory=dict)
     """Seconds per stage, in order."""
     notes: tuple[str, ...] = ()

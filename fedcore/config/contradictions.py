@@ -60,6 +60,7 @@ def contradictions(run: RunConfig) -> list[str]:
     found += _of_tuning(run)
     found += _of_sharding(run.finetune)
     found += _of_nodes(run.finetune)
+    found += _of_auto(run.finetune)
     if privacy.participations and privacy.participations > federation.rounds:
         found.append(
             f"privacy.participations = {privacy.participations} is more than federation.rounds = "
@@ -113,6 +114,24 @@ def _of_tuning(run: RunConfig) -> list[str]:
             f"finetune.after_stall = {settings.after_stall} contradicts federation.patience = "
             f"{patience}, which ends the run no later. Set a larger patience, or fewer rounds."
         )
+    return found
+
+
+def _of_auto(settings: Finetune) -> list[str]:
+    """Returns the contradictions of trying ways to compute."""
+    found = list[str]()
+    if settings.auto and settings.nodes > 1:
+        found.append(
+            f"finetune.auto contradicts finetune.nodes = {settings.nodes}: it tries ways to "
+            "compute on one machine. Leave either out."
+        )
+    if settings.auto and settings.in_rounds:
+        found.append(
+            "finetune.auto contradicts finetune.every and finetune.after_stall: a resumed run must "
+            "compute in the same way. Let `fedcore finetune` choose, and set what it chose."
+        )
+    if settings.auto_precision and not settings.auto:
+        found.append("finetune.auto_precision needs finetune.auto: nothing is tried without it.")
     return found
 
 

@@ -103,6 +103,17 @@ class Finetune(Section):
     """Whether parameters, gradients and optimiser state are divided among processes (FSDP2) in
     place of copied (DDP). ``auto``: where an estimate of their memory does not fit a process; a
     note tells the estimate."""
+    auto: bool = False
+    """Tries other ways to compute a step before training, for at most ``auto_s``, and trains in the
+    fastest that fits into memory: ``processes``, ``accumulate_steps``, ``prefetch``, ``fused`` and
+    ``compile``, with ``activation_checkpointing`` where memory is short. Each gives the gradient of
+    the same batch up to rounding. What this file sets itself stays as it is."""
+    auto_s: Seconds = 60.0
+    """How long ``auto`` may try."""
+    auto_precision: bool = False
+    """Lets ``auto`` also choose ``precision = "bf16"``, which is less exact."""
+    price_per_hour: Annotated[float, Field(gt=0, le=1e9)] | None = None
+    """Price of the machine in any currency, for the cost in ``fedcore finetune --report``."""
     max_restarts: Annotated[int, Field(ge=0, le=1000)] = 2
     """How often several processes are started again after one of them was killed: from the last
     checkpoint, or from the beginning where there is none."""

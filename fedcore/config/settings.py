@@ -106,7 +106,7 @@ def with_settings(run: RunConfig, settings: Mapping[str, Any]) -> RunConfig:
 
 
 def _overridden(run: RunConfig, overrides: tuple[_Override, ...]) -> RunConfig:
-    values = run.model_dump()
+    values = run.model_dump(exclude_unset=True)  # what is left open stays open
     for override in overrides:
         _apply(values, override, RunConfig)
     try:

@@ -37,6 +37,7 @@ from fedcore.observability.words import (
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.progress import Progress, TaskID
     from rich.table import Table
 
 _ROWS = 8  # rounds in the live table, which leaves room on the screen for earlier output
@@ -231,21 +232,11 @@ def live(console: Console) -> Iterator[Sink]:
     Finished stages and notes scroll by above. However the block ends, the display is removed and
     the cursor shown again.
     """
-    from rich import progress as bars
     from rich.console import Group
     from rich.live import Live
     from rich.text import Text
 
-    progress = bars.Progress(
-        bars.SpinnerColumn(),
-        bars.TextColumn("{task.description}", markup=False, style="bold"),
-        bars.BarColumn(bar_width=24),
-        bars.MofNCompleteColumn(),
-        bars.TimeElapsedColumn(),
-        bars.TextColumn("left"),
-        bars.TimeRemainingColumn(),
-        console=console,
-    )
+    progress = _progress_bars(console)
     rows: deque[_Cells] = deque(maxlen=_ROWS)
     step = Text(style="dim", no_wrap=True, overflow="ellipsis")
     display = Live(
@@ -256,12 +247,7 @@ def live(console: Console) -> Iterator[Sink]:
         redirect_stdout=sys.stdout.isatty(),
         redirect_stderr=sys.stderr.isatty(),
     )
-
-    bar: dict[str, bars.TaskID] = {}  # of the stage, and of a training within it
-
-    def start(stage: str, steps: int | None) -> None:
-        finish()
-        bar["stage"] = progress.add_task(foreign(stage), total=steps)
+    bar: dict[str, TaskID] = {}  # of the stage, and of a training within it
 
     def advance(done: int, note: str) -> None:
         finish(but={"stage"})
@@ -285,7 +271,8 @@ def live(console: Console) -> Iterator[Sink]:
     def sink(event: Event) -> None:
         match event:
             case StageStarted(stage, steps):
-                start(stage, steps)
+                finish()
+                bar["stage"] = progress.add_task(foreign(stage), total=steps)
             case StageAdvanced(_, done, note):
                 advance(done, note)
             case TrainingAdvanced():
@@ -304,6 +291,21 @@ def live(console: Console) -> Iterator[Sink]:
 
     with display:
         yield sink
+
+
+def _progress_bars(console: Console) -> Progress:
+    from rich import progress as bars
+
+    return bars.Progress(
+        bars.SpinnerColumn(),
+        bars.TextColumn("{task.description}", markup=False, style="bold"),
+        bars.BarColumn(bar_width=24),
+        bars.MofNCompleteColumn(),
+        bars.TimeElapsedColumn(),
+        bars.TextColumn("left"),
+        bars.TimeRemainingColumn(),
+        console=console,
+    )
 
 
 def _rounds_table(rows: Iterable[_Cells]) -> Table:

@@ -6,6 +6,7 @@ running stage to the round's number, so a stage of rounds needs no `StageAdvance
 
 from __future__ import annotations
 
+import itertools
 import json
 import math
 import time
@@ -117,6 +118,12 @@ def tee(*sinks: Sink) -> Sink:
             one(event)
 
     return sink
+
+
+def counted_steps(sink: Sink, stage: str) -> Callable[[str], None]:
+    """Returns a callback that emits a numbered progress event for each step of a stage."""
+    count = itertools.count(1)
+    return lambda text: sink(StageAdvanced(stage, next(count), text))
 
 
 @contextmanager

@@ -120,6 +120,7 @@ def refuse_elsewhere(run: RunConfig, task: Task, *, rounds: bool) -> None:
     if task.cloud_data is not None and run.finetune.epochs:
         several = {name: getattr(run.finetune, name) for name in ("processes", "nodes")}
         needs += [f"finetune.{name} = {number}" for name, number in several.items() if number > 1]
+        needs += ["finetune.auto"] if run.finetune.auto else []
     if rounds and run.simulation.engine == "ray":
         needs.append("simulation.engine = 'ray'")
     gpus = torch.cuda.device_count() if available(run.client.device).type == "cuda" else 0

@@ -16,10 +16,10 @@ from fedcore.errors import ConfigError, ReleaseError
 from fedcore.files import sha256_hex
 from fedcore.flower.quiet import quiet
 from fedcore.observability.console import shown
-from fedcore.observability.events import Sink, nowhere, tee
+from fedcore.observability.events import Sink, counted_steps, nowhere, tee
 from fedcore.task.definition import Task, check_inputs, data_folder
 from fedcore.task.model import checkpoint_bytes
-from server.after_rounds import StageLog, counted_steps
+from server.after_rounds import StageLog
 from server.api.arguments import (
     AnyModel,
     AnyRun,
@@ -35,6 +35,7 @@ from server.compression.compress import compress as make_candidates
 from server.compression.compressed import Compressed
 from server.compression.draft import draft_of
 from server.final_scores import answers_of_chosen, final_scores
+from server.finetune.auto import AUTO_FILE
 from server.finetune.gate_note import gate_note
 from server.finetune.launch import Finetuned, fine_tune
 from server.preflight import clients_of
@@ -49,6 +50,7 @@ from server.release.final_test import (
 from server.release.publish import check_publishable
 from server.release.publish import publish as sign_and_publish
 from server.release.push import check_push, push_published
+from server.report.mlflow_runs import mlflow_run
 from server.report.tensorboard import tensorboard_events
 from server.rounds.evaluation.judging import clients_judge
 from server.simulation.evaluating import VirtualClients
@@ -109,19 +111,27 @@ def finetune(
             "model as it is."
         )
     quiet()
-    start = model_of(model, found, config)
-    with shown(progress) as show, _tracked(tensorboard) as board:
-        story = StageLog(tee(board, show))
+    start, auto_file = model_of(model, found, config), _auto_file(config)
+    with (
+        mlflow_run(config, "finetune", None) as tracker,
+        _board(tensorboard) as board,
+        shown(progress) as show,
+    ):
+        story = StageLog(tee(tracker, board, show))
         judge = None
         if clients_judge(config):
             clients = clients_of(found, config, data_folder())
             virtual = VirtualClients(config, found, owner)
             judge = judge_in_simulation(virtual, clients, story.note)
         with story.stage("finetune") as said:
-            tuned = fine_tune(found, config, start, cloud, judge, emit=story.emit)
+            tuned = fine_tune(
+                found, config, start, cloud, judge, emit=story.emit, auto_file=auto_file
+            )
             said.append(gate_note(tuned, found.primary))
         for text in tuned.notes:
             story.note(text)
+    if auto_file is not None:
+        auto_file.unlink(missing_ok=True)
     return tuned
 
 
@@ -263,7 +273,13 @@ def publish(
     return manifest
 
 
-def _tracked(folder: str | PathLike[str] | None) -> AbstractContextManager[Sink]:
+def _auto_file(run: RunConfig) -> Path | None:
+    """Returns the file for the choice of ``finetune.auto``, beside checkpoints; None without."""
+    folder = run.finetune.checkpoints
+    return None if folder is None else run.path(folder) / run.name / AUTO_FILE
+
+
+def _board(folder: str | PathLike[str] | None) -> AbstractContextManager[Sink]:
     return nullcontext(nowhere) if folder is None else tensorboard_events(Path(folder))
 
 

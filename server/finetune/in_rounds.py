@@ -17,9 +17,7 @@ from server.finetune.launch import passes, tune
 from server.rounds.tuning import RoundTuning, Tuner
 
 
-def tuner_of(
-    task: Task, run: RunConfig, cloud: CloudData | None, emit: Sink
-) -> Tuner | None:
+def tuner_of(task: Task, run: RunConfig, cloud: CloudData | None, emit: Sink) -> Tuner | None:
     """Returns what fine-tunes the global model between rounds; None where the run does not.
 
     Args:

@@ -17,7 +17,7 @@ from fedcore.config.finetune import Finetune
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, FedcoreError, RoundFailed, TrainingError
 from fedcore.files import sha256_hex, write_atomic
-from fedcore.observability.events import Event, Sink, nowhere
+from fedcore.observability.events import Event, Sink, counted_steps, nowhere
 from fedcore.observability.foreign import say
 from fedcore.seeds import kept_streams
 from fedcore.task.definition import Task, size_of
@@ -26,12 +26,13 @@ from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_ch
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.finetune.agent import launch
+from server.finetune.auto import AutoChoice, choose
 from server.finetune.curve import Curve
 from server.finetune.failures import unknown_failure
 from server.finetune.job import Job, places_of, remember_by_start, trained
 from server.finetune.loop import train_start
 from server.finetune.parallel import device_of
-from server.finetune.progress import Progress, followed
+from server.finetune.progress import TrainingProgress, followed
 from server.process.signals import stop_requested
 from server.rounds.evaluation.judgement import Judgement
 from server.rounds.evaluation.judging import Judge
@@ -73,6 +74,8 @@ class Finetuned:
     read the result back."""
     notes: tuple[str, ...] = ()
     """What the user should know about the way it was trained."""
+    auto: AutoChoice | None = field(default=None, repr=False)
+    """What ``finetune.auto`` tried and chose; None without it."""
     parent_sha256: str = field(kw_only=True)
     """SHA-256 of the checkpoint of the original federated model, for the manifest of a release."""
     model_sha256: str = field(init=False, repr=False)
@@ -91,6 +94,7 @@ def fine_tune(
     judge: Judge | None = None,
     *,
     emit: Sink = nowhere,
+    auto_file: Path | None = None,
 ) -> Finetuned:
     """Trains the federated model on the cloud's data, and an untrained one for comparison.
 
@@ -101,6 +105,9 @@ def fine_tune(
 
     With one process, training runs here and restores the random streams afterwards. Several
     processes are started by torchrun, and load the task from its file.
+
+    With ``finetune.auto`` both are trained in the way that short trials show to be the fastest. The
+    choice is read from ``auto_file`` if that has one for the same settings and data, else written.
 
     With ``finetune.checkpoints``, training continues from the last checkpoint after a fault or an
     interrupt, also in a later call with the same model and settings.
@@ -118,7 +125,10 @@ def fine_tune(
         DiskFull: a checkpoint could not be written.
         KeyboardInterrupt: Ctrl-C, or with checkpoints SIGTERM, after writing a checkpoint.
     """
-    parent = checkpoint_bytes(model)
+    parent, choice = checkpoint_bytes(model), None
+    if run.finetune.auto:
+        choice = choose(run, model, cloud, kept=auto_file, note=counted_steps(emit, "finetune"))
+        run = choice.applied(run)
     untrained = build_model(task, run)
     untrained.preprocess.load_state_dict(model.preprocess.state_dict())
     models = {"finetuned": parent, "cloud_alone": checkpoint_bytes(untrained)}
@@ -144,7 +154,8 @@ def fine_tune(
         asked,
         unjudged,
         found.curves[0],
-        found.notes,
+        (*([str(choice)] if choice else []), *found.notes),
+        choice,
         parent_sha256=sha256_hex(parent),
     )
 
@@ -270,7 +281,7 @@ def _train_here(
                     place=place,
                     stop=asked,
                     curve=curves[-1],
-                    on_part=Progress(show, name, len(starts) - number),
+                    on_part=TrainingProgress(show, name, len(starts) - number),
                 )
                 result.to("cpu").eval()
     except FedcoreError:

@@ -37,7 +37,7 @@ OnPart = Callable[[Exchanged, Extent], None]
 
 
 @dataclass
-class Progress:
+class TrainingProgress:
     """Turns the parts of one training's course into events."""
 
     emit: Sink
@@ -114,8 +114,9 @@ def followed(path: Path, emit: Sink) -> Iterator[None]:
             last = ended.wait(_LOOK_S)
             found, read = _new_lines(path, read)
             try:
-                for event in filter(None, map(event_of, found)):
-                    emit(event)
+                for line in found:
+                    if event := event_of(line):
+                        emit(event)
             except Exception as error:  # raised in the caller's thread
                 failed.append(error)
                 return

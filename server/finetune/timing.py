@@ -27,7 +27,7 @@ from fedcore.training.memory import free_bytes
 from server.finetune.costs import Costs
 from server.finetune.failures import is_consequence
 from server.finetune.parallel import threads_of
-from server.finetune.timing_process import Answer, Attempt, Seen, serve, status_bytes
+from server.finetune.timing_process import Answer, Attempt, Observed, serve, status_bytes
 from server.process.signals import signals_blocked
 from server.process.spawn import main_script_hidden
 
@@ -101,7 +101,7 @@ class TimingProcesses:
 
     def _measure(
         self, settings: Finetune, window_s: float, limit_s: float, *, costs: bool
-    ) -> tuple[Timed, list[Seen]]:
+    ) -> tuple[Timed, list[Observed]]:
         began_s, world = time.monotonic(), settings.processes
         while len(self._started) < world:
             self._started.append(_start(self.run, self.start, len(self._started)))
@@ -121,14 +121,14 @@ class TimingProcesses:
         steps, examples = first.steps, first.examples
         return Timed(world, steps, examples, first.seconds, first.busy_s, peak, fits), seen
 
-    def _answers(self, world: int, end_s: float) -> list[Seen]:
+    def _answers(self, world: int, end_s: float) -> list[Observed]:
         """Returns what each process measured.
 
         Raises:
             TrainingError: a process could not, or they take too long.
         """
         waiting = {connection: rank for rank, (_, connection) in enumerate(self._started[:world])}
-        seen, failed, ended = dict[int, Seen](), list[str](), False
+        seen, failed, ended = dict[int, Observed](), list[str](), False
         while waiting:
             left_s = end_s - time.monotonic()
             if failed and not is_consequence(failed[-1]):

@@ -1,6 +1,6 @@
 """Entry point of a process that times steps of fine-tuning, see `server.finetune.timing`.
 
-In: an `Attempt` at a time, over a pipe. Out: what was `Seen`, or the reason why nothing was.
+In: an `Attempt` at a time, over a pipe. Out: what was `Observed`, or the reason why nothing was.
 """
 
 from __future__ import annotations
@@ -65,7 +65,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Seen:
+class Observed:
     """What a process has measured; of all processes together where it can know."""
 
     steps: int
@@ -77,7 +77,7 @@ class Seen:
     costs: Costs | None
 
 
-Answer = Seen | str
+Answer = Observed | str
 """What a process sends: measurements, or the reason why there are none."""
 
 
@@ -140,7 +140,7 @@ class _Timing:
         self._began_s = time.monotonic()
         self._counted_from_s: float | None = None
 
-    def seen(self) -> Seen:
+    def seen(self) -> Observed:
         """Trains, and returns what was measured.
 
         Raises:
@@ -163,7 +163,7 @@ class _Timing:
         if not counted:
             limit_s = self._attempt.limit_s
             raise TrainingError(f"no second step was completed within {limit_s:.0f} s")
-        return Seen(
+        return Observed(
             steps=sum(len(part.losses) for part in counted),
             examples=sum(part.examples for part in counted),
             seconds=sum(part.seconds for part in counted),

@@ -29,7 +29,7 @@ from server.finetune.job import Job, remember_by_start, trained
 from server.finetune.loop import train_start
 from server.finetune.nodes import check_alike, share_weights, shared_place
 from server.finetune.parallel import device_of, threads_of
-from server.finetune.progress import Progress, appended_to
+from server.finetune.progress import TrainingProgress, appended_to
 from server.finetune.sharding import whole_state
 from server.process.parent import die_with_parent
 
@@ -116,7 +116,7 @@ def _train_all(job: Job, local_rank: int) -> None:
             place=place,
             stop=job.stop_file.exists,
             curve=Curve(job.curve_file(number)) if group.rank == source else None,
-            on_part=Progress(emit, job.models[number], len(job.starts) - number - 1),
+            on_part=TrainingProgress(emit, job.models[number], len(job.starts) - number - 1),
             note=partial(_note, job) if group.rank == source else None,
         )
         whole = save(whole_state(model))  # by every process, as the model may be divided

@@ -183,6 +183,7 @@ def _fine_tuned(
     judge: Judge | None,
     *,
     emit: Sink,
+    auto_file: Path,
 ) -> Finetuned:
     """Returns the result of fine-tuning: the stored one if it is intact, else a new one."""
     origin = _origin(model, run.finetune)
@@ -203,7 +204,7 @@ def _fine_tuned(
                 noted.unjudged,
                 parent_sha256=sha256_hex(checkpoint_bytes(model)),
             )
-    tuned = fine_tune(task, run, model, cloud, judge, emit=emit)
+    tuned = fine_tune(task, run, model, cloud, judge, emit=emit, auto_file=auto_file)
     files = {}
     for name, one in zip(_TUNED, (tuned.candidate, tuned.cloud_alone), strict=True):
         raw = checkpoint_bytes(one)

@@ -19,6 +19,7 @@ from server.report.final_test import (
 from server.report.pages import render
 from server.report.parts import DrawnPlot, drawn
 from server.report.privacy import delta_text, protects_examples
+from server.report.trials import trials_table
 
 
 def report_html(record: RunRecord, summary: Mapping[str, Any]) -> str:
@@ -51,6 +52,7 @@ def report_html(record: RunRecord, summary: Mapping[str, Any]) -> str:
         rounds=sections.rounds_table(record),
         candidates=sections.candidates_table(record),
         choice=why_chosen(record.candidates, record.chosen, primary=record.primary),
+        trials=trials_table(record.finetune_trials),
         clients=sections.clients_table(record),
         lineage=sections.lineage(record),
         manifest=sections.manifest_table(record),

@@ -78,6 +78,7 @@ def summary(
         "test": _test(record),
         "evaluation": _evaluation(record),
         "settings": record.settings,
+        "finetune": {"auto": record.finetune_trials},
         "best_round": record.best_round if record.judged else None,
         "seconds": {**record.stages, "total": seconds},
         "training": asdict(record.training) if record.training else None,

@@ -135,6 +135,7 @@ def test_a_process_that_torchrun_starts_trains_as_this_one(tmp_path: Path) -> No
         base=str(run.base),
         starts=(str(start),),
         folder=str(tmp_path),
+        models=("finetuned",),
         places=(None,),
     )
     assert "RANK" not in os.environ

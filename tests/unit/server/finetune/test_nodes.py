@@ -76,7 +76,7 @@ def test_a_rendezvous_that_never_fills_ends_with_the_remedy(tmp_path: Path, host
     port = free_port()
     host = "localhost" if hosts else "127.0.0.2"
     run = make_run(nodes=2, rendezvous=f"{host}:{port}", rendezvous_s=2.0)
-    job = Job(run.model_dump_json(), str(tmp_path), (), str(tmp_path), (), joins=not hosts)
+    job = Job(run.model_dump_json(), str(tmp_path), (), str(tmp_path), (), (), joins=not hosts)
     started_s = time.monotonic()
     with pytest.raises(TrainingError, match=rf"2 nodes did not meet at {host}:{port} within"):
         launch(job)
@@ -107,4 +107,4 @@ def test_more_processes_than_gpus_are_refused(
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     run = make_run(processes=2)
     with pytest.raises(ConfigError, match="needs a GPU of its own, and there are 1"):
-        launch(Job(run.model_dump_json(), str(tmp_path), (), str(tmp_path), ()))
+        launch(Job(run.model_dump_json(), str(tmp_path), (), str(tmp_path), (), ()))

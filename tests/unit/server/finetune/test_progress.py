@@ -15,7 +15,7 @@ from fedcore.observability.events import Event, TrainingAdvanced, json_line
 from fedcore.task.definition import Examples, Task
 from server.finetune.control import Exchanged
 from server.finetune.curve import Curve
-from server.finetune.progress import Extent, Progress, appended_to, followed
+from server.finetune.progress import Extent, TrainingProgress, appended_to, followed
 from tests.unit.server.finetune.conftest import make_run, trained_here
 
 
@@ -25,7 +25,7 @@ def part(first: int, *losses: float, seconds: float = 0.6) -> Exchanged:
 
 def events_of(*parts: Exchanged, extent: Extent, later: int = 0) -> list[TrainingAdvanced]:
     events: list[Event] = []
-    progress = Progress(events.append, "finetuned", later)
+    progress = TrainingProgress(events.append, "finetuned", later)
     for one in parts:
         progress(one, extent)
     return [one for one in events if isinstance(one, TrainingAdvanced)]
@@ -66,7 +66,7 @@ def test_a_loss_that_is_not_finite_is_told_as_unknown() -> None:
 
 def test_a_training_tells_its_steps_and_learning_rate() -> None:
     events: list[Event] = []
-    progress = Progress(events.append, "finetuned")
+    progress = TrainingProgress(events.append, "finetuned")
     _, curve = trained_here(make_run(schedule="cosine"), on_part=progress)
     last = events[-1]
     assert isinstance(last, TrainingAdvanced)
@@ -96,7 +96,7 @@ def test_tokens_are_counted_where_they_are_predicted(monkeypatch: pytest.MonkeyP
         example_input=torch.zeros(6, dtype=torch.int64),
     )
     events: list[Event] = []
-    trained_here(make_run(epochs=1), task, on_part=Progress(events.append, "finetuned"))
+    trained_here(make_run(epochs=1), task, on_part=TrainingProgress(events.append, "finetuned"))
     last = events[-1]
     assert isinstance(last, TrainingAdvanced)
     assert last.examples_per_s is not None
@@ -121,7 +121,7 @@ def test_events_of_another_process_are_passed_on_whole_and_in_order(tmp_path: Pa
 
 
 def test_what_a_sink_raises_is_raised_when_the_processes_have_ended(tmp_path: Path) -> None:
-    path, ended = tmp_path / "progress.jsonl", False
+    path = tmp_path / "progress.jsonl"
     (sent,) = events_of(part(0, 1.0), extent=Extent(1, None))
 
     def full(event: Event) -> None:
@@ -129,8 +129,6 @@ def test_what_a_sink_raises_is_raised_when_the_processes_have_ended(tmp_path: Pa
 
     with pytest.raises(DiskFull, match="no room"), followed(path, full):
         appended_to(path)(sent)
-        ended = True
-    assert ended
 
 
 def test_nothing_is_written_where_nothing_happened(tmp_path: Path) -> None:

@@ -77,7 +77,9 @@ def make_job(folder: Path, *, loss: str = "", starts: int = 1, **settings: Any) 
         start = build_model(task, run.model_copy(update={"seed": number}))
         path.write_bytes(checkpoint_bytes(start))
     started = tuple(map(str, paths))
-    return Job(run.model_dump_json(), str(folder), started, str(folder), (None,) * starts)
+    models = tuple(f"round {number}" for number in range(starts))
+    places = (None,) * starts
+    return Job(run.model_dump_json(), str(folder), started, str(folder), models, places)
 
 
 def told(job: Job) -> dict[str, Any]:

@@ -118,6 +118,7 @@ class Site:
         judge: Judge | None,
         *,
         emit: Sink,
+        auto_file: Path,
     ) -> Finetuned:
         """In this process: what it comes to is not what these tests are about."""
         self.done["fine-tuning"] += 1

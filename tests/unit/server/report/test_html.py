@@ -310,3 +310,22 @@ def test_clients_are_named_on_their_plot(record: RunRecord) -> None:
     assert ">site-0</text>" in page
     assert ">site-59</text>" in page
     assert ">site-7</text>" not in page
+
+
+def test_what_finetune_auto_tried_is_a_table(record: RunRecord) -> None:
+    def trial(settings: dict[str, Any], rate: float | None, problem: str = "") -> dict[str, Any]:
+        peak = None if rate is None else 2_000_000
+        return {"settings": settings, "examples_per_s": rate, "peak_bytes": peak,
+                "seconds": 2.0, "problem": problem}  # fmt: skip
+
+    trials = [
+        trial({}, 100.0),
+        trial({"processes": 2}, 180.0),
+        trial({"processes": 2, "compile": True}, None, "<no compiler>"),
+    ]
+    assert "tried, for a moment each" not in report_html(record, figures_of(record))
+    tried = replace(record, finetune_trials={"settings": {"processes": 2}, "trials": trials})
+    page, figures = report_html(tried, figures_of(tried)), figures_of(tried)
+    for text in ("as set", "processes = 2, compile = true", "&lt;no compiler&gt;", "180.0"):
+        assert text in page
+    assert figures["finetune"]["auto"]["settings"] == {"processes": 2}
