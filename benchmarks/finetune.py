@@ -12,7 +12,7 @@ import argparse
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from importlib import import_module
 from multiprocessing import get_context
@@ -37,6 +37,7 @@ from server.finetune.scaling import ScalingReport, report_of
 from server.finetune.timing import Timed
 
 OUT = Path("runs/bench")
+PARTS = ("speed", "compressed", "divided")
 _WARM = 2
 """Steps before those that count."""
 
@@ -56,6 +57,8 @@ class Sizes:
 
 
 FULL = Sizes(layers=6, width=372, context=128, batch=32, steps=12, repeats=5, long=300)
+LONG = replace(FULL, batch=4)
+"""Enough steps for losses to part, in an eighth of the time. What travels is that of any batch."""
 LARGE = Sizes(layers=6, width=768, context=32, batch=4, steps=50, repeats=3, long=0)
 """Weights, gradients and optimiser state take far more memory than activations."""
 QUICK = Sizes(layers=2, width=64, context=16, batch=4, steps=6, repeats=1, long=20)
@@ -192,10 +195,20 @@ def costs_of(sizes: Sizes, world: int) -> Costs:
     return replace(found[0], peak_flops=peak)
 
 
-def measure(sizes: Sizes, price_per_hour: float) -> dict[str, Any]:
-    """Runs everything; returns rows and checks."""
-    model = GPT(sizes.layers, sizes.width, sizes.context)
-    parameters = sum(each.numel() for each in model.parameters())
+def measure(sizes: Sizes, price_per_hour: float, parts: Sequence[str]) -> dict[str, Any]:
+    """Runs the parts; returns rows and checks."""
+    rows, checks = list[Row](), list[Check]()
+    if "speed" in parts:
+        rows, checks = _speed(sizes, price_per_hour)
+    if "compressed" in parts:
+        checks += _compressed(LONG if sizes is FULL else sizes)
+    if "divided" in parts:
+        cost, saved = _divided(LARGE if sizes is FULL else sizes)
+        rows, checks = [*rows, cost], checks + saved
+    return {"rows": [asdict(each) for each in rows], "checks": [asdict(each) for each in checks]}
+
+
+def _speed(sizes: Sizes, price_per_hour: float) -> tuple[list[Row], list[Check]]:
     reports, over_bare = list[ScalingReport](), list[float]()
     for _ in range(sizes.repeats):
         one = train(sizes, 1, sizes.steps)
@@ -210,14 +223,11 @@ def measure(sizes: Sizes, price_per_hour: float) -> dict[str, Any]:
                  [2 * report.rows[1].efficiency for report in reports], 1.7),
         at_least("one worker over a bare loop, tokens a CPU second", over_bare, 0.97),
     ]  # fmt: skip
-    checks += _compressed(sizes, parameters)
-    cost, saved = _divided(LARGE if sizes is FULL else sizes)
-    rows, checks = [*_rows(reports), cost], checks + saved
     OUT.mkdir(parents=True, exist_ok=True)
     median = sorted(reports, key=lambda report: report.rows[1].step_s)[len(reports) // 2]
     median.plot(OUT / "finetune.png")
     print(median.table())
-    return {"rows": [asdict(each) for each in rows], "checks": [asdict(each) for each in checks]}
+    return _rows(reports), checks
 
 
 _FIGURES = {
@@ -240,7 +250,9 @@ def _rows(reports: list[ScalingReport]) -> list[Row]:
     return found
 
 
-def _compressed(sizes: Sizes, parameters: int) -> list[Any]:
+def _compressed(sizes: Sizes) -> list[Check]:
+    model = GPT(sizes.layers, sizes.width, sizes.context)
+    parameters = sum(each.numel() for each in model.parameters())
     whole, found = train(sizes, 2, sizes.long), []
     for name, least, first in (("bf16", 2.0, 0), ("powersgd", 8.0, 10)):
         course = train(sizes, 2, sizes.long, communication=name)
@@ -273,10 +285,14 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--quick", action="store_true", help="a tiny model, to see that all runs")
     parser.add_argument("--price-per-hour", type=float, default=0.1, help="of the machine")
+    parser.add_argument("--part", choices=PARTS, help="only this part, into finetune-PART.json")
     options = parser.parse_args()
     torch.set_num_threads(1)
-    found = measure(QUICK if options.quick else FULL, options.price_per_hour)
-    write_json(OUT / "finetune.json", {"machine": machine(), **found})
+    parts = (options.part,) if options.part else PARTS
+    found = measure(QUICK if options.quick else FULL, options.price_per_hour, parts)
+    name = f"finetune-{options.part}" if options.part else "finetune"
+    OUT.mkdir(parents=True, exist_ok=True)
+    write_json(OUT / f"{name}.json", {"machine": machine(), **found})
     for each in found["rows"] + found["checks"]:
         print({name: value for name, value in each.items() if value is not None})
     return 0 if all(check["holds"] for check in found["checks"]) else 1

@@ -32,7 +32,20 @@ def compress_gradients(parallel: DistributedDataParallel, settings: Finetune) ->
             start_powerSGD_iter=_START,
             random_seed=0,  # equal in all processes; drives the first factors alone
         )
-        parallel.register_comm_hook(state, powerSGD_hook)
+        in_order = _one_by_one if dist.get_backend() == "gloo" else powerSGD_hook
+        parallel.register_comm_hook(state, in_order)
+
+
+def _one_by_one(state: PowerSGDState, bucket: GradBucket) -> torch.futures.Future[Tensor]:
+    """Returns PowerSGD's mean of a bucket's gradients, once it is complete.
+
+    Each of the hook's collectives is started by a callback of the one before. Under gloo, threads
+    run these callbacks, so those of two buckets come in another order in each process, and tensors
+    of one meet those of the other.
+    """
+    future = powerSGD_hook(state, bucket)
+    future.wait()
+    return future
 
 
 def _rounded(state: None, bucket: GradBucket) -> torch.futures.Future[Tensor]:

@@ -12,11 +12,13 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fedcore.config.finetune import Finetune
 from fedcore.errors import ConfigError, DataError
 from fedcore.task.definition import Task
 from fedcore.task.model import checkpoint_bytes
+from server.finetune.communication import compress_gradients
 from server.finetune.loading import loaded
 from server.finetune.order import Position
 from server.finetune.precision import blocks_of, recomputed
@@ -139,6 +141,22 @@ def test_the_rate_rises_and_then_falls_along_half_a_cosine() -> None:
     assert rate_of(Finetune(learning_rate=0.3), Position(step=7), 10) == 0.3
     warm, _ = trained_here(make_run(warmup_steps=5), deep())
     assert not torch.equal(weights(warm), weights(trained_here(make_run(), deep())[0]))
+
+
+def test_powersgd_keeps_the_buckets_of_a_large_model_apart(in_group: Grouped) -> None:
+    run = make_run(communication="powersgd")
+
+    def work(rank: int, world: int) -> float:
+        torch.manual_seed(0)
+        model = nn.Sequential(*(nn.Linear(512, 512) for _ in range(4)))  # 4 MiB: several buckets
+        parallel = DistributedDataParallel(model)
+        compress_gradients(parallel, run.finetune)
+        for _ in range(30):
+            parallel(torch.randn(2, 512)).square().mean().backward()
+        return float(model[0].weight.grad.sum())  # type: ignore[operator,union-attr]
+
+    first, second = in_group(2, work)
+    assert first == second != 0
 
 
 @pytest.mark.parametrize(("communication", "least"), [("bf16", 2.0), ("powersgd", 8.0)])
