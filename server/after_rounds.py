@@ -184,22 +184,21 @@ def after_rounds(
     write_atomic(folder / GLOBAL_MODEL, parent := checkpoint_bytes(outcome.model))
     if cloud and run.finetune.epochs:
         tuned = _fine_tuned(run, task, cloud, trained, folder, story, steps)
-    model = tuned.model if tuned else outcome.model
-    kept = tuned is None or tuned.kept
+    model, kept = (tuned.model, tuned.kept) if tuned else (outcome.model, True)
     compressed = _compressed(run, task, cloud, model, kept, trained, folder, story, steps)
     # Models that clients judged: before and after fine-tuning, and candidates.
     asked = 2 * bool(tuned and trained.judge) + len(compressed.files) * bool(trained.measure_onnx)
+    spent = tuned.privacy if tuned else None
     origin = origin_of(
-        run, outcome, trained.clients, parent, noise=trained.noise, evaluations=asked
+        run, outcome, trained.clients, parent, spent, noise=trained.noise, evaluations=asked
     )
-    if origin.privacy.before == "not known":
-        story.note(_STARTED_PRIVATE)
+    started = _STARTED_PRIVATE if origin.privacy.before == "not known" else ""
     tested = _tested(run, task, test, trained, tuned, compressed, story)
     untrained = untrained_layers(run, compressed.source_sha256, origin)
     withheld = untrained and reason_untrained(run)
     if tested.statement and not withheld:
         withheld = reason_to_withhold(run, task.primary, tested.statement)
-    for text in filter(None, (tested.warning, untrained, withheld)):
+    for text in filter(None, (started, tested.warning, untrained, withheld)):
         story.note(text)
     manifest, unreleased = None, ""
     if not withheld:
@@ -222,6 +221,7 @@ def after_rounds(
         initial_sha256=origin.initial_sha256,
         spent_before=origin.privacy.before,
         client_privacy=origin.privacy.client,
+        cloud_privacy=origin.privacy.cloud,
         candidates=compressed.records,
         chosen=compressed.chosen,
         manifest=manifest,
@@ -320,7 +320,8 @@ def _tested(
     with story.stage("test") as said:
         models = {"federated": outcome.model}
         if tuned:
-            models |= {"cloud_alone": tuned.cloud_alone, "finetuned": tuned.candidate}
+            alone = {} if tuned.cloud_alone is None else {"cloud_alone": tuned.cloud_alone}
+            models |= {**alone, "finetuned": tuned.candidate}
         released = answers_of_chosen(compressed, threads=run.serving.threads)
         own = trained.of_client
         scores = final_scores(task, test, models, released, of_client=own)
@@ -351,14 +352,9 @@ def _fine_tuned(
     steps: StageFunctions,
 ) -> Finetuned:
     with story.stage("finetune") as said:
+        start, auto_file = trained.outcome.model, folder / AUTO_FILE
         tuned = steps.fine_tune(
-            task,
-            run,
-            trained.outcome.model,
-            cloud,
-            trained.judge,
-            emit=story.emit,
-            auto_file=folder / AUTO_FILE,
+            task, run, start, cloud, trained.judge, emit=story.emit, auto_file=auto_file
         )
         said.append(gate_note(tuned, task.primary))
     for text in tuned.notes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, replace
 
 from fedcore.config.run import RunConfig
+from fedcore.errors import ConfigError
 from fedcore.seeds import derive
 from fedcore.task.definition import Examples, Folder, Task
 from fedcore.training.batches import split
@@ -25,6 +26,14 @@ class CloudData:
     apart: Examples | None = None
     """Evaluates rounds in place of ``train``, where the global model learns from that between
     rounds (fine-tuning, FedDF). Disjoint from both other parts."""
+    private: Examples | None = None
+    """What fine-tuning trains on in place of ``train``, with DP-SGD (``finetune.privacy``). No
+    other step reads it: all other parts are then of the task's ``cloud_heldout``."""
+
+    @property
+    def of_tuning(self) -> Examples:
+        """Data that fine-tuning trains on."""
+        return self.train if self.private is None else self.private
 
     @property
     def of_rounds(self) -> Examples:
@@ -41,7 +50,10 @@ def cloud_data_of(run: RunConfig, task: Task, folder: Folder) -> CloudData | Non
     Raises:
         DataError: the data can't be read.
     """
-    found = read_cloud_data(task, folder, holdout=run.finetune.holdout, seed=run.seed)
+    settings = run.finetune
+    found = read_cloud_data(
+        task, folder, holdout=settings.holdout, seed=run.seed, private=settings.private
+    )
     learns = run.finetune.in_rounds or run.federation.strategy == "FedDF"
     if found is None or not learns or run.federation.evaluate_cohort:
         return found
@@ -49,12 +61,20 @@ def cloud_data_of(run: RunConfig, task: Task, folder: Folder) -> CloudData | Non
     return replace(found, heldout=gate, apart=rounds)
 
 
-def read_cloud_data(task: Task, folder: Folder, *, holdout: float, seed: int) -> CloudData | None:
+def read_cloud_data(
+    task: Task, folder: Folder, *, holdout: float, seed: int, private: bool = False
+) -> CloudData | None:
     """Reads and splits the cloud's data; returns None if the task has none.
 
-    ``holdout`` is the share held out at random, unless the task provides its own held-out data.
+    Args:
+        task: The task.
+        folder: What ``FEDCORE_DATA`` names.
+        holdout: The share held out at random, unless the task provides its own held-out data.
+        seed: The run's seed.
+        private: Whether DP-SGD protects the data, so that other steps use held-out data alone.
 
     Raises:
+        ConfigError: ``private``, and the task has no held-out data of its own.
         DataError: the data can't be read.
     """
     loader = task.cloud_data
@@ -63,9 +83,18 @@ def read_cloud_data(task: Task, folder: Folder, *, holdout: float, seed: int) ->
     what = f"task {task.name!r}: cloud data"
     examples = task_examples(task, lambda: loader(folder), what=what, folder=folder)
     judge = task.cloud_heldout
+    if private and judge is None:
+        raise ConfigError(
+            f"task {task.name!r}: finetune.privacy.unit = 'example' needs cloud_heldout: the gate, "
+            "calibration and the choice of a candidate read data without noise, which must not be "
+            "of those that are protected. Nothing was trained; give the task public held-out data."
+        )
     if judge is not None:
         what = f"task {task.name!r}: held-out cloud data"
         heldout = task_examples(task, lambda: judge(folder), what=what, folder=folder)
+        if private:
+            public, heldout = split(heldout, 0.5, derive(seed, "cloud, public"))
+            return CloudData(public, heldout, private=examples)
         return CloudData(examples, heldout)
     train, heldout = split(examples, holdout, derive(seed, "cloud"))
     return CloudData(train, heldout)

@@ -6,7 +6,12 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from fedcore.artifacts.manifest import ClientStatement, EvaluationStatement, PrivacyStatement
+from fedcore.artifacts.manifest import (
+    ClientStatement,
+    CloudStatement,
+    EvaluationStatement,
+    PrivacyStatement,
+)
 from fedcore.config.run import RunConfig
 from fedcore.files import read_if_exists, sha256_hex
 from fedcore.privacy.evaluation_noise import evaluation_charge
@@ -24,6 +29,7 @@ def origin_of(
     outcome: Outcome,
     clients: Sequence[ClientRecord],
     parent: bytes,
+    cloud: CloudStatement | None = None,
     *,
     noise: Literal["none", "simulated", "system"],
     evaluations: int = 0,
@@ -38,6 +44,7 @@ def origin_of(
         outcome: The result of its rounds.
         clients: Records of its clients; empty for devices.
         parent: The checkpoint of the best model.
+        cloud: What private fine-tuning has spent on the cloud's data; None without.
         noise: Source of the privacy noise.
         evaluations: Number of models that clients were asked to evaluate after the rounds.
     """
@@ -60,9 +67,16 @@ def origin_of(
             before="not known" if warm and run.privacy.unit != "none" else "nothing",
             client=_client_statement(run, outcome),
             evaluation=_evaluation_statement(run, evaluations),
+            cloud=cloud,
         ),
         initial_sha256=initial or None,
     )
+
+
+def with_cloud(origin: Origin, statement: CloudStatement) -> Origin:
+    """Returns the provenance of a model that was fine-tuned privately in a call of its own."""
+    privacy = origin.privacy.model_copy(update={"cloud": statement})
+    return replace(origin, privacy=privacy)
 
 
 def _epsilon(run: RunConfig, outcome: Outcome, clients: Sequence[ClientRecord]) -> float | None:

@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from fedcore.artifacts.manifest import ClientStatement, Manifest, TestStatement
+from fedcore.artifacts.manifest import ClientStatement, CloudStatement, Manifest, TestStatement
 
 
 @dataclass(frozen=True)
@@ -311,6 +311,8 @@ class RunRecord:
     """What the run's start had spent: ``nothing`` or ``not known``."""
     client_privacy: ClientStatement | None = None
     """Client-level privacy guarantee of the models; None if clients aren't protected."""
+    cloud_privacy: CloudStatement | None = None
+    """Privacy guarantee of the cloud's examples; None if they aren't protected."""
     finetune_trials: dict[str, Any] | None = None
     """What ``finetune.auto`` tried and chose, by name; None where it tried nothing."""
     stages: dict[str, float] = field(default_factory=dict)

@@ -107,10 +107,31 @@ class EvaluationStatement(_Part):
     """Models that clients were asked to evaluate."""
 
 
+class CloudStatement(_Part):
+    """Guarantee of each example that the cloud fine-tuned on, by DP-SGD with system noise.
+
+    It holds against everyone who receives the models, but not against the cloud. Held-out data, by
+    which the cloud judges and calibrates, are not covered.
+    """
+
+    epsilon: float
+    """Epsilon of all trainings on these data that the cloud's ledger records."""
+    target_delta: float
+    noise_multiplier: float
+    """Deviation of this training's noise on a sum of gradients, over ``clip_norm``."""
+    clip_norm: float
+    sample_rate: float
+    """Probability of each example to be in a step's batch."""
+    steps: Annotated[int, Field(ge=1)]
+    trainings: Annotated[int, Field(ge=1)]
+    """Trainings that the ledger records, with this one."""
+    accountant: Literal["rdp", "prv"]
+
+
 class PrivacyStatement(_Part):
     """Privacy guarantee of the training for the owners of the clients' data.
 
-    The cloud's data, which fine-tuning and compression read, are not covered.
+    The cloud's data, which fine-tuning and compression read, are covered by ``cloud`` alone.
     """
 
     unit: Literal["none", "example", "client", "both"]
@@ -128,6 +149,8 @@ class PrivacyStatement(_Part):
     evaluation: EvaluationStatement | None = None
     """Guarantee of the examples that clients hold back; None if they evaluated nothing, or without
     protection of examples."""
+    cloud: CloudStatement | None = None
+    """Guarantee of the cloud's examples; None if they are not protected."""
 
 
 class Parity(_Part):
@@ -242,8 +265,9 @@ def manifest_bytes(manifest: Manifest) -> bytes:
         del values["lineage"]["initial_sha256"]
     if manifest.privacy.before == "nothing":
         del values["privacy"]["before"]
-    if manifest.privacy.evaluation is None:
-        del values["privacy"]["evaluation"]
+    for name in ("evaluation", "cloud"):
+        if values["privacy"][name] is None:
+            del values["privacy"][name]
     for name in ("inputs", "missing"):
         if values[name] is None:
             del values[name]

@@ -61,6 +61,7 @@ def contradictions(run: RunConfig) -> list[str]:
     found += _of_sharding(run.finetune)
     found += _of_nodes(run.finetune)
     found += _of_auto(run.finetune)
+    found += _of_private_tuning(run.finetune)
     if privacy.participations and privacy.participations > federation.rounds:
         found.append(
             f"privacy.participations = {privacy.participations} is more than federation.rounds = "
@@ -132,6 +133,37 @@ def _of_auto(settings: Finetune) -> list[str]:
         )
     if settings.auto_precision and not settings.auto:
         found.append("finetune.auto_precision needs finetune.auto: nothing is tried without it.")
+    return found
+
+
+_NOT_PRIVATE = {
+    "remember": (0.0, "the loss of an example must not depend on a second model"),
+    "every": (None, "the noise is planned before the first round, for one training"),
+    "after_stall": (None, "the noise is planned before the first round, for one training"),
+    "max_grad_norm": (None, "finetune.privacy.clip_norm bounds each example's gradient instead"),
+    "precision": ("fp32", "the bound on a gradient holds in float32"),
+    "communication": ("fp32", "noise is added to the whole sum of gradients"),
+    "shard": (("auto", "never"), "each process needs the whole gradient of an example"),
+    "accumulate_steps": (1, "batches are computed in parts as memory asks for"),
+    "activation_checkpointing": (False, "gradients are computed example by example"),
+    "compile": (False, "gradients are computed example by example"),
+    "prefetch": (0, "batches are drawn step by step"),
+    "auto": (False, "trials would read the data without a charge"),
+}
+"""Settings that DP-SGD does not work with: the values that it needs, and why."""
+
+
+def _of_private_tuning(settings: Finetune) -> list[str]:
+    """Returns the settings that contradict privacy of the cloud's data."""
+    found = list[str]()
+    for name, (needed, why) in _NOT_PRIVATE.items() if settings.private else ():
+        value, allowed = getattr(settings, name), needed if isinstance(needed, tuple) else (needed,)
+        if value not in allowed:
+            remedy = "leave it out" if allowed[0] is None else f"set it to {allowed[0]!r}"
+            found.append(
+                f"finetune.{name} = {value!r} contradicts finetune.privacy.unit = 'example': "
+                f"{why}. {remedy[0].upper()}{remedy[1:]}, or set unit to 'none'."
+            )
     return found
 
 

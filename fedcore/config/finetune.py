@@ -24,6 +24,29 @@ ENDPOINT = r"^(\[[0-9A-Fa-f:.]+\]|[A-Za-z0-9._-]+):[0-9]{1,5}$"
 """A host, or an IPv6 address in brackets, and a port."""
 
 
+class FinetunePrivacy(Section):
+    """``[finetune.privacy]``: differential privacy of the cloud's data, by DP-SGD."""
+
+    unit: Literal["none", "example"] = "none"
+    """``example``: each example of the task's ``cloud_data``, against everyone who gets the model,
+    by noise in fine-tuning; zero-out adjacency, so their number is public. Every other step then
+    reads the task's ``cloud_heldout`` alone, which is not protected. ``none``: no protection."""
+    max_epsilon: Annotated[float, Field(ge=0.01, le=1e6)] = 8.0
+    """Budget of all trainings that the ledger records."""
+    target_delta: Annotated[float, Field(ge=1e-12, lt=1)] = 1e-5
+    """The delta of the budget; at most a tenth of one over the number of examples."""
+    clip_norm: ClipNorm = 1.0
+    """L2 bound of one example's gradient."""
+    noise_multiplier: Annotated[float, Field(ge=0.1, le=1e6)] | Literal["auto"] = "auto"
+    """Noise over ``clip_norm``; ``auto`` uses the least that keeps ``trainings`` within
+    ``max_epsilon``, counted by ``privacy.accountant``."""
+    trainings: Rounds = 1
+    """Trainings on these data that ``auto`` plans for."""
+    ledger: Annotated[str, Field(min_length=1, max_length=1024)] = "cloud-ledger.json"
+    """File that records what each training on these data spends, relative to this file; runs on the
+    same data share one. Keep it as long as the data."""
+
+
 class Finetune(Section):
     """``[finetune]``: training on the cloud's data by DDP, after the rounds."""
 
@@ -129,6 +152,14 @@ class Finetune(Section):
     max_rollbacks: Annotated[int, Field(ge=0, le=100)] = 3
     """With checkpoints: how often a loss that is not finite takes training back to the last
     checkpoint, with half the learning rate. After that, training fails."""
+
+    privacy: FinetunePrivacy = Field(default_factory=FinetunePrivacy)
+    """Settings of differential privacy for the cloud's data."""
+
+    @property
+    def private(self) -> bool:
+        """Whether fine-tuning protects each example of the cloud's data."""
+        return self.privacy.unit == "example"
 
     @property
     def in_rounds(self) -> bool:

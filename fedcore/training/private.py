@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -69,14 +70,13 @@ def train_private(
     parameters = list(trainable_parameters(model).values())
     device, count = parameters[0].device, size_of(examples)
     start = [parameter.detach().clone() for parameter in parameters]
-    untrained = _untrained(model)
     optimizer = make_optimizer(model, settings)
     batch_size = expected_batch_size(count, plan)
     physical = method.rows(memory_bytes)
     if settings.physical_batch_size is not None:
         physical = min(physical, settings.physical_batch_size)
     seed, skipped = draws.seed(), 0
-    try:
+    with kept_bounded(model):
         for step in range(plan.charge.steps):
             if between is not None:
                 between()
@@ -102,6 +102,22 @@ def train_private(
                 if proximal_mu:
                     parameter.grad.add_(parameter.detach() - first, alpha=proximal_mu)
             optimizer.step()
+    return skipped
+
+
+@contextmanager
+def kept_bounded(model: nn.Module) -> Iterator[None]:
+    """Keeps what DP-SGD leaves in a model within its guarantee, at the end of the block.
+
+    Weights that are not finite or far too large take their first values again, judged by the noised
+    weights alone. Buffers and frozen parameters, which no noise covers, are restored, and gradients
+    are dropped.
+    """
+    parameters = list(trainable_parameters(model).values())
+    start = [parameter.detach().clone() for parameter in parameters]
+    untrained = _untrained(model)
+    try:
+        yield
     finally:
         for parameter, first in zip(parameters, start, strict=True):
             parameter.grad = None
@@ -109,7 +125,6 @@ def train_private(
         for module, name, tensor, before in untrained:  # else released without noise
             tensor.copy_(before)
             setattr(module, name, tensor)  # the model may have assigned another tensor
-    return skipped
 
 
 def noise_deviation(plan: PrivatePlan) -> float:

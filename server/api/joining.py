@@ -26,7 +26,10 @@ def join_finetuning(task: AnyTask | None, run: AnyRun, **settings: Any) -> None:
     config = configured(task, run, settings)
     found = loaded(task, config)
     refuse_elsewhere(config, found, rounds=False)
-    cloud = read_cloud_data(found, data_folder(), holdout=config.finetune.holdout, seed=config.seed)
+    tuning = config.finetune
+    cloud = read_cloud_data(
+        found, data_folder(), holdout=tuning.holdout, seed=config.seed, private=tuning.private
+    )
     if cloud is None:
         raise ConfigError(
             f"task {found.name!r}: it has no cloud_data, so there is nothing to fine-tune on. "

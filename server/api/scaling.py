@@ -58,6 +58,11 @@ def measure_scaling(
             f"task {found.name!r} was created in memory, and processes that are timed load it from "
             "its file. Nothing was measured; write it to a file and pass the file's name."
         )
+    if config.finetune.private:
+        raise ConfigError(
+            "finetune.privacy.unit = 'example': timed steps would read private data without a "
+            "charge. Nothing was measured; set it to 'none', and measure with other data."
+        )
     if config.finetune.nodes > 1:
         raise ConfigError(
             f"finetune.nodes = {config.finetune.nodes}: scaling is measured on one machine. "

@@ -38,6 +38,7 @@ from server.final_scores import answers_of_chosen, final_scores
 from server.finetune.auto import AUTO_FILE
 from server.finetune.gate_note import gate_note
 from server.finetune.launch import Finetuned, fine_tune
+from server.origin import with_cloud
 from server.preflight import clients_of
 from server.release.draft import aim_of
 from server.release.final_test import (
@@ -261,10 +262,11 @@ def publish(
         raise ReleaseError(reason_untrained(config))
     if tested and (withheld := reason_to_withhold(config, task.primary, tested)):
         raise ReleaseError(withheld)
+    origin = result.origin
+    if tuned is not None and tuned.privacy is not None:
+        origin = with_cloud(origin, tuned.privacy)
     manifest = sign_and_publish(
-        replace(
-            draft_of(name, task, result.origin, compressed, tested), canary=aim_of(run.release)
-        ),
+        replace(draft_of(name, task, origin, compressed, tested), canary=aim_of(run.release)),
         repository=place,
         keys=signing,
         created=datetime.now(UTC),

@@ -108,6 +108,11 @@ class StepLog:
         """Adds a step's sum of losses; returns whether an exchange is due."""
         self._sums.append(loss_sum)
         self._counts.append(count)
+        return self.due
+
+    @property
+    def due(self) -> bool:
+        """Whether an exchange is due."""
         return len(self._sums) >= self._every
 
     def exchange(self, step: int, rate: float) -> Exchanged | None:

@@ -101,6 +101,8 @@ def places_of(run: RunConfig, starts: Sequence[bytes], examples: int) -> tuple[P
     if run.finetune.checkpoints is None:
         return (None,) * len(starts)
     course = {name: getattr(run.finetune, name) for name in _COURSE}
+    if run.finetune.private:
+        course["privacy"] = run.finetune.privacy.model_dump(mode="json", exclude={"ledger"})
     found = list[Path | None]()
     for start, remember in zip(starts, remember_by_start(run, len(starts)), strict=True):
         identity = {

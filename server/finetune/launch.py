@@ -13,6 +13,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from fedcore.artifacts.manifest import CloudStatement
 from fedcore.config.finetune import Finetune
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, FedcoreError, RoundFailed, TrainingError
@@ -29,7 +30,7 @@ from server.finetune.agent import launch
 from server.finetune.auto import AutoChoice, choose
 from server.finetune.curve import Curve
 from server.finetune.failures import unknown_failure
-from server.finetune.job import Job, places_of, remember_by_start, trained
+from server.finetune.job import Job, places_of, remember_by_start, settings_digest, trained
 from server.finetune.loop import train_start
 from server.finetune.parallel import device_of
 from server.finetune.progress import TrainingProgress, followed
@@ -59,8 +60,9 @@ class Finetuned:
     it."""
     candidate: FullModel = field(repr=False)
     """The fine-tuned model, whether or not the gate kept it."""
-    cloud_alone: FullModel = field(repr=False)
-    """A freshly initialised network, trained only on the cloud's data, for comparison."""
+    cloud_alone: FullModel | None = field(repr=False)
+    """A freshly initialised network, trained only on the cloud's data, for comparison; None where
+    those data are private, so that it takes nothing from their budget."""
     kept: bool
     before: float
     after: float
@@ -71,11 +73,13 @@ class Finetuned:
     """Reason why the requested evaluation by clients failed; empty otherwise."""
     curve: tuple[float, ...] = field(default=(), repr=False)
     """Mean loss of each step of ``candidate``, over all processes; empty where a live server has
-    read the result back."""
+    read the result back. NaN where the cloud's data are private: no loss is computed."""
     notes: tuple[str, ...] = ()
     """What the user should know about the way it was trained."""
     auto: AutoChoice | None = field(default=None, repr=False)
     """What ``finetune.auto`` tried and chose; None without it."""
+    privacy: CloudStatement | None = None
+    """Guarantee of the cloud's examples; None without ``finetune.privacy``."""
     parent_sha256: str = field(kw_only=True)
     """SHA-256 of the checkpoint of the original federated model, for the manifest of a release."""
     model_sha256: str = field(init=False, repr=False)
@@ -109,6 +113,9 @@ def fine_tune(
     With ``finetune.auto`` both are trained in the way that short trials show to be the fastest. The
     choice is read from ``auto_file`` if that has one for the same settings and data, else written.
 
+    With ``finetune.privacy``, DP-SGD trains the first model on data that no other step reads, and
+    the cloud's ledger is charged before. The second model is then left out.
+
     With ``finetune.checkpoints``, training continues from the last checkpoint after a fault or an
     interrupt, also in a later call with the same model and settings.
 
@@ -116,11 +123,13 @@ def fine_tune(
         The run's seed determines every bit of both models, in whichever process they are trained,
         and however often training was interrupted. With ``finetune.communication = "powersgd"``,
         an interrupted training is an exception: its continuation has other bits, as what the
-        low-rank factors missed is not part of a checkpoint.
+        low-rank factors missed is not part of a checkpoint. With ``finetune.privacy``, batches and
+        noise come from the operating system, and nothing can be repeated.
 
     Raises:
         TrainingDiverged: a loss was not finite.
         TrainingError: a process or the task's code failed.
+        PrivacyError: the cloud's privacy budget is spent, or the model cannot be trained privately.
         DataError: ``model`` doesn't belong to this task, or a checkpoint is corrupt.
         DiskFull: a checkpoint could not be written.
         KeyboardInterrupt: Ctrl-C, or with checkpoints SIGTERM, after writing a checkpoint.
@@ -129,11 +138,14 @@ def fine_tune(
     if run.finetune.auto:
         choice = choose(run, model, cloud, kept=auto_file, note=counted_steps(emit, "finetune"))
         run = choice.applied(run)
-    untrained = build_model(task, run)
-    untrained.preprocess.load_state_dict(model.preprocess.state_dict())
-    models = {"finetuned": parent, "cloud_alone": checkpoint_bytes(untrained)}
-    found = _trained_from(task, run, cloud, models, emit)
-    candidate, cloud_alone = found.models
+    models = {"finetuned": parent}
+    if not run.finetune.private:
+        untrained = build_model(task, run)
+        untrained.preprocess.load_state_dict(model.preprocess.state_dict())
+        models["cloud_alone"] = checkpoint_bytes(untrained)
+    with _charged(run, size_of(cloud.of_tuning), parent) as (run, statement):
+        found = _trained_from(task, run, cloud, models, emit)
+    candidate, cloud_alone = found.models[0], found.models[1] if len(found.models) > 1 else None
     primary = task.primary
     before = evaluate(model, cloud.heldout, [primary])[primary.name]
     after = evaluate(candidate, cloud.heldout, [primary])[primary.name]
@@ -156,8 +168,27 @@ def fine_tune(
         found.curves[0],
         (*([str(choice)] if choice else []), *found.notes),
         choice,
+        statement,
         parent_sha256=sha256_hex(parent),
     )
+
+
+@contextmanager
+def _charged(
+    run: RunConfig, examples: int, start: bytes
+) -> Iterator[tuple[RunConfig, CloudStatement | None]]:
+    """Yields the run with its noise, and what private fine-tuning spends; None without privacy."""
+    if not run.finetune.private:
+        yield run, None
+        return
+    from server.finetune.cloud_ledger import charged
+    from server.finetune.private_plan import plan_of, with_noise
+
+    plan = plan_of(run, examples)
+    run = with_noise(run, plan)
+    described = f"{settings_digest(run)} {examples} {run.task} {sha256_hex(start)}"
+    with charged(run, plan, identity=sha256_hex(described.encode())) as statement:
+        yield run, statement
 
 
 def tune(
@@ -204,9 +235,14 @@ def join(task: Task, run: RunConfig, cloud: CloudData) -> None:
             "nodes and finetune.rendezvous, the same ones on every node."
         )
     untrained = checkpoint_bytes(build_model(task, run))
-    starts = dict.fromkeys(("finetuned", "cloud_alone"), untrained)
+    names = ["finetuned", "cloud_alone"]
+    if run.finetune.private:
+        from server.finetune.private_plan import plan_of, with_noise
+
+        names, run = names[:1], with_noise(run, plan_of(run, size_of(cloud.of_tuning)))
+    starts = dict.fromkeys(names, untrained)
     results = [build_model(task, run) for _ in starts]
-    places = places_of(run, list(starts.values()), size_of(cloud.train))
+    places = places_of(run, list(starts.values()), size_of(cloud.of_tuning))
     _train_apart(run, starts, results, places, nowhere, joins=True)
 
 
@@ -215,7 +251,7 @@ def _trained_from(
 ) -> _TrainedModels:
     """Trains a model from each checkpoint, by the name of its progress; the first is federated."""
     results = [build_model(task, run) for _ in starts]
-    places = places_of(run, list(starts.values()), size_of(cloud.train))
+    places = places_of(run, list(starts.values()), size_of(cloud.of_tuning))
     if run.finetune.processes == run.finetune.nodes == 1:
         found = _train_here(task, run, cloud, starts, results, places, emit)
     else:
@@ -274,7 +310,7 @@ def _train_here(
                 train_start(
                     result.to(device),
                     task,
-                    cloud.train,
+                    cloud.of_tuning,
                     run,
                     device,
                     remember=remember,

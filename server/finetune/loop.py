@@ -20,6 +20,7 @@ from fedcore.errors import TrainingDiverged, TrainingError
 from fedcore.observability.words import counted
 from fedcore.seeds import derive
 from fedcore.task.definition import Examples, Task, size_of
+from fedcore.task.model import FullModel
 from fedcore.training.batches import batches_of, gather
 from fedcore.training.distillation import beside_teacher
 from fedcore.training.local import check_loss, clip_gradients, diverged, make_optimizer
@@ -121,6 +122,23 @@ def train_start(
         DiskFull: a checkpoint could not be written.
         KeyboardInterrupt: ``stop`` returned True in a process. A checkpoint was written first.
     """
+    if run.finetune.private:
+        from server.finetune.private_loop import train_privately  # compiles on import
+
+        assert isinstance(model, FullModel)
+        train_privately(
+            model,
+            task,
+            examples,
+            run,
+            device,
+            group=group,
+            place=place,
+            stop=stop or (lambda: False),
+            curve=curve or Curve(),
+            on_part=on_part,
+        )
+        return
     settings, end_s = run.finetune, time.monotonic() + run.finetune.timeout_s
     torch.manual_seed(derive(run.seed, "fine-tuning", group.rank))  # for dropout
     trained, loss_of = model, cast(Callable[[Any, Tensor], Tensor], task.loss_of)

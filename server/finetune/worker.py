@@ -83,7 +83,10 @@ def _train_all(job: Job, local_rank: int) -> None:
     device = device_of(local_rank)
     torch.set_num_threads(threads_of(int(os.environ.get("LOCAL_WORLD_SIZE", world))))
     task = load_task(run.path(run.task))
-    cloud = read_cloud_data(task, data_folder(), holdout=run.finetune.holdout, seed=run.seed)
+    settings = run.finetune
+    cloud = read_cloud_data(
+        task, data_folder(), holdout=settings.holdout, seed=run.seed, private=settings.private
+    )
     assert cloud is not None  # the launcher has read it before
     if device.type == "cuda":
         torch.cuda.set_device(device)
@@ -107,7 +110,7 @@ def _train_all(job: Job, local_rank: int) -> None:
         train_start(
             model,
             task,
-            cloud.train,
+            cloud.of_tuning,
             run,
             device,
             remember=remember,

@@ -20,6 +20,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, golden_bytes, parse_golden
 from fedcore.artifacts.manifest import (
     MAX_MODEL_BYTES,
+    CloudStatement,
     Digest,
     Manifest,
     MissingAllowed,
@@ -78,6 +79,7 @@ class _FinetuneNote(_StepNote):
     clients: Judgement | None
     unjudged: str
     files: dict[str, Digest]
+    privacy: CloudStatement | None = None
 
 
 class _CompressNote(_StepNote):
@@ -189,10 +191,13 @@ def _fine_tuned(
     origin = _origin(model, run.finetune)
     noted = _noted(folder / _FINETUNE, _FinetuneNote, origin)
     if noted is not None:
-        candidate, alone = (
-            _model(folder, name, noted.files[name], build_model(task, run)) for name in _TUNED
-        )
-        if candidate is not None and alone is not None:
+        found = {
+            name: _model(folder, name, noted.files[name], build_model(task, run))
+            for name in _TUNED
+            if name in noted.files
+        }
+        candidate, alone = (found.get(name) for name in _TUNED)
+        if candidate is not None and None not in found.values():
             return Finetuned(
                 candidate if noted.kept else model,
                 candidate,
@@ -202,14 +207,16 @@ def _fine_tuned(
                 noted.after,
                 noted.clients,
                 noted.unjudged,
+                privacy=noted.privacy,
                 parent_sha256=sha256_hex(checkpoint_bytes(model)),
             )
     tuned = fine_tune(task, run, model, cloud, judge, emit=emit, auto_file=auto_file)
     files = {}
     for name, one in zip(_TUNED, (tuned.candidate, tuned.cloud_alone), strict=True):
-        raw = checkpoint_bytes(one)
-        write_atomic(_checkpoint(folder, name), raw)
-        files[name] = sha256_hex(raw)
+        if one is not None:
+            raw = checkpoint_bytes(one)
+            write_atomic(_checkpoint(folder, name), raw)
+            files[name] = sha256_hex(raw)
     note = _FinetuneNote(
         made_from=origin,
         kept=tuned.kept,
@@ -218,6 +225,7 @@ def _fine_tuned(
         clients=tuned.clients,
         unjudged=tuned.unjudged,
         files=files,
+        privacy=tuned.privacy,
     )
     _write(folder / _FINETUNE, note)
     return tuned

@@ -78,7 +78,10 @@ def summary(
         "test": _test(record),
         "evaluation": _evaluation(record),
         "settings": record.settings,
-        "finetune": {"auto": record.finetune_trials},
+        "finetune": {
+            "auto": record.finetune_trials,
+            "privacy": record.cloud_privacy and record.cloud_privacy.model_dump(),
+        },
         "best_round": record.best_round if record.judged else None,
         "seconds": {**record.stages, "total": seconds},
         "training": asdict(record.training) if record.training else None,

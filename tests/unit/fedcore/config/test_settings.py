@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import re
 from pathlib import Path
 
 import pytest
@@ -157,6 +158,34 @@ def test_numbers_and_arrays_beyond_all_reason_are_refused(
 
 def test_a_long_value_is_cut_short(tmp_path: Path) -> None:
     assert len(refused(tmp_path, f"[client]\ndevice = '{'x' * 5000}'")) < 300 + len(str(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("setting", "said"),
+    [
+        (
+            "remember = 0.3",
+            "remember = 0.3 contradicts .* second model. Set it to 0.0",
+        ),
+        ("every = 2", "every = 2 contradicts .* Leave it out, or set unit to 'none'"),
+        ("after_stall = 2", "after_stall = 2 contradicts"),
+        ("max_grad_norm = 1.0", "clip_norm bounds each example's gradient instead"),
+        ("precision = 'bf16'", "precision = 'bf16' contradicts .* holds in float32"),
+        ("communication = 'powersgd'", "noise is added to the whole sum"),
+        ("shard = 'always'", "shard = 'always' contradicts .* Set it to 'auto'"),
+        ("accumulate_steps = 2", "accumulate_steps = 2 contradicts"),
+        ("activation_checkpointing = true", "gradients are computed example by example"),
+        ("compile = true", "compile = True contradicts"),
+        ("prefetch = 2", "prefetch = 2 contradicts"),
+        ("auto = true", "trials would read the data without a charge"),
+    ],
+)
+def test_private_fine_tuning_refuses_what_it_does_not_cover(
+    tmp_path: Path, setting: str, said: str
+) -> None:
+    settings = setting if "remember" in setting else f"remember = 0.0\n{setting}"
+    text = f"[finetune]\n{settings}\n[finetune.privacy]\nunit = 'example'"
+    assert re.search(said, refused(tmp_path, text))
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,12 @@ from dataclasses import replace
 
 import pytest
 
-from fedcore.artifacts.manifest import ClientStatement
+from fedcore.artifacts.manifest import (
+    ClientStatement,
+    CloudStatement,
+    manifest_bytes,
+    parse_manifest,
+)
 from server.records import RunRecord
 from server.report.html import report_html
 from server.report.summary import summary
@@ -66,6 +71,31 @@ def test_both_units_have_a_statement_each(record: RunRecord) -> None:
     assert "one client with all of its data" in text
     assert "of each client as a whole 2.25 at delta 0.0001" in text
     assert "The noise was drawn from the operating system of the machine that added it." in text
+
+
+def test_the_cloud_has_a_statement_of_its_own(record: RunRecord) -> None:
+    cloud = CloudStatement(
+        epsilon=2.991,
+        target_delta=1e-6,
+        noise_multiplier=1.2,
+        clip_norm=1.0,
+        sample_rate=0.01,
+        steps=500,
+        trainings=2,
+        accountant="prv",
+    )
+    covered = replace(record, cloud_privacy=cloud)
+    text = page(covered, 1e-3)
+    assert "to the power of 3.00, except with probability 1e-06, over 2 trainings" in text
+    assert "Data that the cloud trained on is not covered" not in text
+    assert "Data that the cloud trained on is not covered" in page(record, 1e-3)
+    found = summary(covered, target_delta=None, torch_p50_us=None, seconds=1.0)["finetune"]
+    assert found["privacy"] == cloud.model_dump()
+    assert record.manifest is not None
+    statement = record.manifest.privacy.model_copy(update={"cloud": cloud})
+    signed = manifest_bytes(record.manifest.model_copy(update={"privacy": statement}))
+    assert parse_manifest(signed).privacy.cloud == cloud
+    assert b'"cloud"' not in manifest_bytes(record.manifest)  # older devices refuse it
 
 
 @pytest.mark.parametrize("protected", [True, False])
