@@ -11,10 +11,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_client.delivery import store as installed
-from edge_client.delivery.observed import ToldWindow, read_observed, read_told, write_told
+from edge_client.delivery.observed import (
+    MAX_EARLIER,
+    ToldWindow,
+    read_observed,
+    read_told,
+    telling,
+    write_told,
+)
 from fedcore.artifacts.feedback import MIN_ROWS, Observation
 from fedcore.artifacts.manifest import Manifest
 from fedcore.config.owner import OwnerPolicy
+from fedcore.errors import DataError
 from fedcore.privacy.count_noise import count_deviation, noised_counts
 from fedcore.rpc.delivery_pb2 import Bins, ServingReport
 
@@ -40,27 +48,45 @@ def tell_feedback(store: Path, model: str, link: DeliveryLink, *, owner: OwnerPo
     """
     if not owner.feedback:
         return False
-    record = installed.read_record(store, model, "active")
-    observed = read_observed(store, model, record)
-    if observed is None or observed.ended is None:
+    with telling(store, model):
+        decided = _decided(store, model, owner)
+    if decided is None:
         return False
-    told = read_told(store, model)
-    if told is None or told.window != observed.ended.id:
-        told = None
-    elif told.arrived:
-        return False
-    version = installed.serving(store, model)
-    if version.record != record:  # damaged: the version before answers, which is not what counted
-        return False
-    manifest = version.manifest
-    drawn = told is not None and told.observation.noise_deviation > 0
-    if told is None or not drawn or owner.feedback_epsilon is None:  # else the noise may be out
-        public = what_to_tell(observed.ended.observation, manifest, owner)
-        told = ToldWindow(window=observed.ended.id, observation=public)
-        write_told(store, model, told)
+    manifest, told = decided
     link.report_serving(_report(manifest, told.observation))
     write_told(store, model, told.model_copy(update={"arrived": True}))
     return True
+
+
+def _decided(store: Path, model: str, owner: OwnerPolicy) -> tuple[Manifest, ToldWindow] | None:
+    """Returns what is told of the latest window, and keeps it: noise is drawn once for a window."""
+    record = installed.read_record(store, model, "active")
+    observed = read_observed(store, model, record)
+    if observed is None or observed.ended is None:
+        return None
+    version = installed.serving(store, model)
+    if version.record != record:  # damaged: the version before answers, which is not what counted
+        return None
+    manifest, ended = version.manifest, observed.ended
+    try:
+        told = read_told(store, model)
+    except DataError as error:  # it may be out with other noise, so nothing more may be told of it
+        log.warning("%s: nothing is told of this window: %s", model, error)
+        told = ToldWindow(window=ended.id, observation=Observation(), arrived=True)
+        write_told(store, model, told)
+    earlier: tuple[str, ...] = ()
+    if told is not None:
+        drawn = told.observation.noise_deviation > 0
+        same = told.window == ended.id
+        if ended.id in told.earlier or (same and told.arrived):
+            return None
+        if same and drawn and owner.feedback_epsilon is not None:
+            return manifest, told
+        earlier = told.earlier if same else (*told.earlier, told.window)[-MAX_EARLIER:]
+    public = what_to_tell(ended.observation, manifest, owner)
+    told = ToldWindow(window=ended.id, observation=public, earlier=earlier)
+    write_told(store, model, told)
+    return manifest, told
 
 
 def what_to_tell(observation: Observation, manifest: Manifest, owner: OwnerPolicy) -> Observation:
@@ -69,13 +95,16 @@ def what_to_tell(observation: Observation, manifest: Manifest, owner: OwnerPolic
     Guarantee:
         Where privacy is on, which is where the owner sets a budget or the model was trained with
         protection of examples, no bins leave, or with noise for the owner's ``feedback_epsilon``.
-        Fewer than 100 rows never leave.
+        Fewer than 100 rows never leave. Where privacy is on or noise is set, errors and latencies
+        stay, too: who signs a model decides on which inputs it fails or takes long.
     """
     why = _reason_to_keep(observation, manifest, owner)
-    if why:
-        log.info(
-            "%s: requests, errors and latencies are told, but no bins: %s", manifest.model, why
+    if _is_private(manifest, owner) or owner.feedback_epsilon is not None:
+        observation = observation.model_copy(
+            update={"errors": 0, "latency": (0,) * len(observation.latency)}
         )
+    if why:
+        log.info("%s: how much it is used is told, but no bins: %s", manifest.model, why)
         return observation.model_copy(update={"rows": 0, "counts": ()})
     if owner.feedback_epsilon is None:
         return observation
@@ -89,6 +118,10 @@ def what_to_tell(observation: Observation, manifest: Manifest, owner: OwnerPolic
     )
     noised = noised_counts(observation.counts, deviation=deviation)
     return observation.model_copy(update={"counts": noised, "noise_deviation": deviation})
+
+
+def _is_private(manifest: Manifest, owner: OwnerPolicy) -> bool:
+    return owner.max_epsilon is not None or manifest.privacy.unit in ("example", "both")
 
 
 def _reason_to_keep(observation: Observation, manifest: Manifest, owner: OwnerPolicy) -> str:

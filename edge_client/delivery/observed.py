@@ -6,19 +6,22 @@ agent of ``fedcore device run`` keeps in ``health/MODEL.told`` what it tells of 
 
 from __future__ import annotations
 
+from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Annotated
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from edge_client.delivery.state_file import State, read_state
+from edge_client.delivery.state_file import read_state
 from edge_client.delivery.store import Record
 from fedcore.artifacts.feedback import MIN_ROWS, Observation
 from fedcore.errors import DataError
-from fedcore.files import write_json
+from fedcore.files import disk_errors, lock_file, write_json
 
 WINDOW_S = 3600.0
 """Seconds that a window takes at least; then it ends with its 100th row."""
+MAX_EARLIER = 256
+"""Earlier windows that are remembered: ten days of one an hour."""
 _MAX_BYTES = 1 << 18
 
 
@@ -59,11 +62,17 @@ class ToldWindow(BaseModel):
     observation: Observation
     """What may leave this device of it."""
     arrived: bool = False
+    earlier: Annotated[tuple[str, ...], Field(max_length=MAX_EARLIER)] = ()
+    """Windows that were told before, oldest first: two servers on one store may name one again."""
 
 
 def read_observed(store: Path, model: str, record: Record) -> ServedWindows | None:
     """Returns what was counted of a version; None if nothing was, or it cannot be read."""
-    found = _read(_path(store, model, "observed"), ServedWindows)
+    path = _path(store, model, "observed")
+    try:
+        found = read_state(path, ServedWindows, max_bytes=_MAX_BYTES, what="counts of use")
+    except DataError:  # damaged counts are missing ones: they only inform
+        return None
     return found if found is not None and found.record == record else None
 
 
@@ -78,8 +87,25 @@ def write_observed(store: Path, model: str, observed: ServedWindows) -> None:
 
 
 def read_told(store: Path, model: str) -> ToldWindow | None:
-    """Returns what was last told, or is to be; None if nothing was, or it cannot be read."""
-    return _read(_path(store, model, "told"), ToldWindow)
+    """Returns what was last told, or is to be; None if nothing was.
+
+    Raises:
+        DataError: it cannot be read.
+    """
+    path = _path(store, model, "told")
+    return read_state(path, ToldWindow, max_bytes=_MAX_BYTES, what="what was told of a window")
+
+
+def telling(store: Path, model: str) -> AbstractContextManager[None]:
+    """Locks what is told of a model, while it is decided: two agents must not draw noise each.
+
+    Raises:
+        ResourceError: the lock cannot be made.
+    """
+    path = _path(store, model, "telling")
+    with disk_errors(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+    return lock_file(path)
 
 
 def write_told(store: Path, model: str, told: ToldWindow) -> None:
@@ -93,11 +119,3 @@ def write_told(store: Path, model: str, told: ToldWindow) -> None:
 
 def _path(store: Path, model: str, kind: str) -> Path:
     return store / "health" / f"{model}.{kind}"
-
-
-def _read(path: Path, kind: type[State]) -> State | None:
-    """Reads counts; damaged ones count as missing: they only inform."""
-    try:
-        return read_state(path, kind, max_bytes=_MAX_BYTES, what="counts of what was served")
-    except DataError:
-        return None

@@ -18,11 +18,12 @@ from typing import Any
 import numpy as np
 
 from edge_client.inference.direct import RowCall, bound_call, run_failed
-from edge_client.inference.fixed_work import couples_rows, why_unbounded
+from edge_client.inference.fixed_work import why_unbounded
 from edge_client.inference.inputs import demand_finite
 from edge_client.inference.named import packed
 from edge_client.inference.process import ModelLimits, ModelProcess, named
 from edge_client.inference.responses import Interface, TensorInfo
+from edge_client.inference.row_wise import why_coupled
 from edge_client.inference.selftest import compared
 from edge_client.inference.session import SessionSettings, open_session
 from edge_client.inference.tuning import TunedSettings, remember, remembered, tuned_session
@@ -131,10 +132,10 @@ class Engine:
         """Loads the model and runs it, so that the first call is as fast as the rest.
 
         Args:
-            rows: Most rows of a call that should run as one batch, 1 to 64. Batches of 2, 4, 8 and
-                so on are tried in the process with limits. Rows run together only where each row's
-                outputs are what they are alone, up to rounding; a model whose layers scale all rows
-                of a batch at once keeps running them one by one.
+            rows: Most rows of a call that should run as one batch, 1 to 64. Rows run together only
+                where the operators show that no row affects another, whatever it holds
+                (`edge_client.inference.row_wise`), and where batches of 2, 4, 8 and so on, tried in
+                the process with limits, give what each row gives alone, up to rounding.
 
         Raises:
             LimitExceeded, DeviceError, ResourceError: the model cannot be run (see `run`).
@@ -328,7 +329,7 @@ class Engine:
 
     def _tried_together(self, rows: int) -> int:
         """Returns the largest power of two up to ``rows`` that may run together."""
-        if couples_rows(self._read()):
+        if why_coupled(self._read(), self.manifest.input_shape):
             return 1
         golden, most = self._golden_inputs, 1
         with self._process() as process:

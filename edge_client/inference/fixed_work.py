@@ -78,12 +78,6 @@ _OF_CONSTANTS = frozenset({"Mod"})
 _ONLY_SHAPES = frozenset({"Shape", "Size"})
 """Operators whose outputs depend on the shape of their input, and not on its numbers."""
 _CONSTANT = "Constant"
-_ACROSS_ROWS = {
-    "DynamicQuantizeLinear",
-    "com.microsoft:DynamicQuantizeLSTM",
-    "com.microsoft:DynamicQuantizeMatMul",
-}
-"""Operators that take one scale from all rows of a batch."""
 
 
 def why_unbounded(onnx: bytes) -> str:
@@ -105,14 +99,6 @@ def why_unbounded(onnx: bytes) -> str:
         return _first_doubt(read_graph(onnx))
     except UnreadableGraph as error:
         return str(error)
-
-
-def couples_rows(onnx: bytes) -> bool:
-    """Returns whether a plain graph has an operator that takes one scale from a whole batch."""
-    try:
-        return any(node.operator in _ACROSS_ROWS for node in read_graph(onnx).nodes)
-    except UnreadableGraph:
-        return True
 
 
 def _first_doubt(graph: PlainGraph) -> str:

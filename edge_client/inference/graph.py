@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+import numpy as np
 
 from edge_client.inference.protobuf import (
     BYTES,
@@ -11,6 +15,7 @@ from edge_client.inference.protobuf import (
     FieldBudget,
     MalformedMessage,
     fields,
+    varints,
 )
 
 _MAX_FIELDS = 2_000_000
@@ -26,17 +31,35 @@ _GRAPH_NODE, _GRAPH_INITIALIZER, _GRAPH_INPUT, _GRAPH_OUTPUT, _GRAPH_SPARSE = 1,
 _GRAPH_KNOWN = {1, 2, 5, 10, 11, 12, 13, 14, 15, 16}
 _NODE_INPUT, _NODE_OUTPUT, _NODE_NAME, _NODE_OP, _NODE_ATTRIBUTE, _NODE_DOMAIN = 1, 2, 3, 4, 5, 7
 _NODE_KNOWN = {1, 2, 3, 4, 5, 6, 7, 8, 9, 10}
+_ATTRIBUTE_NAME, _ATTRIBUTE_INT, _ATTRIBUTE_INTS, _ATTRIBUTE_TEXT = 1, 3, 8, 4
 _ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS = 5, 10
 _ATTRIBUTE_REFUSED = {6: "a graph", 11: "graphs", 21: "a reference", 22: "a sparse tensor"}
 _ATTRIBUTE_REFUSED |= {23: "sparse tensors", 14: "a type", 15: "types"}
 _ATTRIBUTE_KNOWN = {1, 2, 3, 4, 5, 7, 8, 9, 10, 13, 20}
+_TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INT64, _TENSOR_RAW = 1, 2, 7, 9
 _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 13, 14
 _TENSOR_KNOWN = {*range(1, 13), 16}
 _VALUE_NAME = 1
+_MODEL_OPSET, _OPSET_DOMAIN, _OPSET_VERSION = 8, 1, 2
+_INT64 = 7
+_MOST_NUMBERS = 64
+"""Most whole numbers of a tensor that are read: shapes and axes have fewer."""
 
 
 class UnreadableGraph(ValueError):
     """A file holds more than a plain graph of operators; the message says what."""
+
+
+@dataclass(frozen=True)
+class StoredTensor:
+    """Shape of a tensor in the file, and its numbers if they are a few of int64."""
+
+    shape: tuple[int, ...]
+    numbers: tuple[int, ...] | None = None
+
+
+Attribute = int | tuple[int, ...] | str | StoredTensor | None
+"""An attribute's value; None for other kinds, such as fractions."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +71,7 @@ class GraphNode:
     inputs: tuple[str, ...]
     """Names of tensors; empty for an optional input that is left out."""
     outputs: tuple[str, ...]
+    attributes: Mapping[str, Attribute] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -56,8 +80,10 @@ class PlainGraph:
 
     inputs: tuple[str, ...]
     outputs: tuple[str, ...]
-    initializers: frozenset[str]
+    initializers: Mapping[str, StoredTensor]
     nodes: tuple[GraphNode, ...]
+    opset: int
+    """Version of ONNX's own operators; 0 if the file doesn't say."""
 
 
 def read_graph(onnx: bytes) -> PlainGraph:
@@ -74,27 +100,44 @@ def read_graph(onnx: bytes) -> PlainGraph:
         raise UnreadableGraph("it is in onnxruntime's own format")
     budget = FieldBudget(_MAX_FIELDS)
     try:
-        return _graph(_graph_of(memoryview(onnx), budget), budget)
+        graph, opset = _graph_of(memoryview(onnx), budget)
+        return _graph(graph, opset, budget)
     except MalformedMessage as error:
         raise UnreadableGraph(f"its bytes are not those of a plain ONNX file: {error}") from error
 
 
-def _graph_of(model: memoryview, budget: FieldBudget) -> memoryview:
+def _graph_of(model: memoryview, budget: FieldBudget) -> tuple[memoryview, int]:
+    """Returns the graph of a model, and the version of ONNX's own operators."""
     found: list[memoryview] = []
+    opsets: list[int] = []
     for number, kind, value in fields(model, budget):
         _demand_known("the model", number, _MODEL_KNOWN)
         if number in (_MODEL_FUNCTIONS, _MODEL_TRAINING):
             raise UnreadableGraph("it has functions of its own")
         if number == _MODEL_GRAPH:
             found.append(_bytes("the graph", kind, value))
+        if number == _MODEL_OPSET:
+            opsets += _opset(_bytes("a set of operators", kind, value), budget)
     if len(found) != 1:  # protobuf would merge several
         raise UnreadableGraph(f"it has {len(found)} graphs")
-    return found[0]
+    return found[0], opsets[0] if len(opsets) == 1 else 0
 
 
-def _graph(message: memoryview, budget: FieldBudget) -> PlainGraph:
+def _opset(message: memoryview, budget: FieldBudget) -> list[int]:
+    """Returns the version that a model demands of ONNX's own operators; empty for others."""
+    domains, versions = list[str](), list[int]()
+    for number, kind, value in fields(message, budget):
+        if number == _OPSET_DOMAIN:
+            domains.append(_text(kind, value))
+        elif number == _OPSET_VERSION:
+            versions.append(_whole(value))
+    version = versions[-1] if versions else 0
+    return [version] if _only(domains) in ("", "ai.onnx") else []
+
+
+def _graph(message: memoryview, opset: int, budget: FieldBudget) -> PlainGraph:
     nodes: list[GraphNode] = []
-    initializers: set[str] = set()
+    initializers: dict[str, StoredTensor] = {}
     inputs: list[str] = []
     outputs: list[str] = []
     for number, kind, value in fields(message, budget):
@@ -102,22 +145,29 @@ def _graph(message: memoryview, budget: FieldBudget) -> PlainGraph:
         if number == _GRAPH_NODE:
             nodes.append(_node(_bytes("a node", kind, value), budget))
         elif number == _GRAPH_INITIALIZER:
-            initializers.add(_tensor(_bytes("a tensor", kind, value), budget))
+            name, tensor = _tensor(_bytes("a tensor", kind, value), budget)
+            if name in initializers:
+                raise UnreadableGraph("two tensors have one name")
+            initializers[name] = tensor
         elif number == _GRAPH_SPARSE:
             raise UnreadableGraph("it has sparse tensors")
         elif number in (_GRAPH_INPUT, _GRAPH_OUTPUT):
             name = _value_name(_bytes("an input or output", kind, value), budget)
             (inputs if number == _GRAPH_INPUT else outputs).append(name)
     given = tuple(name for name in inputs if name not in initializers)
-    return PlainGraph(given, tuple(outputs), frozenset(initializers), tuple(nodes))
+    return PlainGraph(given, tuple(outputs), initializers, tuple(nodes), opset)
 
 
 def _node(message: memoryview, budget: FieldBudget) -> GraphNode:
     texts: dict[int, list[str]] = {number: [] for number in (1, 2, 3, 4, 7, 8)}
+    attributes: dict[str, Attribute] = {}
     for number, kind, value in fields(message, budget):
         _demand_known("a node", number, _NODE_KNOWN)
         if number == _NODE_ATTRIBUTE:
-            _check_attribute(_bytes("an attribute", kind, value), budget)
+            name, given = _attribute(_bytes("an attribute", kind, value), budget)
+            if name in attributes:
+                raise UnreadableGraph("an attribute of a node is given twice")
+            attributes[name] = given
         elif number in texts:
             texts[number].append(_text(kind, value))
     operator, domain = (_only(texts[number]) for number in (_NODE_OP, _NODE_DOMAIN))
@@ -126,21 +176,39 @@ def _node(message: memoryview, budget: FieldBudget) -> GraphNode:
         raise UnreadableGraph("a node names an overload of a function")
     if domain not in ("", "ai.onnx"):
         operator = f"{domain}:{operator}"
-    return GraphNode(operator, tuple(texts[_NODE_INPUT]), tuple(texts[_NODE_OUTPUT]))
+    return GraphNode(operator, tuple(texts[_NODE_INPUT]), tuple(texts[_NODE_OUTPUT]), attributes)
 
 
-def _check_attribute(message: memoryview, budget: FieldBudget) -> None:
+def _attribute(message: memoryview, budget: FieldBudget) -> tuple[str, Attribute]:
+    """Returns an attribute's name and value, after checking that it holds no graph."""
+    names, values = list[str](), list[Attribute]()
+    whole = list[int]()
     for number, kind, value in fields(message, budget):
         if number in _ATTRIBUTE_REFUSED:
             raise UnreadableGraph(f"an attribute of a node is {_ATTRIBUTE_REFUSED[number]}")
         _demand_known("an attribute", number, _ATTRIBUTE_KNOWN)
         if number in (_ATTRIBUTE_TENSOR, _ATTRIBUTE_TENSORS):
-            _tensor(_bytes("a tensor", kind, value), budget)
+            values.append(_tensor(_bytes("a tensor", kind, value), budget)[1])
+        elif number == _ATTRIBUTE_NAME:
+            names.append(_text(kind, value))
+        elif number == _ATTRIBUTE_INT:
+            values.append(_whole(value))
+        elif number == _ATTRIBUTE_INTS:
+            whole += _wholes(kind, value)
+        elif number == _ATTRIBUTE_TEXT and kind == BYTES and not isinstance(value, int):
+            values.append(str(value[:_MAX_NAME], "utf-8", "replace"))
+    if whole:
+        values.append(tuple(whole) if len(whole) <= _MOST_NUMBERS else None)
+    if len(values) > 1:
+        raise UnreadableGraph("an attribute of a node has two values")
+    return _only(names), values[0] if values else None
 
 
-def _tensor(message: memoryview, budget: FieldBudget) -> str:
-    """Returns a tensor's name, after checking that its numbers are in this file."""
+def _tensor(message: memoryview, budget: FieldBudget) -> tuple[str, StoredTensor]:
+    """Returns a tensor's name and shape, after checking that its numbers are in this file."""
     names: list[str] = []
+    shape, kinds, numbers = list[int](), list[int](), list[int]()
+    raw: memoryview | None = None
     for number, kind, value in fields(message, budget):
         if number == _TENSOR_EXTERNAL or (number == _TENSOR_LOCATION and value != 0):
             raise UnreadableGraph("the numbers of a tensor are in another file")
@@ -149,7 +217,46 @@ def _tensor(message: memoryview, budget: FieldBudget) -> str:
         _demand_known("a tensor", number, _TENSOR_KNOWN)
         if number == _TENSOR_NAME:
             names.append(_text(kind, value))
-    return _only(names)
+        elif number == _TENSOR_DIMS:
+            shape += _wholes(kind, value)
+        elif number == _TENSOR_TYPE:
+            kinds.append(_whole(value))
+            if abs(kinds[-1]) >= 1 << 31:  # protobuf keeps 32 bits of it
+                raise UnreadableGraph("a tensor has no possible type")
+        elif number == _TENSOR_INT64 and len(numbers) <= _MOST_NUMBERS:
+            numbers += _wholes(kind, value)
+        elif number == _TENSOR_RAW:
+            raw = _bytes("the numbers of a tensor", kind, value)
+    if len(shape) > _MOST_NUMBERS or min(shape, default=0) < 0:
+        raise UnreadableGraph("a tensor has no possible shape")
+    size, known = math.prod(shape), None
+    if kinds[-1:] == [_INT64] and size <= _MOST_NUMBERS and (raw is None) != (not numbers):
+        if raw is not None and len(raw) == 8 * size:
+            numbers = np.frombuffer(raw, "<i8").tolist()
+        known = tuple(numbers) if len(numbers) == size else None
+    return _only(names), StoredTensor(tuple(shape), known)
+
+
+def _wholes(kind: int, value: int | memoryview) -> list[int]:
+    """Returns repeated whole numbers, each in a field of its own or all in one.
+
+    Of more than `_MOST_NUMBERS` in one field, returns one more than that.
+    """
+    if kind == VARINT or isinstance(value, int):
+        return [_whole(value)]
+    if kind != BYTES:
+        raise UnreadableGraph("whole numbers are something else")
+    return [_signed(one) for one in islice(varints(value), _MOST_NUMBERS + 1)]
+
+
+def _whole(value: int | memoryview) -> int:
+    if not isinstance(value, int):
+        raise UnreadableGraph("a whole number is something else")
+    return _signed(value)
+
+
+def _signed(value: int) -> int:
+    return value - (1 << 64) if value >> 63 else value
 
 
 def _value_name(message: memoryview, budget: FieldBudget) -> str:

@@ -71,6 +71,18 @@ def fields(message: memoryview, budget: FieldBudget) -> Iterator[tuple[int, int,
         place += size
 
 
+def varints(message: memoryview) -> Iterator[int]:
+    """Yields the numbers of a packed field.
+
+    Raises:
+        MalformedMessage: they do not end with the field.
+    """
+    place = 0
+    while place < len(message):
+        value, place = _varint(message, place)
+        yield value
+
+
 def _varint(message: memoryview, place: int) -> tuple[int, int]:
     value = 0
     for shift in range(_MAX_VARINT_BYTES):

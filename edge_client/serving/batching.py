@@ -264,11 +264,8 @@ class Batcher:
         stacked = _stack(jobs)
         try:
             outputs = _checked(version.run(stacked), sum(job.rows for job in jobs))
-        except DataError as error:
-            self._separate(jobs, error)
-            return
         except FedcoreError as error:
-            self._fail(jobs, failure(error))
+            self._separate(jobs, version, error)
             return
         except Exception as error:  # this thread answers other requests, too
             log.error("serve: a batch failed: %s: %s", type(error).__name__, foreign(error))
@@ -306,13 +303,20 @@ class Batcher:
             return False
         return True
 
-    def _separate(self, jobs: list[QueuedRequest], error: DataError) -> None:
-        """Refuses the requests with numbers that the model does not take, and runs the others."""
-        if len(jobs) == 1:
-            self._fail(jobs, RequestRefused(str(error)))
+    def _separate(
+        self, jobs: list[QueuedRequest], version: ServedVersion, error: FedcoreError
+    ) -> None:
+        """Refuses the requests that the model does not take or fails on, and runs the others.
+
+        Whether a request is answered must not depend on others that happened to come with it.
+        """
+        if len(jobs) > 1:
+            for job in jobs:
+                self._run([job])
             return
-        for job in jobs:
-            self._run([job])
+        if not isinstance(error, DataError):
+            self._metrics.left(version, jobs[0].inputs)
+        self._fail(jobs, failure(error))
 
     def _fail(self, jobs: list[QueuedRequest], error: FedcoreError) -> None:
         for job in jobs:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 
 Tensors = Mapping[str, AnyArray]
 Observe = Callable[["ServedVersion", Tensors, Tensors], None]
-"""Takes a batch: the version that answered, inputs and outputs."""
+"""Takes a batch: the version that answered, inputs and outputs; none if the model failed."""
 
 
 class Histogram:
@@ -78,6 +78,11 @@ class ModelMetrics:
                 self._latency.add(ended_s - since_s)
         if self._observe is not None:
             self._observe(version, inputs, outputs)
+
+    def left(self, version: ServedVersion, inputs: Tensors) -> None:
+        """Tells who observes of a request on which the model failed; `failed` counts it."""
+        if self._observe is not None:
+            self._observe(version, inputs, {})
 
     def failed(self, error: FedcoreError) -> None:
         """Counts a request that got an error."""

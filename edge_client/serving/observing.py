@@ -27,7 +27,7 @@ from edge_client.delivery.observed import (
 from edge_client.delivery.store import Record
 from edge_client.serving.metrics import Tensors
 from fedcore.artifacts.feedback import MAX_ROWS, MIN_ROWS, Observation, fits, pooled, shifts
-from fedcore.artifacts.reference import BinnedFeature, Reference, binned, measured, ragged
+from fedcore.artifacts.reference import BinnedFeature, Reference, Values, binned, measured, ragged
 from fedcore.observability.foreign import foreign
 
 if TYPE_CHECKING:
@@ -42,7 +42,7 @@ MAX_BYTES = 8 << 20
 
 
 class Sample(NamedTuple):
-    """Rows of a batch, with the version that answered them."""
+    """Rows of a batch, with the version that answered them; no outputs if it failed on them."""
 
     version: ServedVersion
     inputs: Tensors
@@ -104,6 +104,7 @@ class Observer:
             found = None
         self.observed = found or ServedWindows(record=self.record, current=self._opened())
         self._saved = found
+        self._warned = False
 
     def count(self, samples: list[Sample], totals: Observation) -> None:
         """Counts rows, and the requests since the last call; ends the window when it is time."""
@@ -145,20 +146,46 @@ class Observer:
         """Returns the counts of the first ``room`` rows."""
         if self.reference is None:
             return []
+        return [
+            self._counts(self.reference, inputs, outputs)
+            for inputs, outputs in _stacked(samples, room)
+        ]
+
+    def _counts(self, reference: Reference, inputs: Tensors, outputs: Tensors) -> Observation:
+        rows = len(next(iter(inputs.values())))
+        counts: list[tuple[int, ...]] = []
+        for side, tensors in (("input", inputs), ("output", outputs)):
+            features: list[BinnedFeature] = [one for one in reference.features if one.side == side]
+            if features:
+                values = self._measured(features, tensors, reference, rows)
+                edges = [one.edges for one in features]
+                counts += ragged(binned(values, edges), edges)
+        return Observation(rows=rows, counts=tuple(counts))
+
+    def _measured(
+        self, features: list[BinnedFeature], tensors: Tensors, reference: Reference, rows: int
+    ) -> Values:
+        """Returns the features of rows, missing where they cannot be measured.
+
+        Such rows are counted as well: otherwise their number, which is told without noise, would
+        depend on what is in them.
+        """
+        missing = np.full((rows, len(features)), np.nan)
+        if not tensors:
+            return missing
         try:
-            return [
-                _counts(self.reference, inputs, outputs, self.rng)
-                for inputs, outputs in _stacked(samples, room)
-            ]
+            return measured(features, tensors, reference.presentation, self.rng)
         except (IndexError, KeyError, ValueError) as error:  # signed, and still not of this model
-            log.warning(
-                "serve: %s version %d: its reference does not fit it (%s); no bins are counted",
-                self.model,
-                self.record.version,
-                foreign(error, 200),
-            )
-            self.reference = None
-            return []
+            if not self._warned:
+                log.warning(
+                    "serve: %s version %d: its reference does not fit it (%s); what does not fit "
+                    "counts as missing",
+                    self.model,
+                    self.record.version,
+                    foreign(error, 200),
+                )
+            self._warned = True
+            return missing
 
     def _fits(self, window: ServedWindow) -> bool:
         if self.reference is None:
@@ -167,22 +194,6 @@ class Observer:
 
     def _opened(self) -> ServedWindow:
         return ServedWindow(id=secrets.token_hex(8), opened_s=self.clock())
-
-
-def _counts(
-    reference: Reference,
-    inputs: Tensors,
-    outputs: Tensors,
-    rng: np.random.Generator,
-) -> Observation:
-    counts: list[tuple[int, ...]] = []
-    for side, tensors in (("input", inputs), ("output", outputs)):
-        features: list[BinnedFeature] = [one for one in reference.features if one.side == side]
-        if features:
-            values = measured(features, tensors, reference.presentation, rng)
-            edges = [one.edges for one in features]
-            counts += ragged(binned(values, edges), edges)
-    return Observation(rows=len(next(iter(inputs.values()))), counts=tuple(counts))
 
 
 def _stacked(samples: list[Sample], room: int) -> list[tuple[Tensors, Tensors]]:

@@ -86,7 +86,8 @@ class OwnerPolicy(Section):
     """Whether ``fedcore device run`` may tell the server how a model is used here: requests, errors
     and latencies, and in which bins of the release's reference inputs and outputs fell, never an
     input or an answer. Where privacy is on, because this file sets ``max_epsilon`` or the
-    model was trained with protection of examples, bins are told with ``feedback_epsilon`` alone."""
+    model was trained with protection of examples, bins are told with ``feedback_epsilon`` alone,
+    and errors and latencies are not."""
     feedback_epsilon: Annotated[float, Field(ge=0.01, le=100)] | None = None
     """Bins are told with noise: the epsilon of each row that is served here. A row is told once. It
     adds to what training spends on an example, and is not counted in ``max_epsilon``."""

@@ -65,10 +65,10 @@ class ModelDrift:
     """Features whose index is above the threshold, and beyond what chance explains."""
     requests: int
     error_rate: float | None
-    """Share of requests that failed in the model; None without requests."""
+    """Share of requests that failed in the model, of devices that tell it; None without any."""
     p50_us: float | None
     """Upper bound of the bucket of latency that holds the median, from arrival to outputs; None
-    without requests, or above 5 s."""
+    where no device tells it, or above 5 s."""
     p99_us: float | None
     left_out: int = 0
     """Devices whose counts do not fit the release, and count for nothing."""
@@ -130,6 +130,7 @@ def _drift(
     usable = [each for each in kept if _fits(reference, each.observation)]
     total = pooled(each.observation for each in usable)
     features = shifts(reference, total) if reference and total.rows >= MIN_ROWS else ()
+    asked = total.errors + sum(total.latency)  # of devices that tell errors and latencies
     return ModelDrift(
         model=model,
         version=version,
@@ -139,7 +140,7 @@ def _drift(
         worst=None if reference is None else _worst(reference, usable),
         drifted=tuple(each.feature for each in features if each.psi > max(above, each.chance)),
         requests=total.requests,
-        error_rate=total.errors / total.requests if total.requests else None,
+        error_rate=total.errors / asked if asked else None,
         p50_us=latency_us(total.latency, 0.5),
         p99_us=latency_us(total.latency, 0.99),
         left_out=len(kept) - len(usable),

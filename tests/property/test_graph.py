@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from functools import cache
+from typing import Any
 
 import numpy as np
 import onnx
@@ -11,7 +13,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_client.inference.graph import GraphNode, PlainGraph, UnreadableGraph, read_graph
+from edge_client.inference.graph import (
+    Attribute,
+    GraphNode,
+    PlainGraph,
+    StoredTensor,
+    UnreadableGraph,
+    read_graph,
+)
 
 
 @cache
@@ -20,7 +29,7 @@ def plain() -> bytes:
     nodes = [
         helper.make_node("Shape", ["x"], ["s"], name="n", start=0, end=1, doc_string="d"),
         helper.make_node("Concat", ["s", "rest"], ["to"], axis=0),
-        helper.make_node("Reshape", ["x", "to"], ["r"]),
+        helper.make_node("Reshape", ["x", "to"], ["r"], perm=[0, -1, 2], pad="NOTSET"),
         helper.make_node("QGemm", ["r", "w"], ["q"], domain="com.microsoft", alpha=1.5),
         helper.make_node("Constant", [], ["k"], value_floats=[1.0, 2.0]),
         helper.make_node("Add", ["q", "k"], ["y"]),
@@ -54,17 +63,40 @@ def read_by_onnx(raw: bytes) -> PlainGraph | None:
         if any(each.HasField("g") or each.graphs for each in node.attribute):
             return None
         domain = f"{node.domain}:" if node.domain not in ("", "ai.onnx") else ""
-        nodes.append(GraphNode(domain + node.op_type, tuple(node.input), tuple(node.output)))
-    stored = {each.name for each in graph.initializer}
+        attributes = {each.name: attribute(each) for each in node.attribute}
+        operator = domain + node.op_type
+        nodes.append(GraphNode(operator, tuple(node.input), tuple(node.output), attributes))
+    stored = {each.name: tensor(each) for each in graph.initializer}
+    own = [each.version for each in model.opset_import if each.domain in ("", "ai.onnx")]
     elsewhere = any(each.external_data for each in graph.initializer)
     if model.functions or graph.sparse_initializer or elsewhere:
         return None
     return PlainGraph(
         tuple(each.name for each in graph.input if each.name not in stored),
         tuple(each.name for each in graph.output),
-        frozenset(stored),
+        stored,
         tuple(nodes),
+        own[0] if len(own) == 1 else 0,
     )
+
+
+def attribute(read: Any) -> Attribute:
+    if read.HasField("t"):
+        return tensor(read.t)
+    if read.HasField("i"):
+        return int(read.i)
+    if read.HasField("s"):
+        return bytes(read.s)[:1024].decode("utf-8", "replace")
+    return tuple(read.ints) if 0 < len(read.ints) <= 64 else None
+
+
+def tensor(read: Any) -> StoredTensor:
+    size, numbers = math.prod(read.dims), list(read.int64_data)
+    if read.HasField("raw_data") == bool(numbers) or read.data_type != 7 or size > 64:
+        return StoredTensor(tuple(read.dims))
+    if not numbers and len(read.raw_data) == 8 * size:
+        numbers = np.frombuffer(read.raw_data, "<i8").tolist()
+    return StoredTensor(tuple(read.dims), tuple(numbers) if len(numbers) == size else None)
 
 
 def refused_or_alike(raw: bytes) -> bool:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import threading
 from dataclasses import dataclass, field, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -108,7 +109,7 @@ def test_a_window_is_told_once_and_again_while_the_server_is_away(store: Path) -
     assert len(link.came) == 3
     first = link.came[0]
     assert all(report == first for report in link.came)  # noise is drawn once
-    assert (first.model, first.version, first.rows, first.errors) == ("digits", 1, 200, 10)
+    assert (first.model, first.version, first.rows, first.errors) == ("digits", 1, 200, 0)
     end_window(store, "2")
     with pytest.raises(RepositoryUnreachable):
         tell(store, Link(away=1), OPEN)
@@ -118,7 +119,35 @@ def test_a_window_is_told_once_and_again_while_the_server_is_away(store: Path) -
     assert (waiting.came[0].rows, len(waiting.came[0].features)) == (0, 0)
     assert tell(store, link, OPEN)
     assert [list(each.counts) for each in link.came[-1].features] == [[150, 50, 0]] * 3
-    assert link.came[-1].noise_deviation == 0
+    assert (link.came[-1].noise_deviation, link.came[-1].errors) == (0, 10)
+
+
+def test_noise_is_drawn_once_for_a_window_whoever_tells(store: Path) -> None:
+    met = threading.Barrier(2, timeout=20)
+
+    class Meeting(Link):
+        def report_serving(self, report: ServingReport) -> None:
+            super().report_serving(report)
+            met.wait()  # both agents have decided before either has told
+
+    link = Meeting()
+    agents = [threading.Thread(target=tell, args=(store, link, NOISED)) for _ in range(2)]
+    for agent in agents:
+        agent.start()
+    for agent in agents:
+        agent.join()
+    assert len(link.came) == 2
+    assert link.came[0] == link.came[1]
+    end_window(store, "2")
+    assert tell(store, Link(), NOISED)
+    end_window(store, "1")  # a second server on this store still names its own window
+    assert not tell(store, Link(), NOISED)
+    end_window(store, "3")
+    told = store / "health" / "digits.told"
+    told.write_bytes(told.read_bytes()[:-9])  # it may be of this window
+    assert not tell(store, Link(), NOISED)
+    end_window(store, "4")
+    assert tell(store, Link(), NOISED)
 
 
 def test_bins_leave_a_device_with_privacy_with_noise_alone(store: Path) -> None:
@@ -126,7 +155,7 @@ def test_bins_leave_a_device_with_privacy_with_noise_alone(store: Path) -> None:
     told = what_to_tell(observation(), manifest, NOISED)
     assert told.noise_deviation == pytest.approx(9.29, abs=0.05)
     assert told.counts != observation().counts
-    assert told.requests == 200
+    assert (told.requests, told.errors, sum(told.latency)) == (200, 0, 0)
     budget = OwnerPolicy(feedback=True, max_epsilon=8.0)
     assert what_to_tell(observation(), manifest, budget).counts == ()
     private = manifest.privacy.model_copy(update={"unit": "example", "epsilon": 2.0})

@@ -7,7 +7,8 @@ import onnx
 import pytest
 from onnx import TensorProto, helper, numpy_helper
 
-from edge_client.inference.fixed_work import couples_rows, why_unbounded
+from edge_client.inference.fixed_work import why_unbounded
+from edge_client.inference.row_wise import why_coupled
 from tests import hostile_models as hostile
 
 
@@ -154,11 +155,4 @@ def test_everything_that_is_no_plain_graph_is_refused() -> None:
 )
 def test_what_is_no_onnx_file_is_refused(raw: bytes) -> None:
     assert why_unbounded(raw)
-    assert couples_rows(raw)
-
-
-def test_an_operator_that_scales_a_whole_batch_is_known() -> None:
-    scaled = [node("DynamicQuantizeLinear", ["x"], ["q", "s", "z"]), node("Identity", ["s"], ["y"])]
-    assert why(*scaled) == ""
-    assert couples_rows(model(scaled).SerializeToString())
-    assert not couples_rows(model([node("Relu", ["x"], ["y"])]).SerializeToString())
+    assert why_coupled(raw, (3,))

@@ -147,6 +147,26 @@ def test_a_failure_of_the_model_reaches_every_request(error: FedcoreError, reaso
     assert reasons(box) == [reason, reason]
 
 
+def test_a_request_that_the_model_fails_on_takes_no_other_with_it() -> None:
+    def run(inputs: Any) -> Any:
+        if (inputs["input"] < 0).any():
+            raise DeviceError("index out of range")
+        return Product().run(inputs)
+
+    version, boxes = Product(), [[] for _ in range(3)]
+    seen: list[Any] = []
+    version.run = run  # type: ignore[method-assign]
+    metrics = ModelMetrics(
+        lambda version, inputs, outputs: seen.append((len(inputs["input"]), len(outputs)))
+    )
+    queue = Batcher(lambda: version, QueueLimits(), metrics)
+    for x, box in zip([rows(1), rows(1, -50.0), rows(2)], boxes, strict=True):
+        queue.submit(job(x, box))
+    queue.run_waiting()
+    assert [reasons(box) for box in boxes] == [["answered"], ["failed"], ["answered"]]
+    assert seen == [(1, 1), (1, 0), (2, 1)]  # who counts rows sees all of them
+
+
 def test_a_fault_of_ours_is_an_answer_too(caplog: pytest.LogCaptureFixture) -> None:
     def fail(inputs: Any) -> Any:
         raise ZeroDivisionError("not expected " + "x" * 5000)

@@ -127,15 +127,20 @@ def test_no_more_rows_are_counted_than_a_look_allows(tmp_path: Path) -> None:
     assert one.observed.current.observation.rows == MAX_WAITING_ROWS
 
 
-def test_a_reference_that_does_not_fit_the_model_is_left_alone(
+def test_rows_are_counted_whatever_is_in_them(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
     one = observer(tmp_path, reference=reference(place=WIDTH))
     one.count(samples(0.5), answered(1))
     one.count(samples(0.5), answered(2))
-    assert (one.observed.current.observation.rows, one.reference) == (0, None)
-    assert one.observed.current.observation.requests == 2
-    assert caplog.text.count("does not fit") == 1
+    found = one.observed.current.observation
+    assert (found.rows, found.requests) == (2, 2)
+    assert caplog.text.count("does not fit it") == 1  # the bin of missing values has them
+    assert any(row[-1] == 2 for row in found.counts)
+    failed = observer(tmp_path / "failed", reference=reference())
+    (sample,) = samples(0.5)
+    failed.count([sample._replace(outputs={})], answered(1))
+    assert failed.observed.current.observation.rows == 1
 
 
 def test_what_a_version_before_answered_is_not_counted(tmp_path: Path) -> None:
