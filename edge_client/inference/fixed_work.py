@@ -7,7 +7,13 @@ can have the model loop or allocate without end.
 
 from __future__ import annotations
 
-from edge_client.inference.graph import PlainGraph, UnreadableGraph, read_graph
+from edge_client.inference.graph import (
+    GraphNode,
+    PlainGraph,
+    StoredTensor,
+    UnreadableGraph,
+    read_graph,
+)
 
 # Operators whose outputs have shapes that follow from the shapes of all inputs, and which take
 # time by these shapes. Control flow, sequences, strings, random numbers and operators that count
@@ -73,8 +79,28 @@ _SHAPED_BY: dict[str, tuple[int, ...]] = {
     "Upsample": (1,),
 }
 """Operators that take the shape of their output from these inputs, by place."""
-_OF_CONSTANTS = frozenset({"Mod"})
-"""Operators that end the process for some numbers: the least integer modulo -1 is a trap of x86."""
+
+
+def _names(text: str) -> frozenset[str]:
+    return frozenset(text.split())
+
+
+_TRAPS = frozenset({"Div", "Mod"})
+"""Operators that end the process for some whole numbers: the least one by -1 is a trap of x86."""
+_FRACTIONS = frozenset({1, 10, 11, 16})
+"""ONNX's numbers of float32, float16, float64 and bfloat16."""
+_OF_FRACTIONS = _names(
+    "BatchNormalization Conv DequantizeLinear Erf Exp Gelu GroupNormalization HardSigmoid "
+    "InstanceNormalization LayerNormalization Log LogSoftmax Reciprocal Sigmoid Softmax Sqrt "
+    "Tanh"
+)
+"""Operators that give nothing but fractions."""
+_OF_SAME_TYPE = _names(
+    "Abs Add Ceil Clip Concat Cos Div Expand Flatten Floor Gather Gemm GlobalAveragePool Identity "
+    "MatMul Max Mean Min Mul Neg Pow ReduceL1 ReduceL2 ReduceMax ReduceMean ReduceMin ReduceSum "
+    "ReduceSumSquare Relu Reshape Sin Slice Split Squeeze Sub Sum Transpose Unsqueeze"
+)
+"""Operators that give what their first input is of."""
 _ONLY_SHAPES = frozenset({"Shape", "Size"})
 """Operators whose outputs depend on the shape of their input, and not on its numbers."""
 _CONSTANT = "Constant"
@@ -107,6 +133,8 @@ def _first_doubt(graph: PlainGraph) -> str:
     from_numbers = dict.fromkeys(graph.initializers, False)
     from_numbers |= dict.fromkeys(graph.inputs, True)
     from_numbers[""] = False  # an optional input that is left out
+    fractions = {name for name, one in graph.initializers.items() if one.kind in _FRACTIONS}
+    fractions |= {name for name, kind in graph.kinds.items() if kind in _FRACTIONS}
     for node in graph.nodes:
         operator = node.operator
         if missing := [name for name in node.inputs if name not in from_numbers]:
@@ -115,14 +143,31 @@ def _first_doubt(graph: PlainGraph) -> str:
             shaping = [node.inputs[at] for at in _SHAPED_BY[operator] if at < len(node.inputs)]
             if any(from_numbers[name] for name in shaping):
                 return f"{operator} takes a shape from the numbers of an input"
-        elif operator in _OF_CONSTANTS:
+        elif operator in _TRAPS and not fractions.intersection(node.inputs):
             if any(from_numbers[name] for name in node.inputs):
                 return f"{operator} ends the process for some numbers of an input"
-        elif operator not in _BY_SHAPE | _ONLY_SHAPES | {_CONSTANT}:
+        elif operator not in _BY_SHAPE | _ONLY_SHAPES | _TRAPS | {_CONSTANT}:
             return f"the work of {operator} may depend on the numbers of an input"
         tainted = operator not in _ONLY_SHAPES and any(from_numbers[n] for n in node.inputs)
         for name in node.outputs:
             if name and name in from_numbers:
                 return f"two operators compute {name!r}"
             from_numbers[name] = tainted if name else False
+        if _gives_fractions(node, fractions):
+            fractions.update(filter(None, node.outputs))
     return ""
+
+
+def _gives_fractions(node: GraphNode, fractions: set[str]) -> bool:
+    """Returns whether all outputs surely are fractions, which no operator here traps on."""
+    if node.operator == _CONSTANT:
+        (told, *more) = node.attributes.items() or (("", None),)
+        stored = told[1]
+        exact = isinstance(stored, StoredTensor) and stored.kind in _FRACTIONS
+        return not more and (exact or told[0] in ("value_float", "value_floats"))
+    if node.operator == "Cast":
+        return node.attributes.get("to") in _FRACTIONS
+    if node.operator == "Where":
+        return not fractions.isdisjoint(node.inputs[1:])
+    same = node.operator in _OF_SAME_TYPE and bool(node.inputs) and node.inputs[0] in fractions
+    return same or node.operator in _OF_FRACTIONS

@@ -39,7 +39,8 @@ _ATTRIBUTE_KNOWN = {1, 2, 3, 4, 5, 7, 8, 9, 10, 13, 20}
 _TENSOR_DIMS, _TENSOR_TYPE, _TENSOR_INT64, _TENSOR_RAW = 1, 2, 7, 9
 _TENSOR_NAME, _TENSOR_EXTERNAL, _TENSOR_LOCATION = 8, 13, 14
 _TENSOR_KNOWN = {*range(1, 13), 16}
-_VALUE_NAME = 1
+_VALUE_NAME, _VALUE_TYPE = 1, 2
+_TYPE_KNOWN, _TENSOR_TYPE_KNOWN = {1, 6}, {1, 2}
 _MODEL_OPSET, _OPSET_DOMAIN, _OPSET_VERSION = 8, 1, 2
 _INT64 = 7
 _MOST_NUMBERS = 64
@@ -52,9 +53,11 @@ class UnreadableGraph(ValueError):
 
 @dataclass(frozen=True)
 class StoredTensor:
-    """Shape of a tensor in the file, and its numbers if they are a few of int64."""
+    """Shape and type of a tensor in the file, and its numbers if they are a few of int64."""
 
     shape: tuple[int, ...]
+    kind: int
+    """ONNX's number of the type of its elements."""
     numbers: tuple[int, ...] | None = None
 
 
@@ -82,6 +85,8 @@ class PlainGraph:
     outputs: tuple[str, ...]
     initializers: Mapping[str, StoredTensor]
     nodes: tuple[GraphNode, ...]
+    kinds: Mapping[str, int]
+    """ONNX's numbers of the types of the elements of each input; 0 where it is no tensor."""
     opset: int
     """Version of ONNX's own operators; 0 if the file doesn't say."""
 
@@ -138,7 +143,7 @@ def _opset(message: memoryview, budget: FieldBudget) -> list[int]:
 def _graph(message: memoryview, opset: int, budget: FieldBudget) -> PlainGraph:
     nodes: list[GraphNode] = []
     initializers: dict[str, StoredTensor] = {}
-    inputs: list[str] = []
+    kinds: dict[str, int] = {}
     outputs: list[str] = []
     for number, kind, value in fields(message, budget):
         _demand_known("the graph", number, _GRAPH_KNOWN)
@@ -152,10 +157,15 @@ def _graph(message: memoryview, opset: int, budget: FieldBudget) -> PlainGraph:
         elif number == _GRAPH_SPARSE:
             raise UnreadableGraph("it has sparse tensors")
         elif number in (_GRAPH_INPUT, _GRAPH_OUTPUT):
-            name = _value_name(_bytes("an input or output", kind, value), budget)
-            (inputs if number == _GRAPH_INPUT else outputs).append(name)
-    given = tuple(name for name in inputs if name not in initializers)
-    return PlainGraph(given, tuple(outputs), initializers, tuple(nodes), opset)
+            name, of_elements = _value(_bytes("an input or output", kind, value), budget)
+            if number == _GRAPH_OUTPUT:
+                outputs.append(name)
+            elif name in kinds:
+                raise UnreadableGraph("two inputs have one name")
+            else:
+                kinds[name] = of_elements
+    given = {name: of for name, of in kinds.items() if name not in initializers}
+    return PlainGraph(tuple(given), tuple(outputs), initializers, tuple(nodes), given, opset)
 
 
 def _node(message: memoryview, budget: FieldBudget) -> GraphNode:
@@ -220,9 +230,7 @@ def _tensor(message: memoryview, budget: FieldBudget) -> tuple[str, StoredTensor
         elif number == _TENSOR_DIMS:
             shape += _wholes(kind, value)
         elif number == _TENSOR_TYPE:
-            kinds.append(_whole(value))
-            if abs(kinds[-1]) >= 1 << 31:  # protobuf keeps 32 bits of it
-                raise UnreadableGraph("a tensor has no possible type")
+            kinds.append(_kind(value))
         elif number == _TENSOR_INT64 and len(numbers) <= _MOST_NUMBERS:
             numbers += _wholes(kind, value)
         elif number == _TENSOR_RAW:
@@ -230,11 +238,12 @@ def _tensor(message: memoryview, budget: FieldBudget) -> tuple[str, StoredTensor
     if len(shape) > _MOST_NUMBERS or min(shape, default=0) < 0:
         raise UnreadableGraph("a tensor has no possible shape")
     size, known = math.prod(shape), None
-    if kinds[-1:] == [_INT64] and size <= _MOST_NUMBERS and (raw is None) != (not numbers):
+    of_elements = kinds[-1] if kinds else 0
+    if of_elements == _INT64 and size <= _MOST_NUMBERS and (raw is None) != (not numbers):
         if raw is not None and len(raw) == 8 * size:
             numbers = np.frombuffer(raw, "<i8").tolist()
         known = tuple(numbers) if len(numbers) == size else None
-    return _only(names), StoredTensor(tuple(shape), known)
+    return _only(names), StoredTensor(tuple(shape), of_elements, known)
 
 
 def _wholes(kind: int, value: int | memoryview) -> list[int]:
@@ -259,13 +268,32 @@ def _signed(value: int) -> int:
     return value - (1 << 64) if value >> 63 else value
 
 
-def _value_name(message: memoryview, budget: FieldBudget) -> str:
-    names = [
-        _text(kind, value)
-        for number, kind, value in fields(message, budget)
-        if number == _VALUE_NAME
-    ]
-    return _only(names)
+def _value(message: memoryview, budget: FieldBudget) -> tuple[str, int]:
+    """Returns name and type of the elements of an input or output."""
+    names, types, kinds = list[str](), list[memoryview](), list[int]()
+    for number, kind, value in fields(message, budget):
+        if number == _VALUE_NAME:
+            names.append(_text(kind, value))
+        elif number == _VALUE_TYPE:
+            types.append(_bytes("a type", kind, value))
+    for depth in (_TYPE_KNOWN, _TENSOR_TYPE_KNOWN):
+        if len(types) > 1:  # protobuf would merge them
+            raise UnreadableGraph("an input or output has two types")
+        inner, types = types, []
+        for number, kind, value in (one for each in inner for one in fields(each, budget)):
+            _demand_known("a type", number, depth)
+            if number == 1 and depth == _TYPE_KNOWN:
+                types.append(_bytes("a type", kind, value))
+            elif number == 1:
+                kinds.append(_kind(value))
+    return _only(names), kinds[-1] if kinds else 0
+
+
+def _kind(value: int | memoryview) -> int:
+    found = _whole(value)
+    if abs(found) >= 1 << 31:  # protobuf keeps 32 bits of it
+        raise UnreadableGraph("a tensor has no possible type")
+    return found
 
 
 def _demand_known(where: str, number: int, known: set[int]) -> None:

@@ -76,6 +76,11 @@ def read_by_onnx(raw: bytes) -> PlainGraph | None:
         tuple(each.name for each in graph.output),
         stored,
         tuple(nodes),
+        {
+            each.name: each.type.tensor_type.elem_type
+            for each in graph.input
+            if each.name not in stored
+        },
         own[0] if len(own) == 1 else 0,
     )
 
@@ -93,10 +98,11 @@ def attribute(read: Any) -> Attribute:
 def tensor(read: Any) -> StoredTensor:
     size, numbers = math.prod(read.dims), list(read.int64_data)
     if read.HasField("raw_data") == bool(numbers) or read.data_type != 7 or size > 64:
-        return StoredTensor(tuple(read.dims))
+        return StoredTensor(tuple(read.dims), read.data_type)
     if not numbers and len(read.raw_data) == 8 * size:
         numbers = np.frombuffer(read.raw_data, "<i8").tolist()
-    return StoredTensor(tuple(read.dims), tuple(numbers) if len(numbers) == size else None)
+    known = tuple(numbers) if len(numbers) == size else None
+    return StoredTensor(tuple(read.dims), read.data_type, known)
 
 
 def refused_or_alike(raw: bytes) -> bool:

@@ -104,6 +104,24 @@ def test_operators_of_other_domains_are_not_those_of_the_same_name() -> None:
     assert "com.microsoft:EPContext" in why(node("EPContext", ["x"], ["y"], domain="com.microsoft"))
 
 
+def test_whole_numbers_are_not_divided_in_process() -> None:
+    # The least int64 by -1 ends the process, and a caller chooses the -1.
+    least = np.array([-(2**63)])
+    to = node("Cast", ["x"], ["i"], to=TensorProto.INT64)
+    assert "Div ends the process" in why(to, node("Div", ["least", "i"], ["y"]), least=least)
+    assert "Div ends" in why(to, node("Abs", ["i"], ["a"]), node("Div", ["a", "i"], ["y"]))
+    fifth = np.float32(5)
+    assert why(node("Sub", ["x", "f"], ["a"]), node("Div", ["f", "a"], ["y"]), f=fifth) == ""
+    assert why(node("Exp", ["x"], ["a"]), node("Div", ["a", "a"], ["y"])) == ""
+    back = node("Cast", ["i"], ["f"], to=TensorProto.FLOAT)
+    assert why(to, back, node("Div", ["f", "f"], ["y"])) == ""
+    halves = node("Constant", [], ["k"], value_float=0.5)
+    assert why(to, halves, back, node("Div", ["f", "k"], ["y"])) == ""
+    whole = node("Constant", [], ["k"], value_int=-1)
+    assert "Div ends" in why(to, whole, node("Div", ["i", "k"], ["y"]))
+    assert why(node("Shape", ["x"], ["s"]), whole, node("Div", ["s", "k"], ["y"])) == ""
+
+
 def test_names_that_two_readers_could_take_differently_are_refused() -> None:
     assert "before it is computed" in why(node("Relu", ["later"], ["y"]))
     assert "two operators compute 'a'" in why(node("Relu", ["x"], ["a"]), node("Abs", ["x"], ["a"]))
