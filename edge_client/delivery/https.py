@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import base64
 import http.client
+import io
 import os
 import socket
 import ssl
@@ -16,6 +17,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
+from typing import Any
 from urllib.parse import SplitResult, quote, unquote, urlsplit
 
 from edge_client.delivery.resuming import Interrupted, resumed
@@ -27,6 +29,9 @@ from fedcore.rpc.proxy import check_proxies, proxy_for
 
 _CONNECT_S, _READ_S, _REQUEST_S = 10.0, 30.0, 60.0
 """Longest time to connect, between two pieces, and for a request; a file goes on in another."""
+_BESIDE_BYTES = 128 << 10
+"""Most bytes of a response beside its content, and a sixteenth of that: headers, interim responses,
+framing. http.client reads them without end."""
 _MISSING = (403, 404, 410)
 """A bucket whose content may not be listed answers 403 for what it does not have."""
 _BUSY = (408, 429, 500, 502, 503, 504)
@@ -91,6 +96,7 @@ def _once(host: str, port: int, path: str, context: ssl.SSLContext, offset: int)
         ranged = {"Range": f"bytes={offset}-"} if offset else {}
         connection.request("GET", path, headers={"Accept-Encoding": "identity", **ranged})
         response = connection.getresponse()
+        assert isinstance(response, _Response)
         if response.status == 416:  # there is nothing from this offset on
             return
         _check(response, host)
@@ -100,6 +106,7 @@ def _once(host: str, port: int, path: str, context: ssl.SSLContext, offset: int)
         if response.status == 206 and _start(response) != offset:
             raise Interrupted("it sent another range than the one asked for")
         while content := response.read1(CHUNK_BYTES):
+            response.received.allow(len(content))
             kept = content[skipped:]
             skipped = max(skipped - len(content), 0)
             if kept:
@@ -134,6 +141,40 @@ def _start(response: http.client.HTTPResponse) -> int:
     return int(first) if unit == "bytes" and first.isdecimal() and len(first) < 19 else -1
 
 
+class _Received(io.RawIOBase):
+    """The bytes of a response, of which little may be anything but content."""
+
+    def __init__(self, raw: io.RawIOBase) -> None:
+        self._raw, self._left = raw, _BESIDE_BYTES
+
+    def allow(self, content_bytes: int) -> None:
+        """Says how many of the bytes that came were content."""
+        self._left += content_bytes + content_bytes // 16
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int | None:
+        found = self._raw.readinto(buffer)
+        self._left -= found or 0
+        if self._left < 0:
+            raise http.client.HTTPException("it sent far more than its content")
+        return found
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+class _Response(http.client.HTTPResponse):
+    """A response whose bytes are counted; also a proxy's."""
+
+    def __init__(self, sock: socket.socket, *args: Any, **options: Any) -> None:
+        super().__init__(sock, *args, **options)
+        self.received = _Received(self.fp.detach())
+        self.fp = io.BufferedReader(self.received)
+
+
 @contextmanager
 def _connected(
     host: str, port: int, context: ssl.SSLContext
@@ -148,6 +189,8 @@ def _connected(
             through.hostname or "", through.port or 80, timeout=_CONNECT_S, context=context
         )
         connection.set_tunnel(host, port, headers=_authorization(through))
+
+    connection.response_class = _Response
 
     def shut() -> None:
         if (sock := connection.sock) is not None:

@@ -109,6 +109,44 @@ def test_a_server_that_misbehaves_changes_nothing(
     assert world.answers() == 1.0
 
 
+WADED: dict[str, Callable[[bytes], bytes]] = {
+    "interim responses": lambda raw: (
+        b"HTTP/1.1 100 Continue\r\n\r\n" * 40_000
+        + b"HTTP/1.1 200 OK\r\nContent-Length: %d\r\n\r\n" % len(raw)
+        + raw
+    ),
+    "trailers": lambda raw: (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n%x\r\n" % len(raw)
+        + raw
+        + b"\r\n0\r\n"
+        + b"a: b\r\n" * 170_000
+        + b"\r\n"
+    ),
+    "chunk extensions": lambda raw: (
+        b"HTTP/1.1 200 OK\r\nTransfer-Encoding: chunked\r\n\r\n"
+        + b"".join(b"1;%s\r\n%c\r\n" % (b"x" * 1000, byte) for byte in raw)
+        + b"0\r\n\r\n"
+    ),
+}
+
+
+@pytest.mark.parametrize("how", WADED)
+def test_a_device_does_not_wade_through_a_megabyte_beside_the_content(
+    world: Any, trusted: ssl.SSLContext, how: str
+) -> None:
+    def behave(connection: Any, request: bytes) -> None:
+        path = world.repository / asked(request)[0].removeprefix("/releases/")
+        raw = path.read_bytes() if path.is_file() else b""
+        connection.sendall(
+            WADED[how](raw) if raw else b"HTTP/1.1 404 No\r\nContent-Length: 0\r\n\r\n"
+        )
+
+    world.publish(2.0)
+    with answering(behave, trusted) as port, pytest.raises(RepositoryUnreachable):
+        world.update(https_source(f"https://127.0.0.1:{port}/releases"))
+    assert world.answers() == 1.0
+
+
 def test_a_slow_server_is_given_up(
     world: Any, trusted: ssl.SSLContext, monkeypatch: pytest.MonkeyPatch
 ) -> None:
