@@ -185,8 +185,10 @@ def _of_nodes(settings: Finetune) -> list[str]:
 
 
 def _of_sharding(settings: Finetune) -> list[str]:
-    """Returns what fine-tuning's settings ask of FSDP2 that it does not do."""
+    """Returns what fine-tuning's settings ask of a divided model that it does not do."""
     found = list[str]()
+    if settings.shard == "tensor":
+        return _of_tensors(settings)
     if settings.shard != "always":
         return found
     if settings.precision == "fp16":
@@ -199,6 +201,31 @@ def _of_sharding(settings: Finetune) -> list[str]:
             f"finetune.shard = 'always' contradicts finetune.communication = "
             f"{settings.communication!r}, which is DDP's. Leave one of the two out."
         )
+    return found
+
+
+_NOT_OF_TENSORS = {
+    "nodes": (1, "processes add up activations in every layer, within one machine"),
+    "precision": ("fp32", "divided matrices are computed in float32 alone"),
+    "communication": ("fp32", "activations travel, and gradients do not"),
+    "max_grad_norm": (None, "no process has the whole gradient, whose norm it would need"),
+    "fused": (False, "its kernel does not take divided and whole matrices together"),
+    "compile": (False, "a compiled model would be divided after it is compiled"),
+    "auto": (False, "its trials change the number of processes that divide a batch"),
+}
+"""Settings that tensor parallelism does not work with: the value that it needs, and why."""
+
+
+def _of_tensors(settings: Finetune) -> list[str]:
+    found = list[str]()
+    for name, (needed, why) in _NOT_OF_TENSORS.items():
+        value = getattr(settings, name)
+        if value != needed:
+            remedy = "Leave it out" if needed is None else f"Set it to {needed!r}"
+            found.append(
+                f"finetune.{name} = {value!r} contradicts finetune.shard = 'tensor': {why}. "
+                f"{remedy}, or set shard to 'always' or 'auto'."
+            )
     return found
 
 

@@ -122,10 +122,11 @@ class Finetune(Section):
     prefetch: Annotated[int, Field(ge=0, le=1024)] = 0
     """Batches that a thread reads ahead, in pinned memory where there is a GPU. A data set that
     draws from process-wide random streams is then no longer reproducible."""
-    shard: Literal["auto", "never", "always"] = "auto"
+    shard: Literal["auto", "never", "always", "tensor"] = "auto"
     """Whether parameters, gradients and optimiser state are divided among processes (FSDP2) in
     place of copied (DDP). ``auto``: where an estimate of their memory does not fit a process; a
-    note tells the estimate."""
+    note tells the estimate. ``tensor``: the matrices of feed-forward layers are divided, and every
+    process computes the whole batch with its part (tensor parallelism)."""
     auto: bool = False
     """Tries other ways to compute a step before training, for at most ``auto_s``, and trains in the
     fastest that fits into memory: ``processes``, ``accumulate_steps``, ``prefetch``, ``fused`` and

@@ -24,6 +24,18 @@ class Group:
     world: int = 1
     control: dist.ProcessGroup | None = None
     """Group of all processes for tensors on the CPU; None for the default one."""
+    together: bool = False
+    """Whether every process computes each batch as a whole, with its part of the model."""
+
+    @property
+    def shares(self) -> int:
+        """Number of shares that a batch is divided into."""
+        return 1 if self.together else self.world
+
+    @property
+    def share(self) -> int:
+        """Number of this process's share."""
+        return 0 if self.together else self.rank
 
     def total(self, values: Tensor) -> Tensor:
         """Returns the sum over processes of a tensor on the CPU."""
@@ -140,7 +152,7 @@ class StepLog:
         return Exchanged(
             first_step=step - number,
             losses=tuple((totals[:number] / totals[number : 2 * number]).tolist()),
-            examples=int(totals[number : 2 * number].sum()),
+            examples=int(totals[number : 2 * number].sum()) * self.group.shares // world,
             seconds=seconds,
             busy_s=tuple(busy.tolist()),
             memory_bytes=tuple(map(int, memory.tolist())),

@@ -125,9 +125,8 @@ def train_start(
     if run.finetune.private:
         from server.finetune.private_loop import train_privately  # compiles on import
 
-        assert isinstance(model, FullModel)
         train_privately(
-            model,
+            cast(FullModel, model),
             task,
             examples,
             run,
@@ -140,17 +139,19 @@ def train_start(
         )
         return
     settings, end_s = run.finetune, time.monotonic() + run.finetune.timeout_s
-    torch.manual_seed(derive(run.seed, "fine-tuning", group.rank))  # for dropout
+    group = replace(group, together=settings.shard == "tensor")
+    torch.manual_seed(derive(run.seed, "fine-tuning", group.share))  # for dropout
     trained, loss_of = model, cast(Callable[[Any, Tensor], Tensor], task.loss_of)
     if remember:
         trained, loss_of = beside_teacher(model, model, task.loss_of, task.problem, weight=remember)
-    batch, share = max(1, settings.batch_size // group.world), -(-size_of(examples) // group.world)
+    batch = max(1, settings.batch_size // group.shares)
+    share = -(-size_of(examples) // group.shares)
     least = least_rows(trained, loss_of, examples, count=share, batch_size=batch)
     with ExitStack() as until_trained:
         until_trained.enter_context(recomputed(trained, active=settings.activation_checkpointing))
         parallel = trained
         if group.world > 1:
-            unused = unused or leaves_unused(trained, loss_of, examples, batch)
+            unused = unused or group.together or leaves_unused(trained, loss_of, examples, batch)
             parallel = distributed(
                 trained, settings, group, device, unused=unused, note=note or (lambda text: None)
             )
@@ -222,8 +223,8 @@ def _train_epoch(trainer: FineTuner, position: Position) -> Position:
         size_of(trainer.examples),
         position,
         seed=trainer.seed,
-        rank=group.rank,
-        world=group.world,
+        rank=group.share,
+        world=group.shares,
     )
     steps = batches_of(rows, trainer.batch, least=trainer.least) if len(rows) else []
     split = [_parts(trainer, step) for step in steps]
@@ -236,7 +237,7 @@ def _train_epoch(trainer: FineTuner, position: Position) -> Position:
             _set_rate(trainer, position)
             loss_sum = _take_step(trainer, islice(batches, len(parts)), len(parts), len(step))
             total, count = total + loss_sum, count + len(step)
-            consumed = position.consumed + len(step) * group.world
+            consumed = position.consumed + len(step) * group.shares
             position = replace(position, consumed=consumed, step=position.step + 1)
             due = trainer.log.add(loss_sum, len(step))
             saves = trainer.checkpoints and position.step % trainer.checkpoints.every == 0

@@ -18,6 +18,7 @@ from fedcore.task.definition import Examples, size_of
 from fedcore.training.batches import gather
 from server.finetune.control import Group
 from server.finetune.sharding import estimate_memory, shard
+from server.finetune.tensor_parallel import divide_matrices
 from server.process.cores import usable_cores
 from server.process.memory import return_freed_blocks
 
@@ -82,7 +83,8 @@ def distributed(
 ) -> nn.Module:
     """Returns the module to call in place of ``module``, so that processes train it together.
 
-    Under DDP each has a copy, and gradients are averaged. Under FSDP2 ``module`` itself is divided
+    Under DDP each has a copy, and gradients are averaged. With tensor parallelism each has parts of
+    the large matrices, and computes the whole batch. Under FSDP2 ``module`` itself is divided
     among them; ``finetune.shard`` and an estimate of memory decide. On CPUs, this process then
     returns large blocks of memory to the system as soon as they are freed, until it ends.
 
@@ -94,6 +96,9 @@ def distributed(
         unused: Whether a step may leave a parameter without a gradient.
         note: Receives the estimate where it leads to sharding.
     """
+    if settings.shard == "tensor":
+        divide_matrices(module, device, group.world)
+        return module
     local_world = int(os.environ.get("LOCAL_WORLD_SIZE", group.world))
     estimate = estimate_memory(module, settings, device, world=group.world, local_world=local_world)
     asked = settings.shard == "always"

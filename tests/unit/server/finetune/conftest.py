@@ -69,7 +69,13 @@ def make_run(**settings: Any) -> RunConfig:
 
 
 def trained_here(
-    run: RunConfig, task: Task | None = None, *, rank: int = 0, world: int = 1, **given: Any
+    run: RunConfig,
+    task: Task | None = None,
+    *,
+    rank: int = 0,
+    world: int = 1,
+    remember: float = 0.0,
+    **given: Any,
 ) -> tuple[FullModel, Curve]:
     """Trains a new model in this process, and returns it with its course."""
     task = task or make_task()
@@ -81,7 +87,7 @@ def trained_here(
             make_examples(),
             run,
             device,
-            remember=0.0,
+            remember=remember,
             group=make_group(device) if world > 1 else ALONE,
             curve=curve if rank == 0 else None,
             **given,
