@@ -13,7 +13,14 @@ from fedcore.artifacts.manifest import FileEntry
 from fedcore.errors import DataError, DigestMismatch
 from fedcore.files import disk_errors, open_regular, remove
 
+PART = ".part"
+"""Suffix of unfinished files."""
 _APPEND = os.O_WRONLY | os.O_APPEND | os.O_CREAT
+
+
+def unfinished_name(entry: FileEntry) -> str:
+    """Returns the name of a file while it is fetched."""
+    return f"{entry.sha256}{PART}"
 
 
 def fetch(source: Source, location: str, entry: FileEntry, incoming: Path) -> Path:
@@ -36,7 +43,7 @@ def fetch(source: Source, location: str, entry: FileEntry, incoming: Path) -> Pa
         DiskFull: there was no room; the unfinished file is removed.
     """
     incoming.mkdir(parents=True, exist_ok=True)
-    partial = incoming / f"{entry.sha256}.part"
+    partial = incoming / unfinished_name(entry)
     resumed = os.path.lexists(partial)
     if resumed and not stat.S_ISREG(os.lstat(partial).st_mode):
         remove(partial)  # a pipe, folder or link: not from a fetch

@@ -7,7 +7,7 @@
     models/MODEL/active      the version that serves, and the digest of its manifest
     models/MODEL/previous    the version that served before: the fallback
     models/MODEL/held        a version that is not to be installed (`edge_client.delivery.held`)
-    incoming/                unfinished fetches
+    incoming/MODEL/          unfinished fetches of its latest offer
     trust/                   trusted state (`edge_client.delivery.trust`)
     tuning/                  settings measured here (`edge_client.inference.tuning`)
     health/                  measurements of serving versions (`edge_client.delivery.health`)

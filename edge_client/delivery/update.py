@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 
 from edge_client.delivery import store as installed
-from edge_client.delivery.fetch import fetch
+from edge_client.delivery.fetch import PART, fetch, unfinished_name
 from edge_client.delivery.floor import read_versions, write_versions
 from edge_client.delivery.held import hold, read_held, release_held
 from edge_client.delivery.roots import anchor
@@ -153,10 +153,10 @@ def _install(
 ) -> float:
     """Fetches, tests and activates an offer; returns the self-test's largest difference."""
     model, trust = offer.manifest.model, store / "trust"
-    incoming = store / "incoming"
+    incoming, entries = store / "incoming" / model, (offer.manifest.onnx, offer.manifest.golden)
+    _drop_unfinished(incoming, kept={unfinished_name(entry) for entry in entries})
     onnx, golden = (
-        fetch(source, offer.locations[entry.path], entry, incoming)
-        for entry in (offer.manifest.onnx, offer.manifest.golden)
+        fetch(source, offer.locations[entry.path], entry, incoming) for entry in entries
     )
     with installed.staged(store, model, offer.manifest_raw, onnx, golden) as folder:
         golden_error = _tested(store, offer.manifest, folder, record, threads, limits)
@@ -164,9 +164,18 @@ def _install(
         write_versions(trust, floor)  # before what it protects is in force
         installed.activate(store, model, folder, record, before)
         release_held(store, model)
-    for unfinished in incoming.iterdir():
-        remove(unfinished)
+    remove(incoming)
     return golden_error
+
+
+def _drop_unfinished(incoming: Path, kept: Collection[str]) -> None:
+    """Removes unfinished fetches of earlier offers: each may take the room of a whole model."""
+    if not incoming.parent.is_dir():
+        return
+    before = [path for path in incoming.parent.iterdir() if path.suffix == PART]  # not by model
+    own = incoming.iterdir() if incoming.is_dir() else ()
+    for path in (*before, *(each for each in own if each.name not in kept)):
+        remove(path)
 
 
 def _tested(

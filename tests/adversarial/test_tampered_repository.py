@@ -75,7 +75,7 @@ def test_a_file_of_another_length(world: Any, change: str) -> None:
     if change == "longer":
         path.write_bytes(raw + b"\0" * 5_000_000)
         world.check_refused(DigestMismatch, "got more bytes")
-        assert list((world.store / "incoming").glob("*.part")) == []
+        assert list((world.store / "incoming").rglob("*.part")) == []
     elif change == "shorter":
         path.write_bytes(raw[:-10])
         world.check_refused(DigestMismatch, f"got only the first {len(raw) - 10}")

@@ -183,7 +183,8 @@ def test_what_lies_in_the_place_of_an_unfinished_fetch_is_removed(
     run(publisher, store, root=publisher.root)
     publisher.publish(2.0)
     (model,) = (publisher.repository / "targets").rglob("2/*.model.onnx")
-    part = store / "incoming" / f"{model.name.partition('.')[0]}.part"
+    part = store / "incoming" / "digits" / f"{model.name.partition('.')[0]}.part"
+    part.parent.mkdir()
     (tmp_path / "other").write_bytes(b"not ours")
     {
         "pipe": lambda: os.mkfifo(part),
@@ -192,3 +193,22 @@ def test_what_lies_in_the_place_of_an_unfinished_fetch_is_removed(
     }[what]()
     assert run(publisher, store).version == 2
     assert (tmp_path / "other").read_bytes() == b"not ours"
+
+
+def test_no_more_than_one_version_is_left_unfinished(publisher: Any, store: Path) -> None:
+    publisher.publish()
+    run(publisher, store, root=publisher.root)
+    (store / "incoming" / ("a" * 64 + ".part")).write_bytes(b"of a version before")
+    for version in (2, 3, 4):  # a server that withholds one file of each version
+        publisher.publish(float(version))
+        (golden,) = (publisher.repository / "targets").rglob(f"{version}/*.golden.safetensors")
+        golden.rename(golden.with_suffix(".withheld"))
+        with pytest.raises(DataError, match="lacks this file"):
+            run(publisher, store)
+        left = [path for path in (store / "incoming").rglob("*") if path.is_file()]
+        (model,) = (publisher.repository / "targets").rglob(f"{version}/*.model.onnx")
+        whole = {path.name.partition(".")[0] for path in left if path.stat().st_size}
+        assert whole == {model.name.partition(".")[0]}
+    golden.with_suffix(".withheld").rename(golden)
+    assert run(publisher, store).version == 4
+    assert list((store / "incoming").iterdir()) == []
