@@ -89,22 +89,27 @@ def check_memory(
             )
 
 
+_SMALLER = "reduce client.batch_size or the size of the model"
+
+
 @contextmanager
-def memory_errors(what: str) -> Iterator[None]:
-    """Converts allocation failures within the context to `InsufficientMemory`."""
+def memory_errors(what: str, *, remedy: str = _SMALLER) -> Iterator[None]:
+    """Converts allocation failures within the context to `InsufficientMemory`.
+
+    Args:
+        what: The work, for the message.
+        remedy: What needs less memory, in the imperative.
+    """
     try:
         yield
     except (MemoryError, torch.OutOfMemoryError) as error:
-        raise _out_of_memory(what, error) from error
+        raise _out_of_memory(what, error, remedy) from error
     except RuntimeError as error:
         if "allocate memory" not in str(error):
             raise
-        raise _out_of_memory(what, error) from error
+        raise _out_of_memory(what, error, remedy) from error
 
 
-def _out_of_memory(what: str, error: Exception) -> InsufficientMemory:
+def _out_of_memory(what: str, error: Exception, remedy: str) -> InsufficientMemory:
     told = next(iter(str(error).splitlines()), type(error).__name__)  # MemoryError has no message
-    return InsufficientMemory(
-        f"{what}: memory ran out ({told}). The work was abandoned; reduce client.batch_size or "
-        "the size of the model."
-    )
+    return InsufficientMemory(f"{what}: memory ran out ({told}). The work was abandoned; {remedy}.")

@@ -25,7 +25,7 @@ from fedcore.training.batches import batches_of, gather
 from fedcore.training.distillation import beside_teacher
 from fedcore.training.local import check_loss, clip_gradients, diverged, make_optimizer
 from fedcore.training.lone_rows import least_rows, use_running_statistics
-from fedcore.training.memory import used_bytes
+from fedcore.training.memory import memory_errors, used_bytes
 from server.finetune.control import ALONE, Exchanged, Group, StepLog
 from server.finetune.curve import Curve
 from server.finetune.loading import Batch, loaded
@@ -198,6 +198,13 @@ def _checkpoints(place: Path, settings: Finetune, group: Group) -> CheckpointFol
     return CheckpointFolder(place, place.name, every, keep, group)
 
 
+_LESS_MEMORY = (
+    "raise finetune.accumulate_steps, set finetune.activation_checkpointing, or finetune.shard = "
+    "'always' with several processes, or reduce finetune.batch_size"
+)
+
+
+@memory_errors("fine-tuning", remedy=_LESS_MEMORY)
 def _train(trainer: FineTuner) -> None:
     """Trains from the newest checkpoint to the end, with returns to a checkpoint on the way."""
     position = Position()

@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import load_file
 
 from fedcore.config.run import RunConfig
-from fedcore.errors import TrainingDiverged, TrainingError
+from fedcore.errors import InsufficientMemory, TrainingDiverged, TrainingError
 from fedcore.task.definition import load_task
 from fedcore.task.model import build_model, checkpoint_bytes
 from server.finetune.job import Job, trained
@@ -155,6 +155,15 @@ def test_an_error_of_the_tasks_code_is_told_with_the_way_out(tmp_path: Path) -> 
         "is kept; correct the task, or set finetune.epochs to 0.",
         "final": True,
     }
+
+
+def test_a_batch_that_does_not_fit_memory_is_told_with_the_way_out(tmp_path: Path) -> None:
+    job = make_job(tmp_path, loss="torch.empty(1 << 56, dtype=torch.uint8)")
+    with pytest.raises(InsufficientMemory, match=r"memory ran out .* finetune\.accumulate_steps"):
+        work(job)
+    assert told(job)["type"] == "InsufficientMemory"
+    assert told(job)["final"]
+    assert not torch.distributed.is_initialized()
 
 
 def test_more_time_than_allowed_ends_it_in_the_middle_of_an_epoch(tmp_path: Path) -> None:
