@@ -68,13 +68,13 @@ def test_divided_matrices_train_as_whole_ones(in_group: Grouped, place: Path) ->
 def test_a_training_continues_with_matrices_divided_otherwise(
     in_group: Grouped, place: Path, before: str, after: str
 ) -> None:
-    settings = {"epochs": 12, "checkpoint_steps": 20, "learning_rate": 0.001}
+    settings = {"epochs": 5, "checkpoint_steps": 8, "learning_rate": 0.001}
     (_, exact, *_), _ = in_group(2, partial(trained, task=attending(), settings=settings))
 
     def interrupted(rank: int, world: int) -> int:
         with pytest.raises(KeyboardInterrupt):
             trained(rank, world, task=attending(), settings=settings | {"shard": before},
-                    place=place, stop=(place / "step-0000000020").exists)  # fmt: skip
+                    place=place, stop=(place / "step-0000000008").exists)  # fmt: skip
         return max(int(each.name.removeprefix("step-")) for each in place.iterdir())
 
     assert 0 < in_group(2, interrupted)[0] < len(exact)
