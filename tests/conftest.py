@@ -19,6 +19,8 @@ ROOT = str(Path(__file__).parents[1])
 if ROOT not in sys.path:
     sys.path.insert(0, ROOT)
 
+from tests.onnx_registry import share_registry_if_exporting  # noqa: E402
+
 if TYPE_CHECKING:
     from tests.prefork import Prefork
 
@@ -61,6 +63,7 @@ def pytest_collection() -> Generator[None, object, object]:
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:
+    share_registry_if_exporting()
     if item.get_closest_marker("gpu"):
         import torch
 

@@ -42,6 +42,8 @@ import edge_client.agent.commands, edge_client.agent.run, edge_client.client_com
 import edge_client.commands
 import fedcore.kernels.normal  # numba
 import server.compression.export  # the exporter loads and registers most at its first export
+from tests.onnx_registry import share_registry
+share_registry()
 _model = torch.nn.Linear(2, 1)
 server.compression.export.export_onnx(_model, torch.zeros(2, 2), labels=(), kind="regression")
 """
