@@ -14,6 +14,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -48,6 +49,10 @@ _SPOOLED = 4
 """Number of replies kept; a server asks again only for the last reply of a run."""
 _FROZEN_RUNS = 4
 """Number of runs whose frozen parameters are kept."""
+_LOCAL_RUNS = 16
+"""Number of runs whose local layers are kept; a server decides which layers these are."""
+_LITTLE_BYTES = 1 << 16
+"""States up to this size keep them in any case."""
 IDENTITY = "identity.json"
 _OWN = (IDENTITY, "ledger.json", "ledger.mark", "contents.json")
 """Files in the folder itself, which may also hold files of its user."""
@@ -216,6 +221,38 @@ class DeviceFolder:
             others.sort(key=lambda path: path.lstat().st_mtime_ns)
             for path in others[: 1 - _FROZEN_RUNS]:
                 remove(path)
+
+    def drop_local(self, *, before: str) -> None:
+        """Drops the local layers of all but the latest runs when another run begins.
+
+        A server that opens run after run must not fill the disk. In a run that goes on later, these
+        layers begin again. Its charges and their order stay.
+
+        Args:
+            before: The run about to be opened; nothing is dropped if it already has a state.
+
+        Raises:
+            DiskFull: there is no room.
+        """
+        from fedcore.updates.local import drop_local  # imports torch, which training has
+
+        known = self.runs_by_age()
+        for run in known[: 1 - _LOCAL_RUNS] if before not in known else ():
+            path = self._state_path(run)
+            found = path.lstat()
+            if found.st_size <= _LITTLE_BYTES:
+                continue
+            try:
+                state = self.state(run)
+            except DataError:
+                continue  # keep it: it may contain charges
+            if drop_local(state):
+                self.keep_state(run, state)
+                with disk_errors(path):
+                    os.utime(path, ns=(found.st_atime_ns, found.st_mtime_ns))
+                log.warning(
+                    "run %r: its local layers were dropped: newer runs have taken over", run
+                )
 
     def runs(self) -> list[str]:
         """Returns the names of the runs that have a state, sorted."""

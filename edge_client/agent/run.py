@@ -82,6 +82,7 @@ def open_run(device: DeviceSetup, link: FleetLink, signals: Signals, run_id: int
     settings = link.settings(run_id)
     config = read_settings(settings.get(SETTINGS, ""))
     assume_identity(run_id)
+    device.folder.drop_local(before=config.name)
     state, ledger, durable = device.folder.state(config.name), None, None
     data = device.owner.data_folder or data_folder()
     if config.private:

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
 from typing import TYPE_CHECKING
 
-from flwr.app import ConfigRecord, Context
+from flwr.app import ConfigRecord, Context, RecordDict
 
 from fedcore.errors import DataError, TaskError, TrainingDiverged
 from fedcore.updates.named_tensors import load_into
@@ -140,3 +140,8 @@ def write_local(context: Context, raw: bytes) -> None:
     """Replaces the local layers in a node's state."""
     if raw:
         context.state[_RECORD] = ConfigRecord({_STATE: raw})
+
+
+def drop_local(state: RecordDict) -> bool:
+    """Removes the local layers from a node's state; returns whether there were any."""
+    return state.pop(_RECORD, None) is not None

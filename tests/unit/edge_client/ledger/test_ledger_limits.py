@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -39,7 +40,7 @@ from fedcore.flower.fleet_pull import AnnouncedMessage
 from fedcore.flower.identity import assume_identity
 from fedcore.flower.records import record_bytes
 from fedcore.privacy.accounting import MAX_KEPT, Charge
-from fedcore.privacy.ledger import Ledger, put_ledger
+from fedcore.privacy.ledger import Ledger, ledger_in, put_ledger
 from fedcore.task.definition import Task
 from fedcore.updates.messages import (
     MAX_ROUNDS,
@@ -180,6 +181,24 @@ def test_no_state_with_a_charge_is_dropped_though_the_ledger_does_not_tell_of_it
         assert len(folder.runs()) == 6, "a run that is known takes no more room"
         drop_idle(folder, before="plain-4")
         assert folder.runs() == ["charged", "odd", "plain-2", "plain-3"]
+
+
+def test_local_layers_of_the_latest_runs_alone_are_kept(tmp_path: Path) -> None:
+    with lock_device_folder(tmp_path) as folder:
+        for number in range(20):
+            state = RecordDict({"fedcore.local": ConfigRecord({"state": bytes(100_000)})})
+            put_ledger(state, Ledger((Charge(number, 1.0, 0.5, 2),)))
+            folder.keep_state(f"run-{number}", state)
+            os.utime(folder.path / "state" / f"run-{number}.state", (number, number))
+        folder.drop_local(before="run-3")
+        assert all("fedcore.local" in folder.state(run) for run in folder.runs())
+        before = folder.runs_by_age()
+        for _ in range(2):
+            folder.drop_local(before="another")
+        kept = [run for run in folder.runs_by_age() if "fedcore.local" in folder.state(run)]
+        assert kept == [f"run-{number}" for number in range(5, 20)]
+        assert folder.runs_by_age() == before
+        assert ledger_in(folder.state("run-0")).charges == (Charge(0, 1.0, 0.5, 2),)
 
 
 def test_states_of_runs_without_charges_take_little_room() -> None:
