@@ -8,7 +8,7 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,39 +21,54 @@ from fedcore.task.definition import Examples
 from fedcore.task.model import build_model, standardise_of
 from fedcore.training.evaluate import evaluate
 from fedcore.training.local import train
+from tests.prefork import Prefork
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-FEDCORE = Path(sys.executable).with_name("fedcore")
 
 
-def simulate(config: Path, runs: Path, data: Path | None, *options: str) -> Mapping[str, Any]:
-    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
-    if data is not None:
-        environment["FEDCORE_DATA"] = str(data)
-    done = subprocess.run(
-        [FEDCORE, "simulate", str(config), "--runs", str(runs), *options],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
+Fedcore = Callable[..., subprocess.CompletedProcess[str]]
+Simulate = Callable[..., Mapping[str, Any]]
+
+
+@pytest.fixture
+def simulate(prefork: Prefork, tmp_path: Path) -> Simulate:
+    """Runs an example with the data sets in a folder, and returns its summary."""
+
+    def run(config: Path, data: Path, *options: str) -> Mapping[str, Any]:
+        done = prefork.run(
+            ["simulate", config, "--runs", tmp_path / "runs", *options],
+            cwd=tmp_path,
+            env={**os.environ, "OMP_NUM_THREADS": "1", "FEDCORE_DATA": str(data)},
+            timeout=850,
+        )
+        assert done.returncode == 0, done.stderr
+        return summary_in(tmp_path / "runs")
+
+    return run
+
+
+def summary_in(runs: Path) -> Mapping[str, Any]:
     (summary,) = runs.glob("*/summary.json")
     figures: Mapping[str, Any] = json.loads(summary.read_text())
     return figures
 
 
 @pytest.mark.slow
-def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
-    keys, repository = tmp_path / "keys", tmp_path / "repository"
-    made = [FEDCORE, "release", "init", "--keys", str(keys), "--repository", str(repository)]
-    subprocess.run(made, check=True, capture_output=True)
-    summary = simulate(
-        EXAMPLES / "digits" / "run.toml",
-        tmp_path / "runs",
-        None,
+def test_the_demo_keeps_its_promises(fresh_fedcore: Fedcore, tmp_path: Path) -> None:
+    """In processes as a user starts them, for it measures latencies."""
+    keys, repository, runs = (tmp_path / name for name in ("keys", "repository", "runs"))
+    made = fresh_fedcore(
+        "release", "init", "--keys", keys, "--repository", repository, cwd=tmp_path
+    )
+    assert made.returncode == 0, made.stderr
+    done = fresh_fedcore(
+        *("simulate", EXAMPLES / "digits" / "run.toml", "--runs", runs),
         *("--set", f"release.keys={json.dumps(str(keys))}"),
         *("--set", f"release.repository={json.dumps(str(repository))}"),
+        cwd=tmp_path,
     )
+    assert done.returncode == 0, done.stderr
+    summary = summary_in(runs)
     accuracy, latency, model = summary["accuracy"], summary["latency"], summary["model"]
     assert accuracy["federated"] >= 0.80
     assert summary["epsilon"]["max"] <= 8
@@ -68,24 +83,24 @@ def test_the_demo_keeps_its_promises(tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_mnist_by_writer_on_people_never_seen(data_folder: Path, tmp_path: Path) -> None:
+def test_mnist_by_writer_on_people_never_seen(simulate: Simulate, data_folder: Path) -> None:
     config = EXAMPLES / "mnist_by_writer" / "run.toml"
     run = load_run(config)
     assert (run.federation.rounds, run.federation.cohort, run.client.epochs) == (20, 20, 3)
     assert not run.private
     only = ("--set", "finetune.epochs=0", "--set", 'compression.candidates=["fp32"]')
-    summary = simulate(config, tmp_path / "runs", data_folder, *only)
+    summary = simulate(config, data_folder, *only)
     assert summary["accuracy"]["federated"] >= 0.96
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_one_round_of_private_mnist(data_folder: Path, tmp_path: Path) -> None:
+def test_one_round_of_private_mnist(simulate: Simulate, data_folder: Path) -> None:
     config = EXAMPLES / "mnist_private" / "run.toml"
     task = load_task(config.with_name("task.py"))
     shares = [task.client_data(client, data_folder) for client in task.clients(data_folder)]
     assert [len(share) for share in shares] == [6000] * 10  # type: ignore[arg-type]
-    summary = simulate(config, tmp_path / "runs", data_folder, "--set", "federation.rounds=1")
+    summary = simulate(config, data_folder, "--set", "federation.rounds=1")
     assert summary["accuracy"]["federated"] >= 0.93  # ten steps a client, the whole budget
     assert summary["accuracy"]["released"] == summary["accuracy"]["federated"]
     assert 2.9 <= summary["epsilon"]["max"] <= 3
@@ -93,7 +108,7 @@ def test_one_round_of_private_mnist(data_folder: Path, tmp_path: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_private_mnist_is_accurate_within_its_budget(data_folder: Path, tmp_path: Path) -> None:
+def test_private_mnist_is_accurate_within_its_budget(simulate: Simulate, data_folder: Path) -> None:
     config = EXAMPLES / "mnist_private" / "run.toml"
     run = load_run(config)
     assert (run.privacy.unit, run.privacy.max_epsilon, run.privacy.target_delta) == (
@@ -101,7 +116,7 @@ def test_private_mnist_is_accurate_within_its_budget(data_folder: Path, tmp_path
         3.0,
         1e-5,
     )
-    summary = simulate(config, tmp_path / "runs", data_folder)
+    summary = simulate(config, data_folder)
     assert summary["rounds"] <= 30
     assert summary["epsilon"]["max"] <= 3
     assert summary["accuracy"]["federated"] >= 0.965
@@ -130,11 +145,11 @@ def pooled_rmse(folder: Path, data: Path, monkeypatch: pytest.MonkeyPatch) -> tu
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_turbofan_learns_nearly_as_from_pooled_data(
-    data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    simulate: Simulate, data_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     folder = tmp_path / "elsewhere"  # a task is a file that lies anywhere
     shutil.copytree(EXAMPLES / "turbofan", folder)
-    summary = simulate(folder / "run.toml", tmp_path / "runs", data_folder)
+    summary = simulate(folder / "run.toml", data_folder)
     pooled, constant = pooled_rmse(folder, data_folder, monkeypatch)
     assert pooled <= constant / 2
     assert summary["rmse"]["federated"] <= 1.15 * pooled
