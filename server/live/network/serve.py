@@ -27,6 +27,7 @@ from fedcore.files import disk_errors
 from fedcore.flower.fleet import Fleet
 from fedcore.flower.fleet_grid import FleetGrid, ServerStopped
 from fedcore.flower.identity import assume_identity
+from fedcore.observability.foreign import foreign
 from fedcore.rpc.hello import Hello
 from fedcore.updates.seal import run_digest
 from server.live.network.connections import Connections, grant_descriptors
@@ -176,7 +177,7 @@ async def listen(
         yield listening
     finally:
         listening.stop()
-        upkeep.cancel()
+        await _stopped(upkeep)
         http.should_exit = True
         presence.close()
         await wake.stop(grace=1.0)
@@ -212,6 +213,15 @@ def _start_upkeep(
     )
     keeping = keep_room(wakeups, wake_port, connections, max_connections)
     return asyncio.gather(revoking, keeping)
+
+
+async def _stopped(upkeep: asyncio.Future[tuple[None, None]]) -> None:
+    """Stops the upkeep, and logs why it had ended if it had."""
+    upkeep.cancel()
+    # Awaited, or asyncio logs a cancelled group as an error that nobody handled.
+    (error,) = await asyncio.gather(upkeep, return_exceptions=True)
+    if isinstance(error, Exception):
+        log.error("the upkeep of connections ended early: %s", foreign(error, 200))
 
 
 async def _started(http: HttpServer, listener: socket.socket) -> asyncio.Task[None]:

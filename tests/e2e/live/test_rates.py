@@ -30,9 +30,9 @@ def answered(monkeypatch: pytest.MonkeyPatch) -> Counter[str]:
         seen["calls"] += 1
         return await answer(self, scope, *rest)
 
-    def keeping(self: Gate, node_id: int, calls: int = 1) -> None:
+    def keeping(self: Gate, node_id: int, *calls: int, **paid: int) -> None:
         try:
-            keep(self, node_id, calls)
+            keep(self, node_id, *calls, **paid)
         except Exception:
             seen["refused"] += 1
             raise

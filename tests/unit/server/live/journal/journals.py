@@ -112,6 +112,7 @@ def two_rounds(folder: Path, size: int = SMALL) -> None:
             journal.record_cohort("train", Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1)))
             journal.accept(answer(asked(4), 0.5, size))
             journal.commit(progress(number, size), record(number))
+            journal.sweep()
         journal.record_cohort("train", Cohort([4, 5, 6], dict.fromkeys([4, 5, 6], 1)))
         journal.accept(answer(asked(5), 0.25, size))
 

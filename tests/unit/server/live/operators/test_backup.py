@@ -64,6 +64,7 @@ def record(number: int) -> RoundRecord:
 
 def commit(journal: Journal, number: int) -> None:
     journal.commit(progress(number), record(number) if number else None)
+    journal.sweep()
 
 
 @pytest.fixture
