@@ -78,11 +78,11 @@ def test_opening_and_cancelling_a_stream_fills_no_log(
             calls.cancel()
     took_s = time.monotonic() - began
     assert opened > 20
-    share = (cpu_s(server) - before_s) / took_s
-    grown = server.log.stat().st_size - size
-    print(f"opened {opened}, {share:.2f} of a core, {grown} bytes")
+    used_s, grown = cpu_s(server) - before_s, server.log.stat().st_size - size
+    print(f"opened {opened}, {used_s / took_s:.2f} of a core, {grown} bytes")
     assert grown < 20_000
-    assert share < 0.5
+    # By opening: how many there are depends on the caller's speed, and the rest is gRPC's own work.
+    assert used_s < 0.25 + 0.001 * opened
     assert device.activate(), "and the server goes on"
 
 
