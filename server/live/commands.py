@@ -92,7 +92,7 @@ def _start(options: argparse.Namespace) -> int:
     require_tls_1_3()  # gRPC reads this when it is imported, and Flower imports it
     silence_grpc_core()
     with report_loading(), loading():
-        from fedcore.flower.quiet import quiet
+        from fedcore.flower.quiet import silence
         from fedcore.observability.lines import log_lines
         from server.live.deployment import Deployment
         from server.live.operators.control import Control
@@ -100,7 +100,7 @@ def _start(options: argparse.Namespace) -> int:
         from server.live.resume import has_journal
         from server.live.run import run_deployment
 
-    quiet()
+    silence()
     log_lines(options.log or sys.stderr)
     deployment = Deployment(
         run=run,

@@ -49,7 +49,7 @@ def main() -> int:
 
     with loading():
         from fedcore.errors import FedcoreError
-        from fedcore.flower.quiet import quiet
+        from fedcore.flower.quiet import silence
         from fedcore.observability.lines import log_lines
         from fedcore.seeds import Simulated
         from server.live.deployment import Deployment
@@ -57,7 +57,7 @@ def main() -> int:
         from server.live.operators.control import Control
         from server.live.run import run_deployment
 
-    quiet()
+    silence()
     log_lines(sys.stderr)
     say("imported")
     if options.largest_file:

@@ -73,8 +73,8 @@ class JournalCheckpointer:
         self._grace_s = grace_s
         self._missing = missing
         self._on_note = on_note
-        self._accepted: int | None = None
-        """Size of the last round's short cohort, which the next need not wait to exceed."""
+        self._accepted: dict[str, int] = {}
+        """Size of the last cohort of each kind if it was short: the next need not wait for more."""
 
     def commit(self, progress: Progress, record: RoundRecord | None) -> None:
         """Commits a round to the journal, reports it, and then deletes its updates' files.
@@ -105,7 +105,7 @@ class JournalCheckpointer:
         trained = self._journal.selected_cohort(MessageType.TRAIN)
         most = len(trained.nodes) if trained is not None else 0
         wanted = min(self._evaluated, most) if kind == MessageType.EVALUATE else 0
-        cohort = self._draw_enough(draw, wanted)
+        cohort = self._draw_enough(kind, draw, wanted)
         self._journal.record_cohort(kind, cohort)
         return cohort
 
@@ -128,11 +128,12 @@ class JournalCheckpointer:
     def fail(self, progress: Progress) -> None:
         """Does nothing: earlier rounds and accepted replies stay in the journal."""
 
-    def _draw_enough(self, draw: Draw, wanted: int) -> Cohort:
+    def _draw_enough(self, kind: str, draw: Draw, wanted: int) -> Cohort:
         """Repeats ``draw`` until it returns ``wanted`` nodes, or the time to rejoin has passed.
 
         ``draw`` raises `RoundFailed` while there are too few devices; at the deadline that error
-        is raised. A short cohort is accepted as soon as no further device is expected.
+        is raised. A short cohort is accepted as soon as no further device is expected, and at the
+        deadline.
         """
         began, reminder = time.monotonic(), Reminder()
         end = began + self._deadline_s
@@ -141,16 +142,16 @@ class JournalCheckpointer:
             try:
                 cohort = draw()
                 if len(cohort.nodes) >= wanted or time.monotonic() >= until:
-                    self._accepted = None
+                    self._accepted.pop(kind, None)
                     return cohort
                 time.sleep(_POLL_S)
             except RoundFailed as error:
                 why, missing = str(error).partition(". ")[0], self._missing()
                 named = f" Missing: {names_text(missing)}." if missing else ""
-                patient = max(began + self._grace_s, self._rejoin_until)
-                short = self._short(draw, final=not missing or time.monotonic() >= patient)
+                patient = min(end, max(began + self._grace_s, self._rejoin_until))
+                short = self._short(kind, draw, final=not missing or time.monotonic() >= patient)
                 if short is not None:
-                    self._tell_short(short, why, named)
+                    self._tell_short(kind, short, why, named)
                     return short
                 if time.monotonic() > end:
                     raise
@@ -158,7 +159,7 @@ class JournalCheckpointer:
                     self._on_wait(f"{why}: {elapsed_text(lasted_s, end)}.{named}")
                 time.sleep(_POLL_S)
 
-    def _short(self, draw: Draw, *, final: bool) -> Cohort | None:
+    def _short(self, kind: str, draw: Draw, *, final: bool) -> Cohort | None:
         """Returns a short cohort that a round may begin with now; None where it should wait.
 
         With ``final``, no further device is expected.
@@ -167,13 +168,13 @@ class JournalCheckpointer:
             cohort = draw(short=True)
         except RoundFailed:
             return None
-        known = self._accepted is not None and len(cohort.nodes) >= self._accepted
+        known = kind in self._accepted and len(cohort.nodes) >= self._accepted[kind]
         return cohort if final or known else None
 
-    def _tell_short(self, cohort: Cohort, why: str, named: str) -> None:
+    def _tell_short(self, kind: str, cohort: Cohort, why: str, named: str) -> None:
         """Notes that a round begins with a short cohort, unless the one before had as many."""
-        size, before = len(cohort.nodes), self._accepted
-        self._accepted = size
+        size, before = len(cohort.nodes), self._accepted.get(kind)
+        self._accepted[kind] = size
         if before != size:
             self._on_note(
                 f"{why}. It begins with {size}, enough for the quorum, and so do the rounds that "

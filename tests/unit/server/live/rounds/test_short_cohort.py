@@ -80,6 +80,29 @@ def test_who_was_missing_in_the_round_before_is_not_waited_for_again(journal: Jo
     assert keeper.cohort("train", gone).nodes == [4, 5, 6]
 
 
+def test_a_full_evaluation_does_not_make_the_next_training_wait_again(journal: Journal) -> None:
+    gone = Gone([4, 6])
+    keeper = keeper_of(journal, evaluated=2, grace_s=0.05, missing=gone.missing)
+    keeper.cohort("train", gone)
+    assert keeper.cohort("evaluate", lambda *, short=False: Cohort([4, 6])).nodes == [4, 6]
+    journal.drop_cohorts()
+    keeper._grace_s, gone.draws = 3600.0, 0
+    assert keeper.cohort("train", gone).nodes == [4, 6]
+    assert gone.draws == 2  # in full, and short at once
+
+
+@pytest.mark.parametrize("rejoin_s", [0.0, 3600.0], ids=["fresh", "resumed"])
+def test_a_quorum_begins_at_a_deadline_that_comes_before_all_have_had_time_to_connect(
+    journal: Journal, rejoin_s: float
+) -> None:
+    """Or one device that stays away ends the server, and each resume."""
+    gone = Gone([4, 6])
+    keeper = keeper_of(
+        journal, deadline_s=0.1, grace_s=3600.0, rejoin_s=rejoin_s, missing=gone.missing
+    )
+    assert keeper.cohort("train", gone).nodes == [4, 6]
+
+
 def test_where_all_that_could_come_are_there_nobody_is_waited_for(journal: Journal) -> None:
     keeper = keeper_of(journal, grace_s=3600.0, missing=list)  # the lost one is drained
     assert keeper.cohort("train", Gone([4, 6])).nodes == [4, 6]
