@@ -28,9 +28,11 @@ from fedcore.task.definition import Task, size_of
 from fedcore.task.measured import measure_outputs
 from fedcore.task.model import checkpoint_bytes
 from server.cloud import CloudData
-from server.compression.candidates import ALL, FP32, Candidate, Material
+from server.compression.candidates import ALL, FP32, Built, Candidate, Material
 from server.compression.choose import choose, slower_note
 from server.compression.compressed import Compressed
+from server.compression.decode.attach import with_decode_graph
+from server.compression.decode.errors import NotDecodable
 from server.compression.evaluated import (
     Evaluated,
     LossBounds,
@@ -150,7 +152,10 @@ def compress(
             named=task.named_inputs,
         ),
         calibration=released.built.calibration,
-        notes=_notes(cloud, of[chosen], reduce_range, slower_note(of[chosen], measured)),
+        notes=(
+            *_notes(cloud, of[chosen], reduce_range, slower_note(of[chosen], measured)),
+            *_decode_notes(released),
+        ),
         source_sha256=sha256_hex(checkpoint_bytes(model)),
     )
 
@@ -230,6 +235,7 @@ def _evaluate_candidate(
         _parity_gate(candidate.name, expected, outputs)
     elif not np.isfinite(outputs).all():
         raise CompressionError("its outputs for the golden inputs are not finite")
+    built, undecoded = _decodable(built, material.task, golden, outputs)
     heldout, targets, metric = None, None, math.nan
     if cloud is not None:
         heldout, targets = answers(session, cloud.heldout)
@@ -248,7 +254,22 @@ def _evaluate_candidate(
         targets=targets,
         metric=metric,
         clients=on_clients(built.onnx) if on_clients and cloud is not None else None,
+        undecoded=undecoded,
     )
+
+
+def _decodable(
+    built: Built, task: Task, golden: NDArray[Any], outputs: FloatArray
+) -> tuple[Built, str]:
+    """Adds a decode graph to the file of a next-token model; returns why not where it cannot."""
+    if task.problem.presentation != "tokens" or golden.ndim != 2 or golden.dtype.kind not in "iu":
+        return built, ""
+    allowed = tolerance(outputs, relative=EXACT if built.exact else QUANTISED)
+    try:
+        onnx = with_decode_graph(built.onnx, golden, outputs, allowed=allowed)
+    except NotDecodable as error:
+        return built, str(error)
+    return replace(built, onnx=onnx), ""
 
 
 def _parity_gate(name: str, expected: FloatArray, outputs: FloatArray) -> None:
@@ -321,6 +342,15 @@ def _notes(
             "outputs; its self-test then refuses the model."
         )
     return tuple(notes)
+
+
+def _decode_notes(released: Evaluated) -> list[str]:
+    if not released.undecoded:
+        return []
+    return [
+        "Devices run the whole window for each token that they generate, as the model has no "
+        f"decode graph: {released.undecoded}."
+    ]
 
 
 def _cpuinfo() -> str:

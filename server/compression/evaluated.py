@@ -54,6 +54,8 @@ class Evaluated:
     metric: float
     clients: Mapping[str, EvaluationAnswer] | None
     """Measurements by clients, by name; None if clients weren't asked."""
+    undecoded: str = ""
+    """Why the file of a next-token model has no decode graph; empty if it has, or needs none."""
 
 
 @dataclass(frozen=True)
