@@ -17,9 +17,10 @@ from edge_client.delivery.roots import MAX_ROOT_BYTES
 from edge_client.delivery.store import Installed, serving
 from edge_client.delivery.update import UpdateResult, update
 from edge_client.inference.answers import LABELLED, label_sets, labels
+from edge_client.inference.decoder import Decoder
 from edge_client.inference.direct import RowCall
 from edge_client.inference.engine import Engine
-from edge_client.inference.generate import Sampling, generated, prompt_tokens
+from edge_client.inference.generate import Sampling, continued, prompt_tokens
 from edge_client.inference.inputs import as_batch
 from edge_client.inference.named import packed
 from edge_client.inference.process import ModelLimits
@@ -59,6 +60,8 @@ class EdgeModel:
     """Time and memory that one call may use in a process with limits."""
     engine: Engine = field(init=False, repr=False, compare=False)
     """Runs the model; `warm_up` loads it."""
+    decoder: Decoder = field(init=False, repr=False, compare=False)
+    """Generates tokens; the first `generate` loads it."""
 
     def __post_init__(self) -> None:
         installed = self.installed
@@ -71,6 +74,9 @@ class EdgeModel:
             tuning=installed.tuning,
         )
         object.__setattr__(self, "engine", engine)
+        of = (installed.manifest, installed.path, installed.golden)
+        decoder = Decoder(*of, threads=self.threads, limits=self.limits)
+        object.__setattr__(self, "decoder", decoder)
 
     @property
     def manifest(self) -> Manifest:
@@ -201,8 +207,10 @@ class EdgeModel:
     ) -> Iterator[int]:
         """Continues a sequence of tokens, and yields each as soon as it is drawn.
 
-        Each token is one inference of the model's whole window; there is no cache of keys and
-        values between them.
+        A token costs the work of one token where the release has a decode graph, which keeps keys
+        and values of earlier tokens; and one inference of the whole window otherwise
+        (``decoder.why_not`` says why). Past the window the model sees the last tokens: with a
+        decode graph from half a window to a whole one, without it always a whole one.
 
         Args:
             prompt: At least one token; of a longer prompt the model sees the last ones. Text, for a
@@ -228,7 +236,8 @@ class EdgeModel:
         sampling = Sampling(temperature=temperature, top_k=top_k, seed=seed)
         window, dtype = self.manifest.input_shape[0], self.manifest.input_dtype
         return islice(
-            generated(self.predict, first, sampling, window=window, dtype=dtype), max(0, tokens)
+            continued(self.decoder, self.predict, first, sampling, window=window, dtype=dtype),
+            max(0, tokens),
         )
 
     def _rows(self, row: RowCall, x: Inputs) -> FloatArray | None:

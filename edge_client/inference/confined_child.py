@@ -1,8 +1,8 @@
 """The child process of `edge_client.inference.process`: runs one model and writes its outputs.
 
-Imports only NumPy, onnxruntime and `edge_client.inference.session`, to start in a tenth of a
-second. Reads the model before it sets its own resource limits; after that it can open no file or
-connection, and write nothing except answers. It ends when nobody asks any more.
+Imports only NumPy, onnxruntime and what opens a session, to start in a tenth of a second. Reads the
+model before it sets its own resource limits; after that it can open no file or connection, and
+write nothing except answers. It ends when nobody asks any more.
 """
 
 from __future__ import annotations
@@ -22,6 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+from edge_client.inference.decode_graph import NoDecodeGraph, decode_onnx
 from edge_client.inference.session import SessionSettings, open_session
 
 _PR_SET_PDEATHSIG, _PR_SET_NO_NEW_PRIVS = 1, 38  # prctl.h
@@ -48,6 +49,11 @@ def main() -> None:
         _end({"fault": "file", "text": "its digest does not match"})
     _confine(start["memory_bytes"])
     _allow_processor(start["processor_s"])
+    if start["decode"]:
+        try:
+            onnx = decode_onnx(onnx)
+        except NoDecodeGraph as error:
+            _end({"fault": "load", "text": str(error)})
     try:
         session = open_session(onnx, SessionSettings(start["threads"]))
     except Exception as error:  # onnxruntime's errors have no common base class

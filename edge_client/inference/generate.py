@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from edge_client.inference.decoder import Decoder
+from edge_client.inference.token_cache import TokenCache
 from fedcore.artifacts.golden import AnyArray
 from fedcore.artifacts.parity import FloatArray
 from fedcore.errors import DataError, DeviceError
@@ -101,6 +103,52 @@ def generated(
         token = drawn(logits[len(seen) - 1], sampling, rng)
         tokens = [*seen, token]
         yield token
+
+
+def generated_in_steps(
+    cache: TokenCache, prompt: Sequence[int], sampling: Sampling, *, window: int
+) -> Iterator[int]:
+    """Yields tokens that continue ``prompt``, without end; each costs the work of one token.
+
+    The model sees all tokens, up to ``window``. When these are full, it goes on from the last half
+    of them: positions in the window change for all tokens then, so the cache is computed anew.
+
+    Args:
+        cache: Of no tokens.
+        prompt: At least one token; the model sees the last ``window``.
+        sampling: How tokens are drawn.
+        window: Tokens that the model takes, at least 2.
+
+    Raises:
+        DataError: a token is no number of the model's type.
+        DeviceError: onnxruntime fails, for example because the model does not know a token.
+    """
+    rng = sampling.generator()
+    seen = fresh = list(prompt)[-window:]
+    while True:
+        if cache.length + len(fresh) > window:
+            cache.clear()
+            seen = fresh = seen[-(window // 2) :]
+        token = drawn(cache.append(fresh), sampling, rng)
+        fresh = [token]
+        seen = [*seen[1 - window :], token]
+        yield token
+
+
+def continued(
+    decoder: Decoder,
+    logits_of: Callable[[AnyArray], FloatArray],
+    prompt: Sequence[int],
+    sampling: Sampling,
+    *,
+    window: int,
+    dtype: str,
+) -> Iterator[int]:
+    """Yields tokens by `generated_in_steps` where a model has a decode graph, or by `generated`."""
+    cache = decoder.start()
+    if cache is not None:
+        yield from generated_in_steps(cache, prompt, sampling, window=window)
+    yield from generated(logits_of, prompt, sampling, window=window, dtype=dtype)
 
 
 def drawn(logits: FloatArray, sampling: Sampling, rng: np.random.Generator) -> int:

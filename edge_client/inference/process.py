@@ -103,7 +103,14 @@ class ModelProcess:
     """
 
     def __init__(
-        self, manifest: Manifest, onnx: Path, *, threads: int, limits: ModelLimits, input_bytes: int
+        self,
+        manifest: Manifest,
+        onnx: Path,
+        *,
+        threads: int,
+        limits: ModelLimits,
+        input_bytes: int,
+        decode: bool = False,
     ) -> None:
         """Describes the process; starts nothing.
 
@@ -113,10 +120,12 @@ class ModelProcess:
             threads: Threads of one inference.
             limits: Time for each request, and memory of the process.
             input_bytes: Bytes of a request's inputs to leave room for.
+            decode: Whether to run the decode graph of the file (`fedcore.artifacts.decode`).
         """
         self._of = named(manifest)
         self._onnx, self._sha256 = onnx, manifest.onnx.sha256
         self._threads, self._seconds = threads, limits.seconds
+        self._decode = decode
         self._memory_bytes = limits.memory_bytes or (
             _BASE_BYTES + _THREAD_BYTES * threads + _COPIES * manifest.onnx.length + 4 * input_bytes
         )
@@ -225,6 +234,7 @@ class ModelProcess:
             "threads": self._threads,
             "memory_bytes": self._memory_bytes,
             "processor_s": self._processor_s(),
+            "decode": self._decode,
         }
         head = self._exchange([json.dumps(start).encode() + b"\n"], deadline)
         if "fault" in head:
