@@ -15,13 +15,14 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
-from benchmarks import inference_network, inference_process
+from benchmarks import inference_generate, inference_network, inference_process
 from benchmarks.deployment import Found, machine, table
 from benchmarks.measure import ProgramFailed
 from fedcore.files import write_json
 
 PARTS: dict[str, Callable[[Path, bool, Found], None]] = {
     "process": inference_process.measure,
+    "generate": inference_generate.measure,
     "network": inference_network.measure,
 }
 """Each part fills `Found`, given a folder of its own and whether to measure small sizes only."""

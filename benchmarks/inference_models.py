@@ -87,7 +87,13 @@ def release(root: Path, workload: str, *, versions: int = 1, reference: bool = F
         if quantised:
             onnx = int8_static(onnx, examples, reduce_range=False)
         publish(
-            _draft(workload, onnx, examples[:32].numpy(), reference=reference),
+            random_draft(
+                workload,
+                onnx,
+                examples[:32].numpy(),
+                kind="classification",
+                reference=reference,
+            ),
             repository=place / "repository",
             keys=place / "keys",
             created=datetime.now(UTC),
@@ -114,17 +120,20 @@ def activator(released: Released) -> Callable[[int], None]:
     return activate
 
 
-def _draft(model: str, onnx: bytes, inputs: Any, *, reference: bool) -> Draft:
+def random_draft(
+    model: str, onnx: bytes, inputs: Any, *, kind: str, reference: bool = False
+) -> Draft:
+    """A release of a model of random weights, with its own answers to ``inputs`` as golden."""
     outputs = answer(open_session(onnx, threads=1), inputs)
     told = _reference(inputs, outputs) if reference else None
     return Draft(
         model=model,
         onnx=onnx,
         golden=golden_bytes(inputs, outputs, None, told),
-        kind="classification",
+        kind=kind,
         labels=(),
         input_shape=inputs.shape[1:],
-        input_dtype="float32",
+        input_dtype=str(inputs.dtype),
         golden_tolerance=1e-3 * float(np.abs(outputs).max()),
         lineage=Lineage(
             run="benchmark",
