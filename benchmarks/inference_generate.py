@@ -33,6 +33,8 @@ from server.release.publish import initialise, publish
 OURS, WHOLE, EAGER, CACHED = "fedcore", "fedcore-window", "torch-eager", "torch-cache"
 WORKLOADS = {"small": (2, 64, 64), "large": (6, 384, 256)}
 """Layers, width and context, as of ``small.toml`` and ``run.toml`` in examples/shakespeare."""
+SIZES = {"small": (7, 512), "large": (3, 200)}
+"""Repeats, and tokens of each: the large one takes minutes without a cache."""
 _PROMPT = [20, 34, 1, 28]
 _TOP_K, _TEMPERATURE = 10, 0.8
 Draw = Callable[[Tensor], int]
@@ -41,8 +43,8 @@ Draw = Callable[[Tensor], int]
 def measure(folder: Path, quick: bool, found: Found) -> None:
     """Fills in tokens a second of each system, and the ratios that are promised."""
     torch.set_num_threads(1)
-    repeats, tokens = (2, 80) if quick else (7, 512)
     for workload, (layers, width, context) in WORKLOADS.items():
+        repeats, tokens = (2, 80) if quick else SIZES[workload]
         if quick and workload != "small":
             continue
         torch.manual_seed(0)
