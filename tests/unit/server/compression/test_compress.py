@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.data import Subset, TensorDataset
 
 from fedcore import Task
+from fedcore.artifacts.decode import DECODE_KEY
 from fedcore.artifacts.golden import golden_bytes, parse_golden
 from fedcore.config.run import CANDIDATES, RunConfig
 from fedcore.errors import CompressionError, ParityError
@@ -308,6 +309,8 @@ def test_a_next_token_model_goes_through(
     if model is NextToken:
         assert {"pruned", "pruned_int8"}.isdisjoint(found.files)
     assert "int8_dynamic" in found.files
+    assert all(DECODE_KEY.encode() in raw for raw in found.files.values())
+    assert found.undecoded == ""
 
 
 def test_limits_that_nothing_keeps_to_are_an_error(

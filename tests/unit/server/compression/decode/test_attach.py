@@ -113,21 +113,6 @@ class Heads(nn.Module):
         return self.head(x + seen.transpose(1, 2).reshape(b, t, 8))  # type: ignore[no-any-return]
 
 
-class Layers(nn.Module):
-    """Torch's own layers, causal."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        layer = nn.TransformerEncoderLayer(8, 2, 16, batch_first=True, norm_first=True)
-        self.layers = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
-        self.embed, self.head = nn.Embedding(TOKENS, 8), nn.Linear(8, TOKENS)
-        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(WINDOW))
-
-    def forward(self, tokens: Tensor) -> Tensor:
-        x = self.layers(self.embed(tokens), mask=self.mask, is_causal=True)
-        return self.head(x)  # type: ignore[no-any-return]
-
-
 class Recurrent(nn.Module):
     def __init__(self) -> None:
         super().__init__()
@@ -142,7 +127,6 @@ class Recurrent(nn.Module):
 MODELS: dict[str, Callable[[], nn.Module]] = {
     "fused": lambda: Heads("fused"),
     "rotary": lambda: Heads("rotary"),
-    "layers": Layers,
     "recurrent": Recurrent,
 }
 
