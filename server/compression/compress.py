@@ -152,10 +152,7 @@ def compress(
             named=task.named_inputs,
         ),
         calibration=released.built.calibration,
-        notes=(
-            *_notes(cloud, of[chosen], reduce_range, slower_note(of[chosen], measured)),
-            *_decode_notes(released),
-        ),
+        notes=_notes(cloud, released, of[chosen], reduce_range, slower_note(of[chosen], measured)),
         source_sha256=sha256_hex(checkpoint_bytes(model)),
     )
 
@@ -323,14 +320,26 @@ def _unjudged(run: RunConfig, evaluated: Mapping[str, Evaluated]) -> set[str]:
 
 
 def _notes(
-    cloud: CloudData | None, chosen: CandidateRecord, reduce_range: bool, slower: str
+    cloud: CloudData | None,
+    released: Evaluated,
+    chosen: CandidateRecord,
+    reduce_range: bool,
+    slower: str,
 ) -> tuple[str, ...]:
-    if cloud is None:
-        return (
-            "The cloud has no held-out data to evaluate candidates on, so the model was exported "
-            "without compression.",
+    notes = []
+    if released.undecoded:
+        notes.append(
+            "Devices run the whole window for each token that they generate, as the model has no "
+            f"decode graph: {released.undecoded}."
         )
-    notes = [f"Candidate {chosen.name} was chosen, {slower}."] if slower else []
+    if cloud is None:
+        notes.append(
+            "The cloud has no held-out data to evaluate candidates on, so the model was exported "
+            "without compression."
+        )
+        return tuple(notes)
+    if slower:
+        notes.append(f"Candidate {chosen.name} was chosen, {slower}.")
     if "int8" in chosen.name and reduce_range:
         notes.append(
             "int8 weights were kept to 7 bits (reduce_range), so that processors without 8-bit "
@@ -342,15 +351,6 @@ def _notes(
             "outputs; its self-test then refuses the model."
         )
     return tuple(notes)
-
-
-def _decode_notes(released: Evaluated) -> list[str]:
-    if not released.undecoded:
-        return []
-    return [
-        "Devices run the whole window for each token that they generate, as the model has no "
-        f"decode graph: {released.undecoded}."
-    ]
 
 
 def _cpuinfo() -> str:
