@@ -12,7 +12,7 @@ from onnx import TensorProto, helper, numpy_helper
 
 from fedcore.artifacts.decode import CACHE, NEXT, POSITIONS, PREFIX, STATE
 from server.compression.decode.errors import NotDecodable
-from server.compression.decode.observe import Observed
+from server.compression.decode.observe import ObservedGraph
 
 _CACHED = frozenset({TensorProto.FLOAT, TensorProto.FLOAT16, TensorProto.BOOL, TensorProto.INT64})
 
@@ -41,7 +41,7 @@ class Cached:
 class Builder:
     """Collects a decode graph. Tensors keep their names; what is new begins with `PREFIX`."""
 
-    def __init__(self, seen: Observed, window: int) -> None:
+    def __init__(self, seen: ObservedGraph, window: int) -> None:
         """Starts an empty graph for a model that was observed."""
         self.seen, self.window = seen, window
         self.axes: dict[str, Axes] = {}

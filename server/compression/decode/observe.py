@@ -22,7 +22,7 @@ _PROBE = "decode/shape/"
 
 
 @dataclass(frozen=True)
-class Observed:
+class ObservedGraph:
     """A graph, run once on one sequence of tokens."""
 
     nodes: tuple[onnx.NodeProto, ...]
@@ -40,7 +40,7 @@ class Observed:
         return {each.name: helper.get_attribute_value(each) for each in node.attribute}
 
 
-def observe(model: onnx.ModelProto, window: int) -> Observed:
+def observe(model: onnx.ModelProto, window: int) -> ObservedGraph:
     """Runs a model of one input ``(B, window)`` on one sequence, and looks at its tensors.
 
     Raises:
@@ -82,7 +82,7 @@ def observe(model: onnx.ModelProto, window: int) -> Observed:
         raise NotDecodable(f"it does not run on one sequence: {error}") from error
     shapes = {name: tuple(map(int, found[_PROBE + name])) for name in named}
     shapes |= {name: array.shape for name, array in constant.items()}
-    return Observed(
+    return ObservedGraph(
         nodes=tuple(nodes),
         shapes={**shapes, given: (1, window)},
         values={**{name: found[name] for name in arguments}, **constant},
