@@ -20,7 +20,7 @@ from fedcore.artifacts.manifest import Lineage, Parity, PrivacyStatement
 from fedcore.artifacts.reference import Reference, features_of, measured
 from fedcore.files import write_json
 from server.compression.export import export_with_scopes
-from server.compression.quantise import int8_static
+from server.compression.quantise import calibrate, int8_static
 from server.compression.reference import binned_features
 from server.compression.runtime import answer, open_session
 from server.release.draft import Draft
@@ -85,7 +85,7 @@ def release(root: Path, workload: str, *, versions: int = 1, reference: bool = F
         exported = export_with_scopes(module, examples[:2], labels=(), kind="classification")
         onnx = exported.onnx
         if quantised:
-            onnx = int8_static(onnx, examples, reduce_range=False)
+            onnx = int8_static(calibrate(onnx, examples), reduce_range=False)
         publish(
             random_draft(
                 workload,

@@ -41,8 +41,24 @@ Pattern = Annotated[str, Field(min_length=1, max_length=256)]
 Spread = Annotated[float, Field(ge=0, le=3)]
 
 DeviceChoice = Literal["auto", "cpu", "cuda", "mps"]
-CandidateName = Literal["fp32", "int8_static", "int8_dynamic", "pruned", "pruned_int8"]
+CandidateName = Literal[
+    "fp32",
+    "int8_static",
+    "int8_dynamic",
+    "int8_mixed",
+    "int8_weights",
+    "int4_weights",
+    "pruned",
+    "pruned_int8",
+]
 CANDIDATES: tuple[CandidateName, ...] = get_args(CandidateName)
+DEFAULT_CANDIDATES: tuple[CandidateName, ...] = (
+    "fp32",
+    "int8_static",
+    "int8_dynamic",
+    "pruned",
+    "pruned_int8",
+)
 
 
 class FederationConfig(Section):
@@ -201,7 +217,7 @@ class Privacy(Section):
 class Compression(Section):
     """``[compression]``: which candidates are built, and limits that the released one must meet."""
 
-    candidates: tuple[CandidateName, ...] = CANDIDATES
+    candidates: tuple[CandidateName, ...] = DEFAULT_CANDIDATES
     """Candidates to build. ``fp32`` must be among them: the others are compared with it."""
     max_accuracy_drop: Annotated[float, Field(ge=0, le=1e9)] = 0.01
     """How much worse than fp32 the held-out metric may be (an absolute accuracy; for an error
@@ -222,6 +238,11 @@ class Compression(Section):
     """Epochs on the cloud's data after pruning, which ``finetune.epochs = 0`` rules out."""
     calibration_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """Most examples of the cloud's data that calibrate static quantisation."""
+    reduce_range: bool | None = None
+    """Keep weights of layers that compute in 8 bits to 7 bits, for x86 processors without VNNI or
+    AMX, whose sums of products can saturate. Unset: if this machine's processor is one of them."""
+    time_limit_s: Annotated[float, Field(gt=0, le=1e6)] = 60.0
+    """Most seconds that the search for the layers of ``int8_mixed`` takes."""
     timing_runs: Annotated[int, Field(ge=100, le=1_000_000)] = 2000
     """Timed inferences of each candidate, in turn."""
 

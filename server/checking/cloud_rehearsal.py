@@ -24,6 +24,7 @@ from server.checking.state import MOST_EXAMPLES, CheckState, Fault, StepOutcome,
 from server.cloud import CloudData
 from server.compression.compress import EXACT, compress
 from server.compression.draft import draft_of
+from server.compression.evaluated import NOT_NEEDED
 from server.compression.golden import tolerance
 from server.compression.runtime import answer, open_session
 from server.finetune.loop import train_start
@@ -99,7 +100,7 @@ def build_candidates(state: CheckState) -> StepOutcome:
     faults = [
         Fault(None, DataFault("candidate", None, f"{record.name}: {record.reason}", required=False))
         for record in made.records
-        if record.name not in made.files
+        if record.name not in made.files and not record.reason.startswith(NOT_NEEDED)
     ]
     state.compressed = made
     return StepOutcome(text, faults)
@@ -111,7 +112,12 @@ def _first(state: CheckState, examples: Examples) -> Examples:
 
 def _compression_of(run: RunConfig) -> RunConfig:
     """Returns the run without limits, which an untrained model on few examples may miss."""
-    unlimited = {"max_accuracy_drop": 1e9, "max_bytes": None, "max_p50_us": None}
+    unlimited = {
+        "max_accuracy_drop": 1e9,
+        "min_agreement": 0.0,
+        "max_bytes": None,
+        "max_p50_us": None,
+    }
     short = {"prune_epochs": min(run.compression.prune_epochs, 1), "timing_runs": 100}
     compression = run.compression.model_copy(update={**unlimited, **short})
     return run.model_copy(update={"compression": compression})

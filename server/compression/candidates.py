@@ -16,8 +16,15 @@ from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, Task, size_of
 from fedcore.training.batches import gather
 from server.compression.export import OnnxExport, export_with_scopes
+from server.compression.mixed import MixedModel, int8_mixed
 from server.compression.prune import prune_and_recover
-from server.compression.quantise import int8_dynamic, int8_static
+from server.compression.quantise import (
+    Calibrated,
+    calibrate,
+    int8_dynamic,
+    int8_static,
+)
+from server.compression.weights_only import int4_weights, int8_weights
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,6 +39,8 @@ class Material:
     """The cloud's training data."""
     reduce_range: bool
     """Limit int8 weights to 7 bits; see `server.compression.quantise.int8_static`."""
+    progress: Callable[[str], None]
+    """Callback at each step, with a line of text for the user."""
     untrained: str = ""
     """Why no candidate may be trained on the cloud's data; empty if it may."""
 
@@ -110,13 +119,34 @@ class Material:
             module, self.example_batch, labels=self.task.labels, kind=self.task.problem.name
         )
 
-    def static(self, exported: OnnxExport) -> bytes:
-        """Quantises an exported model, with ranges of activations from the cloud's data."""
-        return int8_static(
-            exported.onnx,
-            self.calibration,
+    @cached_property
+    def calibrated(self) -> Calibrated:
+        """The trained model with the ranges of its activations."""
+        return self._calibrate(self.fp32)
+
+    @cached_property
+    def pruned_calibrated(self) -> Calibrated:
+        """The pruned model with the ranges of its activations."""
+        return self._calibrate(self.pruned_fp32)
+
+    def _calibrate(self, exported: OnnxExport) -> Calibrated:
+        return calibrate(exported.onnx, self.calibration, preprocessing=exported.preprocessing)
+
+    @cached_property
+    def mixed(self) -> MixedModel:
+        """The trained model with as many layers in 8 bits as keep its answers on calibration data.
+
+        They have to agree twice as well as the limits ask for, as held-out data judge them again.
+        """
+        limits, kind = self.run.compression, self.task.problem
+        return int8_mixed(
+            self.calibrated,
+            self.calibration.numpy(),
+            agreement=kind.agreement,
+            least_agreement=max(limits.min_agreement, 1 - limits.max_accuracy_drop / 2),
             reduce_range=self.reduce_range,
-            preprocessing=exported.preprocessing,
+            time_limit_s=limits.time_limit_s,
+            progress=self.progress,
         )
 
 
@@ -129,8 +159,12 @@ class Built:
     """The torch model that it was exported from."""
     exact: bool
     """Whether the file may differ from its reference only by float rounding."""
+    in_8_bits: bool = False
+    """Whether it computes in 8 bits, which processors round differently."""
     calibration: str
     """Data that quantisation and pruning used, or ``none``."""
+    fitted: bool = False
+    """Whether its answers on the cloud's training data decided how it was built."""
     retrained: bool = False
     """Whether its weights were trained on the cloud's data."""
 
@@ -151,9 +185,10 @@ def _fp32(material: Material) -> Built:
 
 def _int8_static(material: Material) -> Built:
     return Built(
-        onnx=material.static(material.fp32),
+        onnx=int8_static(material.calibrated, reduce_range=material.reduce_range),
         reference=material.module,
         exact=False,
+        in_8_bits=True,
         calibration=material.saw_some,
     )
 
@@ -165,6 +200,38 @@ def _int8_dynamic(material: Material) -> Built:
             reduce_range=material.reduce_range,
             preprocessing=material.fp32.preprocessing,
         ),
+        reference=material.module,
+        exact=False,
+        in_8_bits=True,
+        calibration="none",
+    )
+
+
+def _int8_mixed(material: Material) -> Built:
+    return Built(
+        onnx=material.mixed.onnx,
+        reference=material.module,
+        exact=False,
+        in_8_bits=True,
+        fitted=True,
+        calibration=(
+            f"{material.saw_some}, and for the choice of {material.mixed.quantised} of "
+            f"{counted(material.mixed.of, 'layer')}"
+        ),
+    )
+
+
+def _int8_weights(material: Material) -> Built:
+    return _weights_only(material, int8_weights)
+
+
+def _int4_weights(material: Material) -> Built:
+    return _weights_only(material, int4_weights)
+
+
+def _weights_only(material: Material, quantise: Callable[..., bytes]) -> Built:
+    return Built(
+        onnx=quantise(material.fp32.onnx, preprocessing=material.fp32.preprocessing),
         reference=material.module,
         exact=False,
         calibration="none",
@@ -183,19 +250,25 @@ def _pruned(material: Material) -> Built:
 
 def _pruned_int8(material: Material) -> Built:
     return Built(
-        onnx=material.static(material.pruned_fp32),
+        onnx=int8_static(material.pruned_calibrated, reduce_range=material.reduce_range),
         reference=material.pruned,
         exact=False,
+        in_8_bits=True,
         calibration=f"{material.saw_all}; {material.saw_some}",
         retrained=material.retrains,
     )
 
 
 FP32 = Candidate("fp32", _fp32)
+STATIC = Candidate("int8_static", _int8_static)
+MIXED = Candidate("int8_mixed", _int8_mixed)
 ALL: tuple[Candidate, ...] = (
     FP32,
-    Candidate("int8_static", _int8_static),
+    STATIC,
     Candidate("int8_dynamic", _int8_dynamic),
+    MIXED,
+    Candidate("int8_weights", _int8_weights),
+    Candidate("int4_weights", _int4_weights),
     Candidate("pruned", _pruned),
     Candidate("pruned_int8", _pruned_int8),
 )

@@ -64,6 +64,11 @@ def choose(
     return judged, best.name
 
 
+def keeps_answers(record: CandidateRecord, limits: Compression) -> bool:
+    """Returns whether a candidate keeps ``max_accuracy_drop`` and ``min_agreement``."""
+    return {"max_accuracy_drop", "min_agreement"}.isdisjoint(_missed(record, limits, ()))
+
+
 def slower_note(chosen: CandidateRecord, records: Sequence[CandidateRecord]) -> str:
     """Says that a chosen candidate is slower than fp32; empty if it is not, or hardly."""
     times = _slower(chosen, records, _UNNOTED)

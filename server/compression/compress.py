@@ -8,7 +8,7 @@ from __future__ import annotations
 import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +28,13 @@ from fedcore.task.definition import Task, size_of
 from fedcore.task.measured import measure_outputs
 from fedcore.task.model import checkpoint_bytes
 from server.cloud import CloudData
-from server.compression.candidates import ALL, FP32, Built, Candidate, Material
-from server.compression.choose import choose, slower_note
+from server.compression.candidates import ALL, FP32, MIXED, STATIC, Built, Candidate, Material
+from server.compression.choose import choose, keeps_answers, slower_note
 from server.compression.compressed import Compressed
 from server.compression.decode.attach import with_decode_graph
 from server.compression.decode.errors import NotDecodable
 from server.compression.evaluated import (
+    NOT_NEEDED,
     Evaluated,
     LossBounds,
     parity_of,
@@ -46,7 +47,6 @@ from server.compression.quantise import saturates
 from server.compression.reference import reference_of
 from server.compression.runtime import answer, answers, open_session
 from server.compression.timing import TORCH, time_candidates
-from server.records import CandidateRecord
 from server.rounds.evaluation.judging import MeasureOnnx, clients_judge
 
 EXACT = 1e-3
@@ -67,7 +67,6 @@ def compress(
     cloud: CloudData | None,
     *,
     progress: Callable[[str], None],
-    reduce_range: bool | None = None,
     on_clients: MeasureOnnx | None = None,
     tuning_kept: bool = True,
 ) -> Compressed:
@@ -81,8 +80,6 @@ def compress(
         cloud: The training part calibrates quantisation and retrains pruned models; the held-out
             part evaluates candidates. If either is missing or empty, only fp32 is built.
         progress: Callback at each step, with a line of text for the user.
-        reduce_range: Limit int8 weights to 7 bits; None decides by this machine's processor. Stated
-            in the notes.
         on_clients: Evaluates candidates on clients; ``max_accuracy_drop`` then applies to clients
             as well as to the cloud's data. None on devices, which run no file before it is signed:
             where they judge, candidates that are retrained after pruning are then refused.
@@ -91,8 +88,8 @@ def compress(
 
     Guarantee:
         Equal arguments give byte-identical files, in any process, on machines of one kind with
-        equal library versions. Timings vary, and with them whether ``max_p50_us`` rejects a
-        candidate.
+        equal library versions; those of int8_mixed where ``compression.time_limit_s`` suffices.
+        Timings vary, and with them whether ``max_p50_us`` rejects a candidate.
 
     Raises:
         TaskError: the model can't be exported.
@@ -102,20 +99,23 @@ def compress(
     _demand_finite_weights(model)
     if cloud is not None and not (size_of(cloud.train) and size_of(cloud.heldout)):
         cloud = None
-    if reduce_range is None:
-        reduce_range = saturates(_cpuinfo())
+    limits = run.compression
     material = Material(
         run=run,
         task=task,
         module=copy.deepcopy(merge_adapters(model)).eval(),
         examples=cloud.train if cloud else None,
-        reduce_range=reduce_range,
+        reduce_range=(
+            saturates(_cpuinfo()) if limits.reduce_range is None else limits.reduce_range
+        ),
+        progress=progress,
         untrained=_untrained(run, tuning_kept),
     )
     golden = _golden_of(material)
-    wanted = [each for each in ALL if each.name in run.compression.candidates] if cloud else [FP32]
-
-    evaluated, refused = _evaluate_candidates(wanted, material, golden, cloud, on_clients, progress)
+    wanted = [each for each in ALL if each.name in limits.candidates] if cloud else [FP32]
+    evaluated, unbuilt, bounds = _evaluate_candidates(
+        wanted, material, _Evidence(golden, cloud, on_clients)
+    )
     files = {name: each.built.onnx for name, each in evaluated.items()}
     progress(f"timing {', '.join(files)} and torch in turn")
     timings = time_candidates(
@@ -123,18 +123,17 @@ def compress(
         material.module,
         task.example_input,
         threads=run.serving.threads,
-        runs=run.compression.timing_runs,
+        runs=limits.timing_runs,
     )
-    bounds = LossBounds(run, task, evaluated[FP32.name], cloud) if cloud else None
     measured = records_of(evaluated, timings, task.primary, task.problem, bounds)
-    judged, chosen = choose(measured, run.compression, unjudged=_unjudged(run, evaluated))
-    of = {**{record.name: record for record in judged}, **unbuilt_records(refused)}
+    judged, chosen = choose(measured, limits, unjudged=_unjudged(run, evaluated))
+    of = {**{record.name: record for record in judged}, **unbuilt_records(unbuilt)}
     records = tuple(of[candidate.name] for candidate in wanted)
     for record in records:
         progress(f"{record.name}: {record.reason}")
 
     released = evaluated[chosen]
-    allowed = tolerance(released.golden, relative=EXACT if released.built.exact else QUANTISED)
+    built = released.built
     return Compressed(
         records=records,
         chosen=chosen,
@@ -143,16 +142,24 @@ def compress(
         torch_p50_us=timings[TORCH].p50_us,
         parity=parity_of(of[chosen], of[FP32.name], task.primary if cloud else None),
         golden=_stored(material, golden, released, cloud),
-        golden_tolerance=allowed,
+        golden_tolerance=tolerance(
+            released.golden, relative=QUANTISED if built.in_8_bits else EXACT
+        ),
         missing=missing_in_file(
-            released.built.reference,
+            built.reference,
             task.example_input,
-            released.built.onnx,
-            tolerance=allowed,
+            built.onnx,
+            tolerance=tolerance(released.golden, relative=EXACT if built.exact else QUANTISED),
             named=task.named_inputs,
         ),
-        calibration=released.built.calibration,
-        notes=_notes(cloud, released, of[chosen], reduce_range, slower_note(of[chosen], measured)),
+        calibration=built.calibration,
+        notes=_notes(
+            cloud,
+            chosen,
+            released,
+            slower_note(of[chosen], measured),
+            reduce_range=material.reduce_range,
+        ),
         source_sha256=sha256_hex(checkpoint_bytes(model)),
     )
 
@@ -178,6 +185,15 @@ def _golden_of(material: Material) -> NDArray[Any]:
     )
 
 
+@dataclass(frozen=True)
+class _Evidence:
+    """What every candidate is measured on."""
+
+    golden: NDArray[Any]
+    cloud: CloudData | None
+    on_clients: MeasureOnnx | None
+
+
 def _stored(
     material: Material, golden: NDArray[Any], released: Evaluated, cloud: CloudData | None
 ) -> Golden:
@@ -189,40 +205,49 @@ def _stored(
 
 
 def _evaluate_candidates(
-    wanted: Sequence[Candidate],
-    material: Material,
-    golden: NDArray[Any],
-    cloud: CloudData | None,
-    on_clients: MeasureOnnx | None,
-    progress: Callable[[str], None],
-) -> tuple[dict[str, Evaluated], dict[str, str]]:
-    """Returns the candidates that could be built, by name, and why the others couldn't."""
+    wanted: Sequence[Candidate], material: Material, evidence: _Evidence
+) -> tuple[dict[str, Evaluated], dict[str, str], LossBounds | None]:
+    """Returns the candidates that were built, by name, why others were not, and bounds on losses.
+
+    The first candidate is fp32.
+    """
     evaluated: dict[str, Evaluated] = {}
-    refused: dict[str, str] = {}
+    unbuilt: dict[str, str] = {}
+    bounds: LossBounds | None = None
     for candidate in wanted:
-        progress(f"building and evaluating {candidate.name}")
+        if candidate is MIXED and _is_needless(evaluated, material, bounds):
+            unbuilt[MIXED.name] = f"{NOT_NEEDED}: int8_static keeps its answers with all layers"
+            continue
+        material.progress(f"building and evaluating {candidate.name}")
         try:
-            evaluated[candidate.name] = _evaluate_candidate(
-                candidate, material, golden, cloud, on_clients
-            )
+            evaluated[candidate.name] = _evaluate_candidate(candidate, material, evidence)
         except ParityError:
             raise  # the export is wrong, so all its figures are meaningless
         except (CompressionError, TaskError) as error:
             if candidate is FP32:
                 raise _without_fp32(error) from error
-            refused[candidate.name] = str(error)
-            progress(f"{candidate.name} was not built: {error}")
-    return evaluated, refused
+            unbuilt[candidate.name] = f"refused: {error}"
+            material.progress(f"{candidate.name} was not built: {error}")
+        if candidate is FP32 and evidence.cloud is not None:
+            base = evaluated[FP32.name]
+            bounds = LossBounds(material.run, material.task, base, evidence.cloud)
+    return evaluated, unbuilt, bounds
 
 
-def _evaluate_candidate(
-    candidate: Candidate,
-    material: Material,
-    golden: NDArray[Any],
-    cloud: CloudData | None,
-    on_clients: MeasureOnnx | None,
-) -> Evaluated:
+def _is_needless(
+    evaluated: Mapping[str, Evaluated], material: Material, bounds: LossBounds | None
+) -> bool:
+    """Returns whether no layer has to stay in float32: int8_static keeps the limits on answers."""
+    both: tuple[str, ...] = (FP32.name, STATIC.name)
+    some = {name: evaluated[name] for name in both if name in evaluated}
+    task, limits = material.task, material.run.compression
+    found = records_of(some, {}, task.primary, task.problem, bounds)
+    return found[-1].name == STATIC.name and keeps_answers(found[-1], limits)
+
+
+def _evaluate_candidate(candidate: Candidate, material: Material, evidence: _Evidence) -> Evaluated:
     """Builds a candidate, checks its parity with torch, and evaluates it on held-out data."""
+    golden, cloud, on_clients = evidence.golden, evidence.cloud, evidence.on_clients
     built = candidate.build(material)
     session = open_session(built.onnx, threads=material.run.serving.threads)
     with torch.inference_mode():
@@ -320,11 +345,7 @@ def _unjudged(run: RunConfig, evaluated: Mapping[str, Evaluated]) -> set[str]:
 
 
 def _notes(
-    cloud: CloudData | None,
-    released: Evaluated,
-    chosen: CandidateRecord,
-    reduce_range: bool,
-    slower: str,
+    cloud: CloudData | None, chosen: str, released: Evaluated, slower: str, *, reduce_range: bool
 ) -> tuple[str, ...]:
     notes = []
     if released.undecoded:
@@ -339,16 +360,17 @@ def _notes(
         )
         return tuple(notes)
     if slower:
-        notes.append(f"Candidate {chosen.name} was chosen, {slower}.")
-    if "int8" in chosen.name and reduce_range:
+        notes.append(f"Candidate {chosen} was chosen, {slower}.")
+    if released.built.in_8_bits and reduce_range:
         notes.append(
-            "int8 weights were kept to 7 bits (reduce_range), so that processors without 8-bit "
-            "dot products give the same outputs."
+            "int8 weights were kept to 7 bits (compression.reduce_range), so that processors "
+            "without 8-bit dot products give the same outputs."
         )
-    elif "int8" in chosen.name:
+    elif released.built.in_8_bits:
         notes.append(
             "int8 weights use all 8 bits. An x86 device without VNNI or AMX may give different "
-            "outputs; its self-test then refuses the model."
+            "outputs; its self-test then refuses the model (compression.reduce_range = true makes "
+            "one for such devices)."
         )
     return tuple(notes)
 

@@ -66,12 +66,18 @@ class Loss:
     evidence: str
 
 
+NOT_NEEDED = "not needed"
+"""Begins the reason of a candidate that was not built because another one does."""
+_UNTIMED = CandidateTiming(math.nan, math.nan, math.nan)
+
+
 class LossBounds:
-    """Bounds on the losses of candidates; runs fp32 on inputs without labels at most once each."""
+    """Bounds on the losses of candidates, each computed once."""
 
     def __init__(self, run: RunConfig, task: Task, base: Evaluated, cloud: CloudData) -> None:
         self._run, self._task, self._base, self._cloud = run, task, base, cloud
         self._probes: dict[bool, tuple[NDArray[np.generic], FloatArray]] = {}
+        self._found: dict[bytes, Loss] = {}
 
     def of(self, each: Evaluated, drop: float) -> Loss:
         """Returns the bound on a candidate's loss, at `server.compression.confidence.CONFIDENCE`.
@@ -81,6 +87,12 @@ class LossBounds:
         decisions on inputs without labels may give a lower one. Each of these bounds has the
         confidence that the lowest one needs to hold (`confidence_of_each`).
         """
+        onnx = each.built.onnx
+        if onnx not in self._found:
+            self._found[onnx] = self._bound(each, drop)
+        return self._found[onnx]
+
+    def _bound(self, each: Evaluated, drop: float) -> Loss:
         base, limit = self._base, self._run.compression.max_accuracy_drop
         assert base.heldout is not None
         assert each.heldout is not None
@@ -101,8 +113,9 @@ class LossBounds:
             loss = min(loss, Loss(on_clients, said), key=lambda one: one.bound)
         if drop > limit or loss.bound <= limit or not accurate:
             return loss
-        # Retraining fitted the candidate to the training part, where it agrees with fp32 more.
-        inputs, expected = self._probed(heldout_alone=each.built.retrained)
+        # It agrees with fp32 more where it was fitted to: on the training part.
+        built = each.built
+        inputs, expected = self._probed(heldout_alone=built.retrained or built.fitted)
         found = self._answers(each, inputs)
         changed = changed_decisions(expected, found, shown)
         probed = Loss(
@@ -136,7 +149,7 @@ def records_of(
 
     Args:
         evaluated: The candidates, fp32 among them.
-        timings: Their latencies.
+        timings: Their latencies; NaN where one is not known yet.
         metric: The primary metric.
         kind: The task's kind of problem.
         bounds: Bounds their losses; None without held-out data.
@@ -155,9 +168,9 @@ def records_of(
             max_abs_error=each.max_abs_error,
             bytes=len(each.built.onnx),
             sha256=sha256_hex(each.built.onnx),
-            p50_us=timings[name].p50_us,
-            p50_min_us=timings[name].p50_min_us,
-            p50_max_us=timings[name].p50_max_us,
+            p50_us=timings.get(name, _UNTIMED).p50_us,
+            p50_min_us=timings.get(name, _UNTIMED).p50_min_us,
+            p50_max_us=timings.get(name, _UNTIMED).p50_max_us,
             admitted=False,
             reason="",
             clients_drop=_clients_drop(metric, base, each),
@@ -184,7 +197,7 @@ def _clients_drop(metric: Metric, base: Evaluated, each: Evaluated) -> float | N
     return 0.0 if each is base else drop_of(metric, base.clients, each.clients)
 
 
-def unbuilt_records(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:
+def unbuilt_records(reasons: Mapping[str, str]) -> dict[str, CandidateRecord]:
     """Returns records of candidates that weren't built; NaN, as 0 would look like a measurement."""
     return {
         name: CandidateRecord(
@@ -199,9 +212,9 @@ def unbuilt_records(refused: Mapping[str, str]) -> dict[str, CandidateRecord]:
             p50_min_us=math.nan,
             p50_max_us=math.nan,
             admitted=False,
-            reason=f"refused: {reason}",
+            reason=reason,
         )
-        for name, reason in refused.items()
+        for name, reason in reasons.items()
     }
 
 

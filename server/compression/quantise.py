@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -13,11 +15,13 @@ from numpy.typing import NDArray
 from onnxruntime.quantization import (
     CalibrationDataReader,
     CalibrationMethod,
-    QuantFormat,
     QuantType,
     quantize_dynamic,
-    quantize_static,
 )
+from onnxruntime.quantization.calibrate import TensorsData, create_calibrator
+from onnxruntime.quantization.qdq_quantizer import QDQQuantizer
+from onnxruntime.quantization.quant_utils import load_model_with_shape_infer
+from onnxruntime.quantization.registry import QDQRegistry, QLinearOpsRegistry
 from onnxruntime.quantization.shape_inference import quant_pre_process
 from torch import Tensor
 
@@ -29,6 +33,7 @@ _DOT_PRODUCT = {"avx512_vnni", "avx_vnni", "amx_int8"}
 _WEIGHTED = {"Gemm", "MatMul", "Conv"}
 _LEARNT = {*_WEIGHTED, "ConvTranspose", "Einsum", "Gather", "GRU", "LSTM", "RNN"}
 """Operators of layers with weights; what stands before the first of them only prepares inputs."""
+_QUANTISABLE = sorted({*QLinearOpsRegistry, *QDQRegistry})
 
 
 def saturates(cpuinfo: str) -> bool:
@@ -44,47 +49,96 @@ def saturates(cpuinfo: str) -> bool:
     return bool(lines) and not _DOT_PRODUCT & set(lines[0].split())
 
 
-def int8_static(
-    model: bytes,
-    calibration: Tensor,
-    *,
-    reduce_range: bool,
-    preprocessing: Collection[str] = (),
-) -> bytes:
-    """Quantises weights and activations, with activation ranges calibrated on examples.
+@dataclass(frozen=True, kw_only=True)
+class Calibrated:
+    """A model that is prepared for static quantisation, with the ranges of its activations."""
 
-    The last layer stays float32: it separates close outputs, and its rounding dominated the worst
-    error while saving little size. So does all that comes before the first layer with weights: one
-    scale for raw features of different ranges rounds the small ones to zero. Weights have one scale
-    per output channel.
+    prepared: bytes = field(repr=False)
+    ranges: TensorsData = field(repr=False)
+    kept: tuple[str, ...]
+    """Names of the nodes that stay float32 in any case."""
+    layers: tuple[str, ...]
+    """Names of the nodes with weights that can be quantised, in order."""
+    properties: Mapping[str, str]
+
+
+def calibrate(
+    model: bytes, calibration: Tensor, *, preprocessing: Collection[str] = ()
+) -> Calibrated:
+    """Prepares a model for `int8_static`, and records the ranges of its activations.
+
+    The last layer is among those that stay float32: it separates close outputs, and its rounding
+    dominated the worst error while saving little size. So is all that comes before the first layer
+    with weights: one scale for raw features of different ranges rounds the small ones to zero.
 
     Args:
         model: An ONNX file of `server.compression.export`.
         calibration: Inputs ``(N, ...)`` from the cloud's training data.
+        preprocessing: Names of nodes that stay float32, too, whatever they are.
+
+    Raises:
+        CompressionError: the model cannot be prepared, or fails on an input.
+    """
+    properties = properties_of(onnx.load_model_from_string(model))
+    with _workplace() as folder:
+        source, prepared = folder / "model.onnx", folder / "prepared.onnx"
+        source.write_bytes(model)
+        _prepare(source, prepared)
+        graph = onnx.load(prepared)
+        calibrator = create_calibrator(
+            prepared,
+            _QUANTISABLE,
+            augmented_model_path=str(folder / "augmented.onnx"),
+            calibrate_method=CalibrationMethod.MinMax,
+        )
+        calibrator.collect_data(_Calibration(calibration))
+        ranges = calibrator.compute_data()
+        raw = prepared.read_bytes()
+    kept = [*before_layers(graph, preprocessing), *_last_layer(graph)]
+    layers = [
+        node.name
+        for node in graph.graph.node
+        if node.op_type in _WEIGHTED and node.name and node.name not in kept
+    ]
+    return Calibrated(
+        prepared=raw, ranges=ranges, kept=tuple(kept), layers=tuple(layers), properties=properties
+    )
+
+
+def int8_static(
+    calibrated: Calibrated, *, reduce_range: bool, layers: Sequence[str] | None = None
+) -> bytes:
+    """Quantises weights and activations; weights have one scale per output channel.
+
+    Args:
+        calibrated: The model with its ranges.
         reduce_range: Limit weights to 7 bits, for processors for which `saturates` is true. It
             changes the file, so the caller decides on it and reports it.
-        preprocessing: Names of nodes that stay float32, too, whatever they are.
+        layers: Names of the layers to quantise; all other operators then stay float32. None for all
+            operators that can be quantised.
 
     Raises:
         CompressionError: nothing in the model can be quantised, or the quantiser fails.
     """
-
-    def quantise(source: Path, target: Path) -> None:
-        prepared = onnx.load(source)
-        quantize_static(
-            source,
-            target,
-            _Calibration(calibration),
-            quant_format=QuantFormat.QDQ,
-            per_channel=True,
-            reduce_range=reduce_range,
-            activation_type=QuantType.QUInt8,
-            weight_type=QuantType.QInt8,
-            calibrate_method=CalibrationMethod.MinMax,
-            nodes_to_exclude=[*_before_layers(prepared, preprocessing), *_last_layer(prepared)],
+    with _workplace() as folder:
+        prepared, target = folder / "prepared.onnx", folder / "quantised.onnx"
+        prepared.write_bytes(calibrated.prepared)
+        quantiser = QDQQuantizer(
+            load_model_with_shape_infer(prepared),
+            True,  # a scale per channel
+            reduce_range,
+            QuantType.QInt8,  # weights
+            QuantType.QUInt8,  # activations
+            calibrated.ranges,
+            list(layers or []),
+            list(calibrated.kept),
+            _QUANTISABLE,
+            {},
         )
-
-    return _quantised(model, quantise)
+        quantiser.quantize_model()
+        quantiser.model.save_model_to_file(str(target))
+        result = onnx.load(target)
+    return _finished(result, calibrated.properties)
 
 
 def int8_dynamic(model: bytes, *, reduce_range: bool, preprocessing: Collection[str] = ()) -> bytes:
@@ -111,10 +165,10 @@ def int8_dynamic(model: bytes, *, reduce_range: bool, preprocessing: Collection[
             per_channel=True,
             reduce_range=reduce_range,
             weight_type=QuantType.QInt8,
-            nodes_to_exclude=_before_layers(onnx.load(source), preprocessing),
+            nodes_to_exclude=before_layers(onnx.load(source), preprocessing),
         )
 
-    return _quantised(model, quantise)
+    return quantised(model, quantise)
 
 
 class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime has no types
@@ -129,24 +183,41 @@ class _Calibration(CalibrationDataReader):  # type: ignore[misc]  # onnxruntime 
         return None if batch is None else {INPUT: batch}
 
 
-def _quantised(model: bytes, quantise: Callable[[Path, Path], None]) -> bytes:
-    """Runs a file-based quantiser on bytes."""
+def quantised(model: bytes, quantise: Callable[[Path, Path], None]) -> bytes:
+    """Prepares a model, and rewrites it by a function from file to file.
+
+    Raises:
+        CompressionError: the function fails, or leaves no weights of 8 bits.
+    """
     properties = properties_of(onnx.load_model_from_string(model))
-    with tempfile.TemporaryDirectory(prefix="fedcore-quantise-") as folder:
+    with _workplace() as folder:
         source, prepared, target = (
-            Path(folder) / name for name in ("model.onnx", "prepared.onnx", "quantised.onnx")
+            folder / name for name in ("model.onnx", "prepared.onnx", "quantised.onnx")
         )
         source.write_bytes(model)
+        _prepare(source, prepared)
+        quantise(prepared, target)
+        result = onnx.load(target)
+    return _finished(result, properties)
+
+
+@contextmanager
+def _workplace() -> Iterator[Path]:
+    """Gives onnxruntime's tools a folder, silences them, and turns their errors into reasons."""
+    with tempfile.TemporaryDirectory(prefix="fedcore-quantise-") as folder:
         try:
             with quiet():
-                _prepare(source, prepared)
-                quantise(prepared, target)
-                result = onnx.load(target)
+                yield Path(folder)
+        except CompressionError:
+            raise
         except Exception as error:  # onnxruntime raises plain Exceptions, too
             reason = str(error).strip().partition("\n")[0][:200]
             raise CompressionError(
                 f"it cannot be quantised: {type(error).__name__}: {reason}"
             ) from error
+
+
+def _finished(result: onnx.ModelProto, properties: Mapping[str, str]) -> bytes:
     narrow = (onnx.TensorProto.INT8, onnx.TensorProto.UINT8)
     if not any(t.data_type in narrow and len(t.dims) > 1 for t in result.graph.initializer):
         raise CompressionError("none of its layers can be quantised")
@@ -161,7 +232,7 @@ def _prepare(source: Path, prepared: Path) -> None:
         quant_pre_process(source, prepared, skip_symbolic_shape=True)
 
 
-def _before_layers(model: onnx.ModelProto, preprocessing: Collection[str]) -> list[str]:
+def before_layers(model: onnx.ModelProto, preprocessing: Collection[str]) -> list[str]:
     """Returns the names of the nodes that prepare inputs for the first layer with weights.
 
     These are the nodes of the model's preprocessing, with those that a fusion named after them, and

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from fedcore.config.run import CANDIDATES
+from fedcore.config.run import DEFAULT_CANDIDATES
 from fedcore.files import sha256_hex
 from tests.e2e.conftest import without_waiting
 from tests.prefork import Process
@@ -100,7 +100,7 @@ def test_a_whole_run_leaves_its_results(trained: Path) -> None:
     assert summary(trained / "two" / "cls")["release.version"] == 2
     assert all(0 <= found[name] <= 1 for name in found if name.startswith("accuracy."))
     names = {path.name for path in (results / "candidates").iterdir()}
-    assert names == {f"{name}.onnx" for name in CANDIDATES}
+    assert names == {f"{name}.onnx" for name in DEFAULT_CANDIDATES}
 
 
 def test_the_same_seed_gives_the_same_bytes(trained: Path) -> None:
@@ -114,7 +114,7 @@ def test_the_same_seed_gives_the_same_bytes(trained: Path) -> None:
         return {path.name: sha256_hex(path.read_bytes()) for path in files}
 
     assert digests("one") == digests("two")
-    assert len(digests("one")) == 2 + len(CANDIDATES)
+    assert len(digests("one")) == 2 + len(DEFAULT_CANDIDATES)
 
 
 def test_json_is_lines_of_json_alone_with_the_summary_last(trained: Path) -> None:

@@ -13,7 +13,7 @@ from torch.utils.data import ConcatDataset
 
 import fedcore
 from fedcore import cli
-from fedcore.config.run import CANDIDATES, RunConfig
+from fedcore.config.run import DEFAULT_CANDIDATES, RunConfig
 from fedcore.config.section import Section
 from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError, DiskFull
@@ -109,7 +109,7 @@ def test_the_commented_keys_of_the_run_are_right_too(tmp_path: Path) -> None:
     assert run.federation.cohort == 4
     assert run.compression.max_p50_us == 50.0
     assert run.release.keys == "runs/keys"
-    assert run.compression.candidates == CANDIDATES
+    assert run.compression.candidates == DEFAULT_CANDIDATES
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -11,7 +11,7 @@ from torch.utils.data import ConcatDataset
 
 from fedcore import Task, load_task
 from fedcore.config.finetune import Finetune
-from fedcore.config.run import Compression, RunConfig
+from fedcore.config.run import CANDIDATES, Compression, RunConfig
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples
 from fedcore.task.model import FullModel, build_model
@@ -78,12 +78,14 @@ def digits_model(digits: Task) -> FullModel:
 @pytest.fixture(scope="session")
 def compressed(digits: Task, digits_model: FullModel, digits_cloud: CloudData) -> Compressed:
     return compress(
-        configure(max_slowdown=9.0, max_accuracy_drop=0.05),  # 54 examples tell no less
+        # 54 examples tell no less than 5 points
+        configure(
+            candidates=CANDIDATES, max_slowdown=9.0, max_accuracy_drop=0.05, reduce_range=False
+        ),
         digits,
         digits_model,
         digits_cloud,
         progress=lambda line: None,
-        reduce_range=False,
     )
 
 

@@ -13,7 +13,7 @@ from fedcore.errors import CompressionError
 from fedcore.task.model import FullModel, Standardise
 from server.compression.compressed import Compressed
 from server.compression.export import export_onnx, export_with_scopes
-from server.compression.quantise import int8_dynamic, int8_static, saturates
+from server.compression.quantise import calibrate, int8_dynamic, int8_static, saturates
 from server.compression.runtime import answer, open_session
 
 
@@ -24,7 +24,7 @@ def weights(raw: bytes) -> dict[str, onnx.TensorProto]:
 
 def test_static_answers_close_to_fp32(compressed: Compressed, calibration: Tensor) -> None:
     fp32 = compressed.files["fp32"]
-    raw = int8_static(fp32, calibration, reduce_range=False)
+    raw = int8_static(calibrate(fp32, calibration), reduce_range=False)
     expected, found = (
         answer(open_session(each, threads=1), calibration.numpy()) for each in (fp32, raw)
     )
@@ -33,14 +33,16 @@ def test_static_answers_close_to_fp32(compressed: Compressed, calibration: Tenso
 
 
 def test_static_keeps_the_last_layer_in_float(compressed: Compressed, calibration: Tensor) -> None:
-    found = weights(int8_static(compressed.files["fp32"], calibration, reduce_range=False))
+    found = weights(
+        int8_static(calibrate(compressed.files["fp32"], calibration), reduce_range=False)
+    )
     types = {tuple(each.dims): each.data_type for each in found.values()}
     assert types[10, 128] == onnx.TensorProto.FLOAT
     assert types[256, 64] == types[128, 256] == onnx.TensorProto.INT8
 
 
 def test_static_has_one_scale_for_each_channel(compressed: Compressed, calibration: Tensor) -> None:
-    raw = int8_static(compressed.files["fp32"], calibration, reduce_range=False)
+    raw = int8_static(calibrate(compressed.files["fp32"], calibration), reduce_range=False)
     graph = onnx.load_model_from_string(raw).graph
     scales = {each.dims[0] for each in graph.initializer if each.name.endswith("weight_scale")}
     assert scales == {256, 128}
@@ -52,7 +54,7 @@ def test_reduce_range_keeps_weights_to_7_bits(
 ) -> None:
     fp32 = compressed.files["fp32"]
     for raw in (
-        int8_static(fp32, calibration, reduce_range=reduce_range),
+        int8_static(calibrate(fp32, calibration), reduce_range=reduce_range),
         int8_dynamic(fp32, reduce_range=reduce_range),
     ):
         largest = max(
@@ -66,7 +68,7 @@ def test_reduce_range_keeps_weights_to_7_bits(
 def test_labels_travel_and_nothing_else(compressed: Compressed, calibration: Tensor) -> None:
     fp32 = compressed.files["fp32"]
     for raw in (
-        int8_static(fp32, calibration, reduce_range=True),
+        int8_static(calibrate(fp32, calibration), reduce_range=True),
         int8_dynamic(fp32, reduce_range=True),
     ):
         model = onnx.load_model_from_string(raw)
@@ -80,16 +82,16 @@ def test_labels_travel_and_nothing_else(compressed: Compressed, calibration: Ten
 
 def test_calibration_decides_the_bytes(compressed: Compressed, calibration: Tensor) -> None:
     fp32 = compressed.files["fp32"]
-    one = int8_static(fp32, calibration, reduce_range=False)
-    assert one == int8_static(fp32, calibration, reduce_range=False)
-    assert one != int8_static(fp32, calibration * 2, reduce_range=False)
+    one = int8_static(calibrate(fp32, calibration), reduce_range=False)
+    assert one == int8_static(calibrate(fp32, calibration), reduce_range=False)
+    assert one != int8_static(calibrate(fp32, calibration * 2), reduce_range=False)
 
 
 def test_no_file_is_left_behind(
     compressed: Compressed, calibration: Tensor, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    int8_static(compressed.files["fp32"], calibration, reduce_range=False)
+    int8_static(calibrate(compressed.files["fp32"], calibration), reduce_range=False)
     assert list(tmp_path.iterdir()) == []
 
 
@@ -98,7 +100,7 @@ def test_one_layer_is_left_alone_by_static_quantisation() -> None:
         nn.Sequential(nn.Linear(4, 3)), torch.zeros(2, 4), labels=(), kind="regression"
     )
     with pytest.raises(CompressionError, match="none of its layers can be quantised"):
-        int8_static(raw, torch.randn(8, 4), reduce_range=False)
+        int8_static(calibrate(raw, torch.randn(8, 4)), reduce_range=False)
 
 
 def test_a_failing_quantiser_is_a_reason_not_a_crash() -> None:
@@ -109,7 +111,7 @@ def test_a_failing_quantiser_is_a_reason_not_a_crash() -> None:
         kind="regression",
     )
     with pytest.raises(CompressionError, match="it cannot be quantised") as caught:
-        int8_static(raw, torch.randn(8, 5), reduce_range=False)
+        int8_static(calibrate(raw, torch.randn(8, 5)), reduce_range=False)
     assert "\n" not in str(caught.value)
 
 
@@ -183,8 +185,11 @@ def test_features_of_different_scales_stay_in_float(model: nn.Module) -> None:
     exported = export_with_scopes(model, SKEWED[:2], labels=(), kind="classification")
     inputs = SKEWED.numpy()
     expected = answer(open_session(exported.onnx, threads=1), inputs)
-    more = {"reduce_range": True, "preprocessing": exported.preprocessing}
-    for raw in (int8_static(exported.onnx, SKEWED, **more), int8_dynamic(exported.onnx, **more)):
+    named = exported.preprocessing
+    for raw in (
+        int8_static(calibrate(exported.onnx, SKEWED, preprocessing=named), reduce_range=True),
+        int8_dynamic(exported.onnx, reduce_range=True, preprocessing=named),
+    ):
         found = answer(open_session(raw, threads=1), inputs)
         assert np.abs(found - expected).max() < 0.03 * np.abs(expected).max()
         kept = next(node for node in onnx.load_model_from_string(raw).graph.node)
@@ -196,7 +201,10 @@ def test_operators_that_symbolic_shape_inference_does_not_know_are_quantised_aro
     model = FullModel(Spectrum(), network(27))
     exported = export_with_scopes(model, inputs[:2], labels=(), kind="classification")
     expected = answer(open_session(exported.onnx, threads=1), inputs.numpy())
-    more = {"reduce_range": True, "preprocessing": exported.preprocessing}
-    for raw in (int8_static(exported.onnx, inputs, **more), int8_dynamic(exported.onnx, **more)):
+    named = exported.preprocessing
+    for raw in (
+        int8_static(calibrate(exported.onnx, inputs, preprocessing=named), reduce_range=True),
+        int8_dynamic(exported.onnx, reduce_range=True, preprocessing=named),
+    ):
         found = answer(open_session(raw, threads=1), inputs.numpy())
         assert 0 < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
