@@ -1,8 +1,9 @@
 """What compression costs and gains on the digits, over seeds, without and with a limit on bytes.
 
 ``make bench NAME=compression`` runs it; ``runs/bench/compression.json`` has the figures. Each seed
-trains and fine-tunes the example once. The choice is made from all candidates by default limits,
-and then by one on bytes that fp32 exceeds, so that a quantised or pruned model is released or none.
+trains and fine-tunes the example once. The choice is made from the default candidates by default
+limits, and then by one on bytes that fp32 exceeds, so that a quantised or pruned model is released
+or none.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import fedcore
 from benchmarks.deployment import Found, machine, table
 from benchmarks.figures import at_least, at_most, row
 from benchmarks.systems import ROOT
-from fedcore.config.run import CANDIDATES
+from fedcore.config.run import DEFAULT_CANDIDATES
 from fedcore.errors import CompressionError
 from fedcore.files import write_json
 from server.compression.compressed import Compressed
@@ -90,7 +91,11 @@ def measure(seed: int) -> dict[str, dict[str, float]]:
                 run,
                 result.model,
                 progress=False,
-                compression={"candidates": list(CANDIDATES), "max_slowdown": 0.05, **limits},
+                compression={
+                    "candidates": list(DEFAULT_CANDIDATES),
+                    "max_slowdown": 0.05,
+                    **limits,
+                },
             )
         except CompressionError as error:  # none keeps the limits: nothing would be released
             print(f"seed {seed}, {name}: {error}", flush=True)
