@@ -82,6 +82,12 @@ class QueuedRequest:
     deadline_s: float | None = None
     """By the batcher's clock."""
     arrived_s: float = 0.0
+    received_bytes: int = 0
+    """Length of the message that the inputs may refer to, with what else its sender put there."""
+
+    def held_bytes(self) -> int:
+        """Returns the memory that the request takes while it waits."""
+        return max(self.received_bytes, sum(array.nbytes for array in self.inputs.values()))
 
     def key(self) -> tuple[object, ...]:
         """Returns what requests must have in common to run together."""
@@ -97,7 +103,7 @@ class QueueLimits:
     max_queue: int = 1024
     """Most requests that wait."""
     max_queue_bytes: int = 256 << 20
-    """Most bytes of inputs that wait."""
+    """Most bytes of requests that wait."""
     max_delay_s: float = 0.0
     """How long a request may wait for others to run with."""
 
@@ -143,7 +149,7 @@ class Batcher:
         Raises:
             RequestRefused: the queue is full, or the model is no longer served.
         """
-        size = sum(array.nbytes for array in job.inputs.values())
+        size = job.held_bytes()
         limits = self._limits
         with self._changed:
             if self._stopped:
@@ -240,7 +246,7 @@ class Batcher:
                         break
                     jobs.append(self._waiting.popleft())
             if self._waiting:
-                self._bytes -= sum(a.nbytes for job in jobs for a in job.inputs.values())
+                self._bytes -= sum(job.held_bytes() for job in jobs)
             else:
                 self._bytes = 0
             return jobs

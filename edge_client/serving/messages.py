@@ -107,6 +107,7 @@ def read_infer_request(raw: bytes) -> InferRequest:
         ],
         outputs=outputs,
         timeout_us=timeout_us,
+        received_bytes=len(raw),
     )
 
 

@@ -134,9 +134,9 @@ class Models:
                 requests=asked - served.before[0],
                 errors=failed - served.before[1],
             )
-            with suppress(ResourceError):
+            with suppress(ResourceError):  # told again later, with what comes until then
                 write_served(self.store, served.name, counts)
-            served.told = asked
+                served.told = asked
 
     def count(self) -> None:
         """Counts in bins the rows that have been answered since the last call."""

@@ -86,6 +86,8 @@ class InferRequest:
     """Names of the outputs to return; all if empty."""
     timeout_us: int = 0
     """How long the sender will wait, in microseconds; 0 for as long as it takes."""
+    received_bytes: int = 0
+    """Length of the message, which stays in memory while a tensor refers to it."""
 
 
 @dataclass(frozen=True, slots=True)

@@ -117,6 +117,7 @@ def read_infer_request(
         tensors=tensors,
         outputs=outputs,
         timeout_us=timeout,
+        received_bytes=len(body),
     )
     return request, Wanted(every, chosen)
 

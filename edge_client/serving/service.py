@@ -119,6 +119,7 @@ class Service:
                     lambda outcome: done(_answer(request, outcome)),
                     request.version,
                     deadline_s,
+                    received_bytes=request.received_bytes,
                 )
             )
         except RequestRefused as error:

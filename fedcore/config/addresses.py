@@ -22,9 +22,9 @@ def check_bucket(url: str) -> str:
         parts = urlsplit(url)
     except ValueError:
         return "The address of a bucket: expected one such as s3://releases/fleet."
-    if "@" in parts.netloc or parts.query or parts.fragment:
+    if "@" in url or parts.query or parts.fragment:  # a password may hold a slash
         return (
-            "The address of a bucket has a user, a query or a fragment, and is not repeated here: "
+            "The address of a bucket has an @, a query or a fragment, and is not repeated here: "
             "expected one such as s3://releases/fleet. Credentials come from the environment or "
             "from the plugin's own configuration."
         )

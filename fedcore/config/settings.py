@@ -21,6 +21,7 @@ from fedcore.config.patterns import describe_pattern
 from fedcore.config.run import RunConfig
 from fedcore.errors import ConfigError, DataError
 from fedcore.files import read_bytes
+from fedcore.observability.foreign import without_credentials
 
 _MAX_FILE_BYTES = 1 << 20
 _SHOWN = 60  # characters of a value in a message
@@ -275,6 +276,7 @@ def _shown(value: Any) -> str:
 
 
 def _short(text: str) -> str:
+    text = without_credentials(text)  # before it is cut: a cut address no longer shows its secret
     return text if len(text) <= _SHOWN else f"{text[:_SHOWN]}..."
 
 

@@ -19,6 +19,7 @@ MAX_PARAGRAPH = 1800
 _HEAD, _TAIL = 1100, 600
 _LINE_ENDS = re.compile(r"\s*[\r\n]\s*")
 _UNPRINTABLE = re.compile(r"[^ -~]")
+_WORD = re.compile(r"[^\s'\"<>]+")
 
 
 def foreign(text: object, max_characters: int = MAX_CHARACTERS) -> str:
@@ -34,10 +35,30 @@ def foreign(text: object, max_characters: int = MAX_CHARACTERS) -> str:
     """
     whole = _text(text)
     # Processes no more of the text than can be shown.
-    shown = escaped(" ".join(whole[: 4 * max_characters].split()))
+    shown = escaped(" ".join(without_credentials(whole[: 4 * max_characters]).split()))
     if len(shown) <= max_characters and len(whole) <= 4 * max_characters:
         return shown
     return f"{shown[:max_characters]}... ({len(whole)} characters)"
+
+
+def without_credentials(text: str) -> str:
+    """Returns ``text`` with the credentials in its addresses masked: user, password, and query.
+
+    >>> without_credentials("s3://me:pass/word@bucket/x?token=1, https://host/team@x")
+    's3://***@bucket/x?*** https://host/team@x'
+    """
+    return _WORD.sub(_masked, text) if "://" in text else text
+
+
+def _masked(found: re.Match[str]) -> str:
+    scheme, separator, rest = found.group().partition("://")
+    if not separator:
+        return scheme
+    rest, asked, query = rest.partition("?")
+    secret, at, place = rest.rpartition("@")
+    if at and (":" in secret or "/" not in secret):  # an @ in a path alone hides nothing
+        rest = f"***@{place}"
+    return f"{scheme}://{rest}{asked}{query and '***'}"
 
 
 def escaped(text: str) -> str:
@@ -66,7 +87,7 @@ def _escape(found: re.Match[str]) -> str:
 
 def bounded_line(text: str, max_bytes: int = MAX_LINE_BYTES) -> str:
     r"""Returns ``text`` on one line of at most ``max_bytes`` in UTF-8, escaped."""
-    line = escaped(" ".join(text[: 2 * max_bytes].split()))
+    line = escaped(" ".join(without_credentials(text[: 2 * max_bytes]).split()))
     raw = line.encode()  # cannot fail: escaped text contains no surrogates
     if len(raw) <= max_bytes and len(text) <= 2 * max_bytes:
         return line
@@ -82,7 +103,7 @@ def paragraph(text: str) -> str:
     >>> paragraph("it says 'a" + chr(27) + "[2J'." + chr(10) + "Nothing was done.")
     "it says 'a\\x1b[2J'. Nothing was done."
     """
-    line = escaped(_LINE_ENDS.sub(" ", text))
+    line = escaped(_LINE_ENDS.sub(" ", without_credentials(text)))
     if len(line) <= MAX_PARAGRAPH:
         return line
     return f"{line[:_HEAD]}... ({len(text)} characters) ...{line[-_TAIL:]}"

@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import logging
 import sys
+from contextlib import nullcontext
 from pathlib import Path
 
 from fedcore.cli import Command
 from fedcore.crypto.roster import check_server_folder, load_server_identity
+from fedcore.errors import ConfigError
 from fedcore.observability.foreign import say
 from fedcore.rpc.tls import require_tls_1_3, silence_grpc_core
 from server.commands.release_options import reports_option, repository_option
@@ -39,6 +41,12 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
         help="folder of the online keys, e.g. --keys keys: with it, a version on trial is rolled "
         "back when devices report that they could not keep it",
     )
+    parser.add_argument(
+        "--push",
+        metavar="URL",
+        help="address of a bucket that gets a copy now and after each change of the repository, "
+        "e.g. --push s3://bucket/fleet; needs --keys",
+    )
     reports_option(parser)
     parser.add_argument(
         "--log",
@@ -50,10 +58,16 @@ def _arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _serve(options: argparse.Namespace) -> int:
+    if options.push and options.keys is None:
+        raise ConfigError(
+            "--push needs --keys: the root in that folder shows whether the repository is the one "
+            "to push. Nothing was started; name both."
+        )
     check_server_folder(options.identity)
     require_tls_1_3()
     silence_grpc_core()
     from fedcore.observability.lines import log_lines
+    from server.delivery.bucket_copy import copied_to_bucket
     from server.delivery.reports import TrialJudge, book_of
     from server.delivery.serve import (
         DeliveryAddress,
@@ -71,15 +85,20 @@ def _serve(options: argparse.Namespace) -> int:
     def started(bound: int) -> None:
         say(f"Delivering {options.repository} on port {bound}; Ctrl-C stops.", flush=True)
 
-    serve_until_stopped(
-        identity,
-        options.repository,
-        address,
-        on_report=TrialJudge(
-            book_of(options.reports, options.repository), options.repository, options.keys
-        ),
-        started=started,
-    )
+    with (
+        copied_to_bucket(options.repository, options.keys, options.push)
+        if options.push
+        else nullcontext()
+    ):
+        serve_until_stopped(
+            identity,
+            options.repository,
+            address,
+            on_report=TrialJudge(
+                book_of(options.reports, options.repository), options.repository, options.keys
+            ),
+            started=started,
+        )
     return 0
 
 

@@ -10,19 +10,17 @@ import json
 import shutil
 import time
 from collections.abc import Callable
-from datetime import datetime
 from functools import partial
 from pathlib import Path
-from typing import Annotated, TypeVar
+from typing import TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from fedcore.artifacts.golden import MAX_GOLDEN_BYTES, golden_bytes, parse_golden
 from fedcore.artifacts.manifest import (
     MAX_MODEL_BYTES,
     CloudStatement,
     Digest,
-    Manifest,
     MissingAllowed,
     Parity,
 )
@@ -47,15 +45,14 @@ from server.finetune.launch import Finetuned, fine_tune
 from server.live.resume import STEPS
 from server.preflight import read_for_release
 from server.records import CandidateRecord
-from server.release.draft import Draft
-from server.release.publish import history, publish
+from server.release.once import PUBLISHED, publish_once
 from server.report.folder import write_results
 from server.rounds.app import Outcome
 from server.rounds.evaluation.judgement import Judgement
 from server.rounds.evaluation.judging import Judge, MeasureOnnx
 
 _MAX_BYTES = 16 << 20
-_FINETUNE, _COMPRESS, _PUBLISH = "finetune.json", "compress.json", "publish.json"
+_FINETUNE, _COMPRESS = "finetune.json", "compress.json"
 _TUNED = ("candidate", "cloud_alone")
 _GOLDEN = "golden.safetensors"
 _Note = TypeVar("_Note", bound="_StepNote")
@@ -94,13 +91,6 @@ class _CompressNote(_StepNote):
     calibration: str
     missing: MissingAllowed | None = None
     notes: tuple[str, ...]
-
-
-class _PublishNote(_StepNote):
-    """Note on publication, written before anything is published."""
-
-    version: Annotated[int, Field(ge=1)]
-    """Lowest version that this run's release can have."""
 
 
 def check_finish(run: RunConfig, task: Task) -> CloudData | None:
@@ -163,7 +153,9 @@ def finish(
         folder,
         story,
         steps=StageFunctions(
-            partial(_fine_tuned, steps), partial(_compressed, steps), partial(_published, steps)
+            partial(_fine_tuned, steps),
+            partial(_compressed, steps),
+            partial(publish_once, steps / PUBLISHED),
         ),
     )
     taken_s = story.seconds["federate"] + time.monotonic() - started
@@ -303,28 +295,6 @@ def _read_compressed(
         notes=noted.notes,
         source_sha256=source,
     )
-
-
-def _published(
-    folder: Path, draft: Draft, *, repository: Path, keys: Path, created: datetime
-) -> Manifest:
-    """Publishes the model; returns the manifest of an earlier process of this run if there is one.
-
-    It notes the next version before it publishes. A published model of at least that version, with
-    the same bytes and lineage, is therefore this run's own.
-    """
-    model, onnx = draft.model, sha256_hex(draft.onnx)
-    published = [one for one in history(repository, keys) if one.model == model]
-    noted = _noted(folder / _PUBLISH, _PublishNote, onnx)
-    if noted is None:
-        version = max((one.version for one in published), default=0) + 1
-        _write(folder / _PUBLISH, _PublishNote(made_from=onnx, version=version))
-    else:
-        for one in published:
-            ours = one.onnx.sha256 == onnx and one.lineage == draft.lineage
-            if ours and one.version >= noted.version:
-                return one
-    return publish(draft, repository=repository, keys=keys, created=created)
 
 
 def _write(path: Path, note: _StepNote) -> None:

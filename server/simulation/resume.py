@@ -11,6 +11,7 @@ from fedcore.errors import ConfigError
 from fedcore.task.definition import Task
 from fedcore.task.model import build_model
 from fedcore.updates.pack import layout_of
+from server.release.once import PUBLISHED
 from server.report.folder import CHECKPOINT, clear, complete, is_complete, mark
 from server.rounds.checkpointing.run_identity import check_same, free_after_rounds, identity_of
 from server.simulation.checkpoint import Checkpoint, read_checkpoint
@@ -52,7 +53,9 @@ def open_checkpoint(folder: Path, run: RunConfig, owner: OwnerPolicy, task: Task
     elif is_complete(folder):
         raise complete(folder)
     _check_weights(path, checkpoint, task, run)
-    clear(folder, keep=(CHECKPOINT, FAILED))
+    # A complete run that gets more rounds has released its model, and releases another one.
+    unreleased = () if is_complete(folder) else (PUBLISHED,)
+    clear(folder, keep=(CHECKPOINT, FAILED, *unreleased))
     mark(folder, run)
     return checkpoint
 

@@ -22,11 +22,18 @@ from fedcore.observability.pace import RoundPace
 from fedcore.seeds import Simulated
 from fedcore.task.definition import Task
 from fedcore.training.device import available
-from server.after_rounds import Completed, FederatedModel, StageLog, after_rounds
+from server.after_rounds import (
+    Completed,
+    FederatedModel,
+    StageFunctions,
+    StageLog,
+    after_rounds,
+)
 from server.finetune.in_rounds import tuner_of
 from server.preflight import Prepared
 from server.process.signals import stop_requested
 from server.records import RoundRecord, TrainingRecord
+from server.release.once import PUBLISHED, publish_once
 from server.rounds.app import Listener, Outcome, outcome_of, server_app
 from server.rounds.checkpointing.checkpointer import RoundCheckpointer
 from server.rounds.checkpointing.run_identity import identity_of
@@ -96,7 +103,10 @@ def run_pipeline(
             judge=judge_in_simulation(*arguments, locals=done.state.locals),
             measure_onnx=measure_onnx_in_simulation(*arguments),
         )
-    return after_rounds(run, task, prepared.cloud, prepared.test, trained, folder, story)
+    steps = StageFunctions(publish=partial(publish_once, folder / PUBLISHED))
+    return after_rounds(
+        run, task, prepared.cloud, prepared.test, trained, folder, story, steps=steps
+    )
 
 
 @dataclass(frozen=True)

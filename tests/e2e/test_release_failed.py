@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -41,60 +44,80 @@ SETTINGS: dict[str, Any] = {
 }
 
 
-def test_it_is_resumed_with_or_without_a_release(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    places = {"repository": str(tmp_path / "releases"), "keys": str(tmp_path / "keys")}
-    initialise(tmp_path / "releases", tmp_path / "keys", now=datetime.now(UTC))
+@dataclass(frozen=True)
+class Attempts:
+    """A run that failed to publish, was resumed and failed to push, and was resumed again."""
+
+    folder: Path
+    release: dict[str, str]
+    full: fedcore.Result
+    model: bytes
+    """The model of the rounds after the first attempt."""
+    released: float | None
+    """The accuracy of the release in the first summary."""
+    again: str
+    """Why the run was not replaced by another of its name."""
+    unpushed: fedcore.Result
+    pushed: fedcore.Result
+
+
+@pytest.fixture(scope="module")
+def attempts(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Attempts]:
+    place = tmp_path_factory.mktemp("attempts")
+    initialise(place / "releases", place / "keys", now=datetime.now(UTC))
+    release = {"repository": str(place / "releases"), "keys": str(place / "keys")}
+    folder = place / "runs" / "corners"
 
     def simulate(**more: Any) -> fedcore.Result:
-        return fedcore.simulate(TASK, runs=tmp_path / "runs", progress=False, **SETTINGS, **more)
+        return fedcore.simulate(TASK, runs=place / "runs", progress=False, **SETTINGS, **more)
 
     def full(*arguments: Any, **more: Any) -> None:
         raise DiskFull("releases: the disk has no room.")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(registry, "add", full)
-        result = simulate(release=places)
-    assert "the disk has no room" in result.record.unreleased
-    assert result.record.manifest is None
-    folder = tmp_path / "runs" / "corners"
-    model = (folder / "global.safetensors").read_bytes()
-    assert json.loads((folder / "summary.json").read_text())["accuracy"]["released"] is not None
-    with pytest.raises(fedcore.FedcoreError, match=r"interrupted after round 1.*resume=True"):
-        simulate(release=places)
-    assert not is_complete(folder)
-    alone = simulate(resume=True)
-    assert (alone.record.unreleased, alone.record.manifest) == ("", None)
-    assert is_complete(folder)
-    assert (folder / "global.safetensors").read_bytes() == model
-
-
-def test_a_release_that_could_not_be_pushed_is_published_and_says_so(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    initialise(tmp_path / "releases", tmp_path / "keys", now=datetime.now(UTC))
-    release = {
-        "repository": str(tmp_path / "releases"),
-        "keys": str(tmp_path / "keys"),
-        "push": "memory://fleet-of-runs/releases",
-    }
-
     def cut(*_: Any) -> None:
         raise ConnectionResetError("cut")
 
-    with monkeypatch.context() as patch:
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(registry, "add", full)
+        first = simulate(release=release)
+    model = (folder / "global.safetensors").read_bytes()
+    summary = json.loads((folder / "summary.json").read_text())
+    with pytest.raises(fedcore.FedcoreError) as again:
+        simulate(release=release)
+    release["push"] = "memory://fleet-of-runs/releases"
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Bucket, "_put", cut)
-        result = fedcore.simulate(
-            TASK, runs=tmp_path / "runs", progress=False, **SETTINGS, release=release
-        )
-    assert result.record.manifest is not None
-    assert "corners version 1 is published in" in result.record.unreleased
-    assert "but was not pushed: memory://fleet-of-runs/releases" in result.record.unreleased
-    done = fedcore.push_release(release["repository"], release["keys"], to=release["push"])
-    assert (done.version, done.repaired, done.unnamed) == (2, (), 0)
-    assert len(done.uploaded) == done.files
+        second = simulate(release=release, resume=True)
+    assert not is_complete(folder)
+    third = simulate(release=release, resume=True)
+    released = summary["accuracy"]["released"]
+    yield Attempts(folder, release, first, model, released, str(again.value), second, third)
     fsspec.filesystem("memory").rm("/fleet-of-runs", recursive=True)
+
+
+def test_a_run_that_could_not_publish_is_kept_and_resumed(attempts: Attempts) -> None:
+    record = attempts.full.record
+    assert "the disk has no room" in record.unreleased
+    assert record.manifest is None
+    assert attempts.released is not None
+    assert re.search(r"interrupted after round 1.*resume=True", attempts.again)
+    assert (attempts.folder / "global.safetensors").read_bytes() == attempts.model
+    assert attempts.unpushed.record.manifest is not None
+
+
+def test_a_release_that_could_not_be_pushed_is_published_once_and_pushed_by_a_resumed_run(
+    attempts: Attempts,
+) -> None:
+    record, release = attempts.unpushed.record, attempts.release
+    assert "corners version 1 is published in" in record.unreleased
+    assert "but was not pushed: memory://fleet-of-runs/releases" in record.unreleased
+    assert attempts.pushed.record.unreleased == ""
+    assert attempts.pushed.record.manifest == record.manifest
+    versions = fedcore.list_releases(release["repository"], release["keys"])
+    assert [each.version for each in versions] == [1]
+    assert is_complete(attempts.folder)
+    done = fedcore.push_release(release["repository"], release["keys"], to=release["push"])
+    assert (done.version, done.uploaded, done.repaired, done.unnamed) == (2, (), (), 0)
 
 
 @pytest.mark.parametrize(
@@ -105,14 +128,12 @@ def test_a_release_that_could_not_be_pushed_is_published_and_says_so(
     ],
 )
 def test_a_run_that_cannot_train_replaces_none(
-    tmp_path: Path, refused: dict[str, Any], said: str
+    attempts: Attempts, refused: dict[str, Any], said: str
 ) -> None:
-    def simulate(**more: Any) -> fedcore.Result:
-        settings = {**SETTINGS, **more}
-        return fedcore.simulate(TASK, runs=tmp_path, progress=False, **settings)
-
-    folder = simulate().folder
+    folder = attempts.folder
     before = {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
     with pytest.raises(fedcore.FedcoreError, match=said):
-        simulate(fresh=True, **refused)
+        fedcore.simulate(
+            TASK, runs=folder.parent, progress=False, fresh=True, **{**SETTINGS, **refused}
+        )
     assert {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()} == before

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import json
 import threading
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from tritonclient.grpc import service_pb2 as pb
 
+from edge_client.serving import messages, rest
 from edge_client.serving.batching import Batcher, QueuedRequest, QueueLimits
 from edge_client.serving.metrics import ModelMetrics
+from edge_client.serving.models import Models
+from edge_client.serving.service import Service
 from fedcore.errors import DeviceError, FedcoreError, LimitExceeded, RequestRefused
-from tests.serving import WIDTH, Product, local
+from tests.serving import WIDTH, Product, local, open_product, store_of
 
 
 def rows(count: int, first: float = 1.0) -> np.ndarray:
@@ -97,6 +103,30 @@ def test_the_queue_is_bounded_in_bytes_and_takes_one_request_of_any_size() -> No
     queue.submit(job(rows(2), box))
     queue.run_waiting()
     assert len(box) == 3
+
+
+@pytest.mark.parametrize("transport", ["gRPC", "HTTP"])
+def test_what_a_message_holds_beside_its_inputs_counts_in_the_queue(
+    tmp_path: Path, transport: str
+) -> None:
+    grpc = pb.ModelInferRequest(model_name="product", raw_input_contents=[rows(1).tobytes()])
+    grpc.inputs.add(name="input", datatype="FP32", shape=[1, WIDTH])
+    one = {"name": "input", "datatype": "FP32", "shape": [1, WIDTH], "data": [1.0] * WIDTH}
+    padding = {"gRPC": b"\x7a\x64" + bytes(100), "HTTP": b" " * 100}[transport]
+    message, read = {
+        "gRPC": (grpc.SerializeToString() + padding, messages.read_infer_request),
+        "HTTP": (
+            json.dumps({"inputs": [one]}).encode() + padding,
+            lambda body: rest.read_infer_request("product", "", body, None)[0],
+        ),
+    }[transport]
+    limits = QueueLimits(max_queue_bytes=2 * len(message) - 1)
+    models = Models(store_of(tmp_path, {"product": 1}), None, open_product, limits)
+    models.open()
+    service = Service(models)
+    service.infer(read(message), lambda _: None)
+    with pytest.raises(RequestRefused, match=f"1 requests of {len(message)} bytes wait"):
+        service.infer(read(message), lambda _: None)
 
 
 def test_a_request_whose_deadline_has_passed_is_not_run() -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from edge_client.delivery.health import read_served
 from edge_client.delivery.store import read_record
 from edge_client.serving.batching import QueueLimits
 from edge_client.serving.models import Models
-from fedcore.errors import DeviceError, RequestRefused
+from fedcore.errors import DeviceError, DiskFull, RequestRefused
 from tests.serving import WIDTH, Product, activate, active, local, open_product, running, store_of
 
 
@@ -104,6 +105,23 @@ def test_what_a_version_answered_is_told_of_no_other(tmp_path: Path) -> None:
     for _ in range(2):
         metrics.failed(RequestRefused("the model failed", "failed"))
     assert told()[3] == (2, 2)
+
+
+def test_what_could_not_be_told_is_told_later(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: Any) -> None:
+        raise DiskFull("the disk has no room.")
+
+    served = models(store_of(tmp_path, {"product": 1}))
+    served.open()
+    served.get("product").metrics.failed(RequestRefused("the model failed", "failed"))
+    with monkeypatch.context() as patch:
+        patch.setattr("edge_client.serving.models.write_served", full)
+        served.tell()
+    served.tell()
+    record = read_record(tmp_path, "product", "active")
+    assert read_served(tmp_path, "product", record) == (1, 1)
 
 
 def test_an_empty_store_and_a_named_model_that_is_missing(tmp_path: Path) -> None:

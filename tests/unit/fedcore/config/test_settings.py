@@ -7,7 +7,7 @@ import pytest
 
 from fedcore.config.owner import load_owner
 from fedcore.config.run import RunConfig
-from fedcore.config.settings import load_run
+from fedcore.config.settings import load_run, with_settings
 from fedcore.errors import ConfigError
 
 REQUIRED = 'name = "digits"\ntask = "task.py"\n'
@@ -262,7 +262,7 @@ def test_private_fine_tuning_refuses_what_it_does_not_cover(
         ("[release]\npush = 's3://b/p'", "release.push needs release.repository"),
         (
             "[release]\nrepository = 'r'\nkeys = 'k'\npush = 's3://me:pw@b/p'",
-            "release.push: The address of a bucket has a user",
+            "release.push: The address of a bucket has an @",
         ),
         (
             "[release]\nrepository = 'r'\nkeys = 'k'\npush = 'releases'",
@@ -278,9 +278,29 @@ def test_values_that_contradict_each_other_are_refused(
     assert said in message
 
 
-def test_credentials_in_the_address_of_a_bucket_are_not_repeated(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "override",
+    [
+        "release.push=s3://me:hunter2@bucket/p",
+        "release.push='s3://me:hunter2/and-the-rest-of-a-key-that-is-longer-than-is-shown@bucket'",
+        "release.push=s3://bucket/p?secret=hunter2",
+        "release.psh=s3://me:hunter2@bucket/p",
+        "release.push.to=s3://me:hunter2@bucket/p",
+        "release.push=['s3://me:hunter2@bucket/p']",
+        "s3://me:hunter2@bucket/p",
+        "seed=s3://me:hunter2@bucket/p",
+    ],
+)
+def test_credentials_in_an_address_are_not_repeated(tmp_path: Path, override: str) -> None:
     places = "[release]\nrepository = 'r'\nkeys = 'k'\n"
-    assert "hunter2" not in refused(tmp_path, places + "push = 's3://me:hunter2@bucket/p'")
+    assert "hunter2" not in refused(tmp_path, places, override)
+    key, equals, value = override.partition("=")
+    if equals and "." in key:
+        section, _, name = key.partition(".")
+        settings = {section: {name: value.strip("'")}}
+        with pytest.raises(ConfigError) as caught:
+            with_settings(load_run(written(tmp_path, REQUIRED)), settings)
+        assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,17 @@ import io
 import json
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
-from fedcore.observability.foreign import bounded_line, foreign, printable, say
+from fedcore.observability.foreign import (
+    bounded_line,
+    foreign,
+    paragraph,
+    printable,
+    say,
+    without_credentials,
+)
 
 ANY = st.text(st.characters(), max_size=600)  # surrogates, too
 
@@ -22,6 +29,7 @@ def test_whatever_comes_is_one_short_line_that_can_be_printed(text: str, most: i
 
 @given(st.text(st.characters(categories=("L", "N", "P", "S")), max_size=400))
 def test_what_can_be_printed_stays_as_it_is(text: str) -> None:
+    assume("://" not in text)
     assert foreign(text) == text
 
 
@@ -72,3 +80,25 @@ def test_json_that_is_printed_is_what_was_made() -> None:
     value = {"name": "\x1b\ud800", "rows": [1, 2]}
     say(json.dumps(value, indent=2), to=out)
     assert json.loads(out.getvalue()) == value
+
+
+@pytest.mark.parametrize(
+    ("address", "shown"),
+    [
+        ("s3://me:hunter2@bucket/x", "s3://***@bucket/x"),
+        ("s3://me:hunter2/hunter2+@bucket/x", "s3://***@bucket/x"),
+        ("https://me:hunter2@hunter2@host:443/a", "https://***@host:443/a"),
+        ("https://hunter2@host", "https://***@host"),
+        ("https://host/x?token=hunter2", "https://host/x?***"),
+        ("a::s3://me:hunter2@bucket", "a::s3://***@bucket"),
+        ("https://host/team@x and me@host.org", "https://host/team@x and me@host.org"),
+    ],
+)
+def test_credentials_in_an_address_are_masked(address: str, shown: str) -> None:
+    assert without_credentials(address) == shown
+    texts = [way(f"release.push = '{address}': wrong") for way in (foreign, bounded_line, paragraph)]
+    assert texts == [f"release.push = '{shown}': wrong"] * 3
+
+
+def test_a_long_text_of_addresses_is_masked_in_linear_time() -> None:
+    assert len(without_credentials("a://" * 200_000)) == 800_000
