@@ -8,64 +8,32 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 
-from edge_client.inference.graph import GraphNode, StoredTensor
-
-_INT64 = 7
-_BATCH = 1 << 64
-"""Stands for the number of rows in a computed shape; no number of a file is as large."""
-
-
-def _names(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-_EACH = _names(
-    "Abs Acos Acosh Asin Asinh Atan Atanh Cast Ceil Celu Cos Cosh Elu Erf Exp Floor Gelu "
-    "HardSigmoid HardSwish Identity IsInf IsNaN LeakyRelu Log Mish Neg Not Reciprocal Relu Round "
-    "Selu Shrink Sigmoid Sign Sin Sinh Softplus Softsign Sqrt Swish Tan Tanh ThresholdedRelu "
-    "com.microsoft:FastGelu com.microsoft:Gelu"
+from edge_client.inference.graph import GraphNode
+from edge_client.inference.row_values import (
+    BATCH,
+    EACH,
+    TOGETHER,
+    Coupled,
+    FixedTensor,
+    RowTensor,
+    Value,
+    constant,
+    fixed_tensor,
+    follow_fixed,
+    known_numbers,
+    known_shape,
+    names,
+    row_tensor,
+    whole_number,
+    whole_numbers,
 )
-"""Operators of one tensor that take each number by itself."""
-_TOGETHER = _names(
-    "Add And BitwiseAnd BitwiseOr BitwiseXor Div Equal Greater GreaterOrEqual Less LessOrEqual Max "
-    "Mean Min Mul Or PRelu Pow Sub Sum Where Xor Clip"
-)
-"""Operators that take the numbers at one place of all their tensors, after broadcasting."""
-_REDUCING = _names(
+
+_REDUCING = names(
     "ReduceL1 ReduceL2 ReduceLogSum ReduceLogSumExp ReduceMax ReduceMean ReduceMin ReduceProd "
     "ReduceSum ReduceSumSquare"
 )
-
-
-@dataclass(frozen=True)
-class RowTensor:
-    """A tensor ``(B, *shape)`` whose row ``i`` depends on row ``i`` of the input alone."""
-
-    shape: tuple[int, ...]
-
-    @property
-    def rank(self) -> int:
-        return 1 + len(self.shape)
-
-
-@dataclass(frozen=True)
-class FixedTensor:
-    """A tensor that depends on no number of the input, but may on the number of rows."""
-
-    shape: tuple[int, ...] | None
-    """None if it is not known."""
-    numbers: tuple[int, ...] | None = None
-    counts_rows: bool = False
-    """Whether it may depend on the number of rows."""
-
-
-Value = RowTensor | FixedTensor
-
-
-class Coupled(ValueError):
-    """Rows may affect each other; the message says where."""
 
 
 def follow(node: GraphNode, given: list[Value | None]) -> list[Value]:
@@ -80,99 +48,21 @@ def follow(node: GraphNode, given: list[Value | None]) -> list[Value]:
             operator does with them is not known here.
     """
     if node.operator == "Constant":
-        return [_constant(node)]
+        return [constant(node)]
     present = [one for one in given if one is not None]
     counts = any(isinstance(one, FixedTensor) and one.counts_rows for one in present)
     if not any(isinstance(one, RowTensor) for one in present):
-        found = replace(_of_fixed(node, given), counts_rows=counts)
+        found = replace(follow_fixed(node, given), counts_rows=counts)
         return [found] * max(len(node.outputs), 1)
     if counts and node.operator != "Reshape":
         raise Coupled("the number of rows")
-    if node.operator in _EACH and len(present) == 1:
-        return [_rows(given[0])]
-    if node.operator in _TOGETHER:
+    if node.operator in EACH and len(present) == 1:
+        return [row_tensor(given[0])]
+    if node.operator in TOGETHER:
         return [_broadcast(given)]
     if node.operator in _REDUCING:
         return [_reduced(node, given)]
     return [_RULES[node.operator](node, given)]
-
-
-def _rows(value: Value | None) -> RowTensor:
-    if not isinstance(value, RowTensor):
-        raise Coupled("a tensor without rows")
-    return value
-
-
-def _fixed(value: Value | None) -> FixedTensor:
-    if not isinstance(value, FixedTensor):
-        raise Coupled("numbers of the input where a constant is expected")
-    return value
-
-
-def _shape(value: Value | None) -> tuple[int, ...]:
-    found = _fixed(value).shape
-    if found is None:
-        raise Coupled("a shape that is not known")
-    return found
-
-
-def _numbers(value: Value | None) -> tuple[int, ...]:
-    found = _fixed(value).numbers
-    if found is None or _BATCH in found:
-        raise Coupled("numbers that are not known")
-    return found
-
-
-def _constant(node: GraphNode) -> FixedTensor:
-    value = next(iter(node.attributes.values()), None)
-    if isinstance(value, StoredTensor):
-        return FixedTensor(value.shape, value.numbers)
-    if isinstance(value, int):
-        return FixedTensor((), (value,))
-    if isinstance(value, tuple):
-        return FixedTensor((len(value),), value)
-    return FixedTensor(() if set(node.attributes) == {"value_float"} else None)
-
-
-def _of_fixed(node: GraphNode, given: list[Value | None]) -> FixedTensor:
-    """Follows shapes and the few whole numbers that make up a shape; forgets all else."""
-    first = _fixed(given[0]) if given else FixedTensor(None)
-    numbers = first.numbers
-    if node.operator in _EACH | {"DequantizeLinear", "QuantizeLinear"}:
-        kept = node.operator == "Identity" or node.attributes.get("to") == _INT64
-        return FixedTensor(first.shape, numbers if kept else None)
-    parts = [
-        one.numbers for one in given if isinstance(one, FixedTensor) and one.numbers is not None
-    ]
-    if node.operator == "Concat" and len(parts) == len(given):
-        joined = tuple(number for part in parts for number in part)
-        return FixedTensor((len(joined),), joined)
-    if node.operator == "Squeeze" and first.shape == (1,):
-        return FixedTensor((), numbers)
-    if node.operator == "Unsqueeze" and first.shape == () and len(_numbers(given[1])) == 1:
-        return FixedTensor((1,), numbers)
-    if node.operator == "Gather" and numbers is not None and first.shape == (len(numbers),):
-        at = _fixed(given[1])
-        if at.numbers is not None:
-            return FixedTensor(at.shape, tuple(numbers[n] for n in at.numbers))
-    if node.operator == "Transpose" and first.shape is not None:
-        order = _ints(node, "perm", tuple(reversed(range(len(first.shape)))))
-        return FixedTensor(tuple(first.shape[at] for at in order))
-    return FixedTensor(None)
-
-
-def _int(node: GraphNode, name: str, default: int) -> int:
-    value = node.attributes.get(name, default)
-    if not isinstance(value, int):
-        raise Coupled(f"{name} is no number")
-    return value
-
-
-def _ints(node: GraphNode, name: str, default: tuple[int, ...]) -> tuple[int, ...]:
-    value = node.attributes.get(name, default)
-    if not isinstance(value, tuple):
-        raise Coupled(f"{name} is no list of numbers")
-    return value
 
 
 def _inner(axis: int, rank: int) -> int:
@@ -192,7 +82,7 @@ def _broadcast(given: Sequence[Value | None]) -> RowTensor:
         if isinstance(one, RowTensor):
             shape = one.shape if one.rank == rank else None
         else:
-            own = _shape(one)
+            own = known_shape(one)
             shape = own if len(own) < rank else own[1:] if own[:1] == (1,) else None
         if shape is None or len(shape) >= rank:
             raise Coupled("tensors that line up in another way")
@@ -207,21 +97,21 @@ def _broadcast(given: Sequence[Value | None]) -> RowTensor:
 
 
 def _reduced(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    data = _rows(given[0])
-    told = _numbers(given[1]) if len(given) > 1 else _ints(node, "axes", ())
+    data = row_tensor(given[0])
+    told = known_numbers(given[1]) if len(given) > 1 else whole_numbers(node, "axes", ())
     axes = {_inner(axis, data.rank) for axis in told}
     if not axes:  # all of them
         raise Coupled("all axes")
-    keep = _int(node, "keepdims", 1)
+    keep = whole_number(node, "keepdims", 1)
     sizes = [1 if at in axes else size for at, size in enumerate(data.shape, 1)]
     return RowTensor(tuple(s for at, s in enumerate(sizes, 1) if keep or at not in axes))
 
 
 def _gemm(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    data, weight = _rows(given[0]), _shape(given[1])
-    if data.rank != 2 or len(weight) != 2 or _int(node, "transA", 0):
+    data, weight = row_tensor(given[0]), known_shape(given[1])
+    if data.rank != 2 or len(weight) != 2 or whole_number(node, "transA", 0):
         raise Coupled("a product over rows")
-    found = RowTensor((weight[0 if _int(node, "transB", 0) else 1],))
+    found = RowTensor((weight[0 if whole_number(node, "transB", 0) else 1],))
     return _broadcast([found, *given[2:3]])
 
 
@@ -233,11 +123,11 @@ def _matmul(node: GraphNode, given: list[Value | None]) -> RowTensor:
         outer = _broadcast([RowTensor(one.shape[:-2]), RowTensor(other.shape[:-2])])
         return RowTensor((*outer.shape, one.shape[-2], other.shape[-1]))
     if isinstance(one, RowTensor):
-        weight = _shape(other)
+        weight = known_shape(other)
         if len(weight) != 2 or one.rank < 2:
             raise Coupled("a product that lines up in another way")
         return RowTensor((*one.shape[:-1], weight[1]))
-    weight, data = _shape(one), _rows(other)
+    weight, data = known_shape(one), row_tensor(other)
     if len(weight) != 2 or data.rank < 3:
         raise Coupled("a product over rows")
     return RowTensor((*data.shape[:-2], weight[0], data.shape[-1]))
@@ -245,12 +135,12 @@ def _matmul(node: GraphNode, given: list[Value | None]) -> RowTensor:
 
 def _window(node: GraphNode, data: RowTensor, kernel: tuple[int, ...]) -> tuple[int, ...]:
     """Returns the size of what a window that moves over an image gives."""
-    if node.attributes.get("auto_pad", "NOTSET") != "NOTSET" or _int(node, "ceil_mode", 0):
+    if node.attributes.get("auto_pad", "NOTSET") != "NOTSET" or whole_number(node, "ceil_mode", 0):
         raise Coupled("padding that is not told")
     count = len(data.shape) - 1
-    strides = _ints(node, "strides", (1,) * count)
-    dilations = _ints(node, "dilations", (1,) * count)
-    pads = _ints(node, "pads", (0,) * 2 * count)
+    strides = whole_numbers(node, "strides", (1,) * count)
+    dilations = whole_numbers(node, "dilations", (1,) * count)
+    pads = whole_numbers(node, "pads", (0,) * 2 * count)
     if count < 1 or not len(kernel) == len(strides) == len(dilations) == len(pads) / 2 == count:
         raise Coupled("a window of another rank")
     return tuple(
@@ -261,64 +151,64 @@ def _window(node: GraphNode, data: RowTensor, kernel: tuple[int, ...]) -> tuple[
 
 
 def _conv(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    data, weight = _rows(given[0]), _shape(given[1])
+    data, weight = row_tensor(given[0]), known_shape(given[1])
     for bias in given[2:]:
-        _fixed(bias)
+        fixed_tensor(bias)
     return RowTensor((weight[0], *_window(node, data, weight[2:])))
 
 
 def _pool(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    data = _rows(given[0])
+    data = row_tensor(given[0])
     if node.operator.startswith("Global"):
         return RowTensor((data.shape[0], *(1 for _ in data.shape[1:])))
-    kernel = _ints(node, "kernel_shape", ())
+    kernel = whole_numbers(node, "kernel_shape", ())
     return RowTensor((data.shape[0], *_window(node, data, kernel)))
 
 
 def _normalised(node: GraphNode, given: list[Value | None]) -> RowTensor:
     """Normalises over an axis and those after it, or over each channel of each row."""
-    data = _rows(given[0])
+    data = row_tensor(given[0])
     for one in given[1:]:
-        if one is not None and len(_shape(one)) >= data.rank:
+        if one is not None and len(known_shape(one)) >= data.rank:
             raise Coupled("scales for rows")
     if node.operator in _BY_AXIS:
-        _inner(_int(node, "axis", -1), data.rank)
+        _inner(whole_number(node, "axis", -1), data.rank)
     elif data.rank < 3:
         raise Coupled("no channels")
     return data
 
 
 def _flatten(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    data = _rows(given[0])
-    if _int(node, "axis", 1) not in (1, 1 - data.rank):
+    data = row_tensor(given[0])
+    if whole_number(node, "axis", 1) not in (1, 1 - data.rank):
         raise Coupled("rows that are joined")
     return RowTensor((math.prod(data.shape),))
 
 
 def _reshape(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    data, to = _rows(given[0]), _fixed(given[1]).numbers
-    if not to or (0 in to and _int(node, "allowzero", 0)):
+    data, to = row_tensor(given[0]), fixed_tensor(given[1]).numbers
+    if not to or (0 in to and whole_number(node, "allowzero", 0)):
         raise Coupled("zeros as sizes")
     whole, first = math.prod(data.shape), to[0]
     rest = [data.shape[at] if size == 0 else size for at, size in enumerate(to[1:])]
-    if first in (0, _BATCH) and rest.count(-1) == 1:
+    if first in (0, BATCH) and rest.count(-1) == 1:
         known = -math.prod(rest)
         rest[rest.index(-1)] = whole // known
-    if first not in (0, -1, _BATCH) or min(rest, default=1) < 1 or math.prod(rest) != whole:
+    if first not in (0, -1, BATCH) or min(rest, default=1) < 1 or math.prod(rest) != whole:
         raise Coupled("rows that are divided or joined")
     return RowTensor(tuple(rest))
 
 
 def _squeeze(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    data = _rows(given[0])
-    axes = {_inner(axis, data.rank) for axis in _numbers(given[1])}
+    data = row_tensor(given[0])
+    axes = {_inner(axis, data.rank) for axis in known_numbers(given[1])}
     if any(data.shape[at - 1] != 1 for at in axes):
         raise Coupled("an axis that is not 1")
     return RowTensor(tuple(size for at, size in enumerate(data.shape, 1) if at not in axes))
 
 
 def _unsqueeze(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    data, told = _rows(given[0]), _numbers(given[1])
+    data, told = row_tensor(given[0]), known_numbers(given[1])
     rank = data.rank + len(told)
     axes, sizes = {_inner(axis, rank) for axis in told}, iter(data.shape)
     if len(axes) != len(told):
@@ -327,26 +217,26 @@ def _unsqueeze(node: GraphNode, given: list[Value | None]) -> RowTensor:
 
 
 def _transpose(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    data = _rows(given[0])
-    order = _ints(node, "perm", ())
+    data = row_tensor(given[0])
+    order = whole_numbers(node, "perm", ())
     if sorted(order) != list(range(data.rank)) or order[0] != 0:
         raise Coupled("rows that are moved")
     return RowTensor(tuple(data.shape[at - 1] for at in order[1:]))
 
 
 def _concat(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    parts = [_rows(one) for one in given]
-    at = _inner(_int(node, "axis", 0), parts[0].rank) - 1
+    parts = [row_tensor(one) for one in given]
+    at = _inner(whole_number(node, "axis", 0), parts[0].rank) - 1
     sizes = list(parts[0].shape)
     sizes[at] = sum(one.shape[at] for one in parts)
     return RowTensor(tuple(sizes))
 
 
 def _slice(node: GraphNode, given: list[Value | None]) -> RowTensor:
-    data = _rows(given[0])
+    data = row_tensor(given[0])
     sizes = list(data.shape)
-    starts, ends, axes = (_numbers(given[at]) for at in (1, 2, 3))
-    steps = _numbers(given[4]) if len(given) > 4 else (1,) * len(axes)
+    starts, ends, axes = (known_numbers(given[at]) for at in (1, 2, 3))
+    steps = known_numbers(given[4]) if len(given) > 4 else (1,) * len(axes)
     if len(set(axes)) < len(axes):
         raise Coupled("an axis twice")
     for start, end, axis, step in zip(starts, ends, axes, steps, strict=True):
@@ -358,29 +248,29 @@ def _slice(node: GraphNode, given: list[Value | None]) -> RowTensor:
 def _gather(node: GraphNode, given: list[Value | None]) -> RowTensor:
     data, at = given[:2]
     if isinstance(data, RowTensor):
-        axis = _inner(_int(node, "axis", 0), data.rank) - 1
-        return RowTensor((*data.shape[:axis], *_shape(at), *data.shape[axis + 1 :]))
-    if _int(node, "axis", 0) != 0:
+        axis = _inner(whole_number(node, "axis", 0), data.rank) - 1
+        return RowTensor((*data.shape[:axis], *known_shape(at), *data.shape[axis + 1 :]))
+    if whole_number(node, "axis", 0) != 0:
         raise Coupled("rows that are moved")
-    return RowTensor((*_rows(at).shape, *_shape(data)[1:]))
+    return RowTensor((*row_tensor(at).shape, *known_shape(data)[1:]))
 
 
 def _shape_of(node: GraphNode, given: list[Value | None]) -> FixedTensor:
-    whole = (_BATCH, *_rows(given[0]).shape)
-    found = whole[_int(node, "start", 0) : _int(node, "end", len(whole))]
+    whole = (BATCH, *row_tensor(given[0]).shape)
+    found = whole[whole_number(node, "start", 0) : whole_number(node, "end", len(whole))]
     return FixedTensor((len(found),), found, counts_rows=True)
 
 
 def _scaled(node: GraphNode, given: list[Value | None]) -> RowTensor:
     """Scales by numbers of the file: quantisation, and normalisation by stored statistics."""
-    if _int(node, "training_mode", 0) or not all(
+    if whole_number(node, "training_mode", 0) or not all(
         isinstance(one, FixedTensor | None) for one in given[1:]
     ):
         raise Coupled("statistics of a batch")
-    return _rows(given[0])
+    return row_tensor(given[0])
 
 
-_BY_AXIS = _names("Hardmax LayerNormalization LogSoftmax LpNormalization RMSNormalization Softmax")
+_BY_AXIS = names("Hardmax LayerNormalization LogSoftmax LpNormalization RMSNormalization Softmax")
 _RULES: dict[str, Callable[[GraphNode, list[Value | None]], Value]] = {
     "Gemm": _gemm,
     "MatMul": _matmul,

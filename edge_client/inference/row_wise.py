@@ -10,7 +10,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from edge_client.inference.graph import PlainGraph, UnreadableGraph, read_graph
-from edge_client.inference.row_operators import Coupled, FixedTensor, RowTensor, Value, follow
+from edge_client.inference.row_operators import follow
+from edge_client.inference.row_values import Coupled, FixedTensor, RowTensor, Value
 
 _LEAST_OPSET = 13
 """Before it, Softmax and others took their axes in other ways."""

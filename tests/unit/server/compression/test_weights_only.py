@@ -10,7 +10,8 @@ from numpy.typing import NDArray
 from onnx import numpy_helper
 from torch import Tensor, nn
 
-from edge_client.inference.fixed_work import couples_rows, why_unbounded
+from edge_client.inference.fixed_work import why_unbounded
+from edge_client.inference.row_wise import why_coupled
 from fedcore.errors import CompressionError
 from fedcore.task.model import FullModel
 from server.compression.export import export_onnx, export_with_scopes
@@ -104,11 +105,11 @@ def test_weights_are_decoded_once_and_the_model_runs_in_float32(
 def test_a_device_knows_the_work_of_such_a_file(
     exported: tuple[bytes, NDArray[np.generic]], bits: str
 ) -> None:
-    raw, _ = exported
+    raw, inputs = exported
     assert why_unbounded(raw) == ""
     small = WAYS[bits][0](raw)
     assert why_unbounded(small) == ""
-    assert not couples_rows(small)
+    assert why_coupled(small, inputs.shape[1:]) == why_coupled(raw, inputs.shape[1:])
 
 
 def decoded(weight: NDArray[np.float32], axis: int) -> NDArray[np.float32]:
