@@ -17,7 +17,7 @@ from fedcore.artifacts.decode import DECODE_KEY
 from server.compression.decode.attach import with_decode_graph
 from server.compression.decode.errors import NotDecodable
 from server.compression.export import export_onnx
-from server.compression.quantise import int8_dynamic, int8_static
+from server.compression.quantise import calibrate, int8_dynamic, int8_static
 from server.compression.runtime import answer, open_session
 from tests.decodable import FUTURE, TOKENS, WINDOW, attention, golden
 
@@ -149,7 +149,7 @@ def test_models_as_people_write_them_get_a_decode_graph(name: str) -> None:
 def test_quantised_models_get_one_too() -> None:
     raw = exported("fused")
     inputs, _ = golden(raw)
-    static = int8_static(raw, torch.from_numpy(inputs), reduce_range=True)
+    static = int8_static(calibrate(raw, torch.from_numpy(inputs)), reduce_range=True)
     for each in (static, int8_dynamic(raw, reduce_range=True)):
         outputs = answer(open_session(each, threads=1), inputs)
         allowed = 0.05 * float(np.abs(outputs).max())
