@@ -7,7 +7,7 @@ import pytest
 
 from fedcore.config.owner import load_owner
 from fedcore.config.run import RunConfig
-from fedcore.config.settings import load_run, with_settings
+from fedcore.config.settings import load_run
 from fedcore.errors import ConfigError
 
 REQUIRED = 'name = "digits"\ntask = "task.py"\n'
@@ -276,31 +276,6 @@ def test_values_that_contradict_each_other_are_refused(
     message = refused(tmp_path, text)
     assert message.startswith(f"{tmp_path}/run.toml: ")
     assert said in message
-
-
-@pytest.mark.parametrize(
-    "override",
-    [
-        "release.push=s3://me:hunter2@bucket/p",
-        "release.push='s3://me:hunter2/and-the-rest-of-a-key-that-is-longer-than-is-shown@bucket'",
-        "release.push=s3://bucket/p?secret=hunter2",
-        "release.psh=s3://me:hunter2@bucket/p",
-        "release.push.to=s3://me:hunter2@bucket/p",
-        "release.push=['s3://me:hunter2@bucket/p']",
-        "s3://me:hunter2@bucket/p",
-        "seed=s3://me:hunter2@bucket/p",
-    ],
-)
-def test_credentials_in_an_address_are_not_repeated(tmp_path: Path, override: str) -> None:
-    places = "[release]\nrepository = 'r'\nkeys = 'k'\n"
-    assert "hunter2" not in refused(tmp_path, places, override)
-    key, equals, value = override.partition("=")
-    if equals and "." in key:
-        section, _, name = key.partition(".")
-        settings = {section: {name: value.strip("'")}}
-        with pytest.raises(ConfigError) as caught:
-            with_settings(load_run(written(tmp_path, REQUIRED)), settings)
-        assert "hunter2" not in str(caught.value)
 
 
 @pytest.mark.parametrize(

@@ -96,7 +96,9 @@ def test_json_that_is_printed_is_what_was_made() -> None:
 )
 def test_credentials_in_an_address_are_masked(address: str, shown: str) -> None:
     assert without_credentials(address) == shown
-    texts = [way(f"release.push = '{address}': wrong") for way in (foreign, bounded_line, paragraph)]
+    texts = [
+        way(f"release.push = '{address}': wrong") for way in (foreign, bounded_line, paragraph)
+    ]
     assert texts == [f"release.push = '{shown}': wrong"] * 3
 
 
