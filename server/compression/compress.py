@@ -100,17 +100,7 @@ def compress(
     if cloud is not None and not (size_of(cloud.train) and size_of(cloud.heldout)):
         cloud = None
     limits = run.compression
-    material = Material(
-        run=run,
-        task=task,
-        module=copy.deepcopy(merge_adapters(model)).eval(),
-        examples=cloud.train if cloud else None,
-        reduce_range=(
-            saturates(_cpuinfo()) if limits.reduce_range is None else limits.reduce_range
-        ),
-        progress=progress,
-        untrained=_untrained(run, tuning_kept),
-    )
+    material = _material(run, task, model, cloud, progress, tuning_kept)
     golden = _golden_of(material)
     wanted = [each for each in ALL if each.name in limits.candidates] if cloud else [FP32]
     evaluated, unbuilt, bounds = _evaluate_candidates(
@@ -161,6 +151,26 @@ def compress(
             reduce_range=material.reduce_range,
         ),
         source_sha256=sha256_hex(checkpoint_bytes(model)),
+    )
+
+
+def _material(
+    run: RunConfig,
+    task: Task,
+    model: FullModel,
+    cloud: CloudData | None,
+    progress: Callable[[str], None],
+    tuning_kept: bool,
+) -> Material:
+    wanted = run.compression.reduce_range
+    return Material(
+        run=run,
+        task=task,
+        module=copy.deepcopy(merge_adapters(model)).eval(),
+        examples=cloud.train if cloud else None,
+        reduce_range=saturates(_cpuinfo()) if wanted is None else wanted,
+        progress=progress,
+        untrained=_untrained(run, tuning_kept),
     )
 
 
