@@ -157,7 +157,7 @@ def compress(
 def _material(
     run: RunConfig,
     task: Task,
-    model: FullModel,
+    model: nn.Module,
     cloud: CloudData | None,
     progress: Callable[[str], None],
     tuning_kept: bool,
