@@ -8,7 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-CONFTEST = Path(__file__).parent.parent / "conftest.py"
+ROOT = Path(__file__).parent.parent.parent
+CONFTEST = ROOT / "tests" / "conftest.py"
 
 
 def outcome(folder: Path, test: str, *, data: str | None) -> str:
@@ -17,6 +18,7 @@ def outcome(folder: Path, test: str, *, data: str | None) -> str:
     (folder / "pytest.ini").write_text("[pytest]\nmarkers = data\n    gpu\n")
     environment = {k: v for k, v in os.environ.items() if not k.startswith("PYTEST")}
     environment.pop("FEDCORE_DATA", None)
+    environment["PYTHONPATH"] = str(ROOT)  # of `tests`, from which it imports
     done = subprocess.run(
         [sys.executable, "-m", "pytest", "-q", "-rs", "-p", "no:cacheprovider", "-p", "no:xdist"],
         cwd=folder,

@@ -32,7 +32,7 @@ from server.finetune.launch import Finetuned
 from server.live import finish as finish_module
 from server.live.finish import check_finish, finish
 from server.records import RoundRecord
-from server.release import final_test
+from server.release import final_test, once
 from server.release.publish import history, initialise, publish
 from server.report import html
 from server.report.folder import is_complete
@@ -180,7 +180,7 @@ def test_a_release_that_fails_keeps_what_was_computed_and_can_go_on(site: Site) 
         raise DiskFull("releases: the disk has no room.")
 
     with site.patch.context() as patch:
-        patch.setattr(finish_module, "publish", full)
+        patch.setattr(once, "publish", full)
         with pytest.raises(ReleaseError, match=r"the disk has no room\. .*--resume .*continues"):
             site.finish()
     assert "the disk has no room" in site.summary()["release"]["failed"]
@@ -269,7 +269,12 @@ POINTS = {
 def test_whatever_it_dies_of_each_step_is_done_once(site: Site, point: str) -> None:
     write = dies_before(point)
     with site.patch.context() as patch:
-        for module in ("server.live.finish", "server.after_rounds", "server.report.folder"):
+        for module in (
+            "server.live.finish",
+            "server.after_rounds",
+            "server.report.folder",
+            "server.release.once",
+        ):
             patch.setattr(f"{module}.write_atomic", write)
         patch.setattr("server.report.folder.write_json", write)
         with pytest.raises(Died):
@@ -295,7 +300,7 @@ def test_dying_while_it_publishes_publishes_once(site: Site, published: bool) ->
         raise Died
 
     with site.patch.context() as patch:
-        patch.setattr(finish_module, "publish", dying)
+        patch.setattr(once, "publish", dying)
         with pytest.raises(Died):
             site.finish()
     assert len(site.versions()) == published
