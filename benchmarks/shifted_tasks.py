@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,10 +15,18 @@ from torch import Tensor, nn
 from torch.utils.data import TensorDataset
 
 from benchmarks.partitions import read_mnist
-from fedcore import Task, by_column, dirichlet
+from fedcore import ACCURACY, RMSE, Metric, Task, by_column, dirichlet, load_task
 from fedcore.seeds import numpy_rng, torch_rng
 
 CLIENTS = 40
+ENGINES = Path(__file__).resolve().parents[1] / "examples" / "turbofan"
+SETTINGS: dict[str, dict[str, Any]] = {
+    "federation": {"rounds": 12, "holdout": 0.25},
+    "client": {"epochs": 3, "batch_size": 10, "learning_rate": 0.05, "momentum": 0.5},
+    "finetune": {"epochs": 5, "learning_rate": 0.01},
+    "compression": {"prune_epochs": 5, "timing_runs": 100},
+    "simulation": {"workers": 1, "training": "vectorised"},
+}
 Rows = tuple[Tensor, Tensor]
 
 
@@ -30,6 +39,11 @@ class Workload:
     """Whether the cloud's data look like the devices', so that they should help."""
     make: Callable[[Path | None, int], Drawn]
     """Returns the task from the data folder and the seed."""
+    metric: Metric = ACCURACY
+    """By which models are compared; the task's primary one."""
+    run: Path | None = None
+    """A run file whose settings hold where ``settings`` say nothing."""
+    settings: Mapping[str, Mapping[str, Any]] = field(default_factory=lambda: SETTINGS)
 
 
 @dataclass(frozen=True)
@@ -142,10 +156,39 @@ def digits(folder: Path | None, seed: int) -> Drawn:
     return Drawn(task, rows_of(unseen))
 
 
+def engines(folder: Path | None, seed: int) -> Drawn:
+    """``examples/turbofan`` where the operator has worn out thirty engines of its own.
+
+    The cloud judges, on five engines that train nothing. Windows of one engine overlap, so what
+    clients held back would look like what they trained on.
+    """
+    example = load_task(ENGINES / "task.py")
+    order = [str(1 + place) for place in numpy_rng(seed, "engines").permutation(100)]
+    unseen, heldout, cloud, clients = order[:20], order[20:25], order[25:55], order[55:]
+
+    def rows_of(units: list[str]) -> TensorDataset:
+        return TensorDataset(*joined([example.client_data(unit, folder).tensors for unit in units]))
+
+    task = replace(
+        example,
+        clients=lambda _: clients,
+        client_data=lambda client, _: example.client_data(client, folder),
+        cloud_data=lambda _: rows_of(cloud),
+        cloud_heldout=lambda _: rows_of(heldout),
+    )
+    return Drawn(task, rows_of(unseen))
+
+
 WORKLOADS = (
     Workload("inputs", False, mnist("inputs", other_inputs)),
     Workload("labels", False, mnist("labels", other_labels)),
     Workload("writer", False, mnist("writer", one_writer)),
     Workload("writers", True, mnist("writers", many_writers)),
     Workload("digits", True, digits),
+    Workload(
+        *("engines", True, engines),
+        metric=RMSE,
+        run=ENGINES / "run.toml",
+        settings={"federation": {"cohort": 11}, "simulation": {"workers": 1}},
+    ),
 )

@@ -59,6 +59,11 @@ def test_where_the_cloud_is_unlike_the_devices_no_gain_is_promised_and_no_baseli
     assert "holds  labels: worst gain of a seed: -0.0050" in table(shown)
 
 
+def test_the_gain_of_an_error_is_the_part_that_is_gone() -> None:
+    assert ended(workload="engines", federated=0.12, published=0.09).gain == pytest.approx(0.25)
+    assert ended(workload="engines", federated=0.12, published=0.15).gain == pytest.approx(-0.25)
+
+
 def test_it_asks_for_its_data(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     monkeypatch.delenv("FEDCORE_DATA", raising=False)
     assert main(["--out", str(tmp_path), "--seeds", "0"]) == 4
@@ -89,6 +94,21 @@ def test_cloud_clients_test_and_unseen_are_different_people(data_folder: Path) -
     assert images(again) == images(task.client_data(names[0], None))  # one federation a seed
     other = BY_NAME["writer"].make(data_folder, 2).task.client_data(names[0], None)
     assert not images(other) & images(again)
+
+
+def test_engines_of_cloud_clients_and_nobody_are_different(data_folder: Path) -> None:
+    def windows(examples: Any) -> set[bytes]:
+        return {each.numpy().tobytes() for each in examples.tensors[0]}
+
+    drawn = BY_NAME["engines"].make(data_folder, 0)
+    task = drawn.task
+    assert task.cloud_data is not None
+    assert task.cloud_heldout is not None
+    clients = [windows(task.client_data(name, None)) for name in task.clients(None)]
+    groups = [*clients, *map(windows, (task.cloud_data(None), task.cloud_heldout(None)))]
+    assert len(clients) == 45
+    groups.append(windows(drawn.unseen))
+    assert len(set().union(*groups)) == sum(map(len, groups))
 
 
 @pytest.mark.slow
