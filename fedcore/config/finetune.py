@@ -63,7 +63,7 @@ class Finetune(Section):
     batch_size: BatchSize = 32
     """Examples a step, over all processes."""
     learning_rate: LearningRate = 0.05
-    """Step size, for pruned models too."""
+    """Step size, for candidates that train too."""
     momentum: Momentum = 0.9
     """Momentum of SGD; other optimisers have moments of their own."""
     nesterov: bool = False

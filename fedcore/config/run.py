@@ -50,6 +50,9 @@ CandidateName = Literal[
     "int4_weights",
     "pruned",
     "pruned_int8",
+    "int8_trained",
+    "distilled",
+    "distilled_int8",
 ]
 CANDIDATES: tuple[CandidateName, ...] = get_args(CandidateName)
 DEFAULT_CANDIDATES: tuple[CandidateName, ...] = (
@@ -236,6 +239,10 @@ class Compression(Section):
     """The share of each hidden layer's channels that structured pruning removes."""
     prune_epochs: Annotated[int, Field(ge=0, le=10_000)] = 10
     """Epochs on the cloud's data after pruning, which ``finetune.epochs = 0`` rules out."""
+    rounding_epochs: Annotated[int, Field(ge=1, le=10_000)] = 5
+    """Epochs on the cloud's data in which the weights of ``int8_trained`` learn with rounding."""
+    distil_epochs: Annotated[int, Field(ge=1, le=10_000)] = 50
+    """Epochs on the cloud's data in which the task's ``student`` learns the model's answers."""
     calibration_examples: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """Most examples of the cloud's data that calibrate static quantisation."""
     reduce_range: bool | None = None

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
@@ -42,6 +42,17 @@ def new_model(task: Task) -> nn.Module:
     model = task.model()
     if wrapped:  # names stay the same, and a model of plain tensors stays free of hooks
         model.register_forward_hook(_answered)
+    return model
+
+
+def tensor_model(build: Callable[[], nn.Module]) -> nn.Module:
+    """Builds a network whose outputs are a tensor, also where its own are an object.
+
+    Raises:
+        Exception: the function raised it.
+    """
+    model = build()
+    model.register_forward_hook(_answered)
     return model
 
 

@@ -116,6 +116,9 @@ class Task:
     """Targets of this value count in neither loss nor metrics."""
     label_smoothing: float = 0.0
     """Share of each target's probability that the kind's usual loss spreads evenly, below 1."""
+    student: Callable[[], nn.Module] | None = None
+    """Builds a smaller network with the inputs and outputs of ``model``, which the compression
+    candidates ``distilled`` and ``distilled_int8`` teach its answers."""
 
     def __post_init__(self) -> None:
         if not is_task_name(self.name):
@@ -166,6 +169,9 @@ class Task:
             object.__setattr__(self, "preprocess", before)
         build = self.model.build if isinstance(self.model, NamedModel) else self.model
         object.__setattr__(self, "model", NamedModel(build, inputs, self.preprocess, vector))
+        if self.student is not None and not isinstance(self.student, NamedModel):
+            student = NamedModel(self.student, inputs, self.preprocess, vector)
+            object.__setattr__(self, "student", student)
 
     @property
     def problem(self) -> Kind:

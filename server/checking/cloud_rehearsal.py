@@ -118,7 +118,12 @@ def _compression_of(run: RunConfig) -> RunConfig:
         "max_bytes": None,
         "max_p50_us": None,
     }
-    short = {"prune_epochs": min(run.compression.prune_epochs, 1), "timing_runs": 100}
+    few_epochs = {
+        "prune_epochs": min(run.compression.prune_epochs, 1),
+        "rounding_epochs": 1,
+        "distil_epochs": 1,
+    }
+    short = {**few_epochs, "timing_runs": 100}
     compression = run.compression.model_copy(update={**unlimited, **short})
     return run.model_copy(update={"compression": compression})
 

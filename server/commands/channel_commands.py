@@ -35,9 +35,11 @@ def _show(options: argparse.Namespace) -> int:
 def _text(row: dict[str, Any]) -> str:
     lines = [f"{row['model']}: version {row['stable']} is stable"]
     if canary := row["canary"]:
-        named = f" and {', '.join(canary['cohort'])}" if canary["cohort"] else ""
-        share = f"{canary['basis_points'] / 100:g} % of the devices{named}"
-        lines.append(f"  version {canary['version']} is on trial on {share}")
+        drawn = [f"{points / 100:g} % of the devices"] if (points := canary["basis_points"]) else []
+        named = [", ".join(canary["cohort"])] if canary["cohort"] else []
+        lines.append(
+            f"  version {canary['version']} is on trial on {' and '.join([*drawn, *named])}"
+        )
     lines += [
         f"  version {each['version']} was rolled back: {each['why']}" for each in row["rolled_back"]
     ]

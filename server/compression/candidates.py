@@ -15,6 +15,7 @@ from fedcore.observability.words import counted
 from fedcore.seeds import torch_rng
 from fedcore.task.definition import Examples, Task, size_of
 from fedcore.training.batches import gather
+from server.compression.distil import distil
 from server.compression.export import OnnxExport, export_with_scopes
 from server.compression.mixed import MixedModel, int8_mixed
 from server.compression.prune import prune_and_recover
@@ -24,6 +25,7 @@ from server.compression.quantise import (
     int8_dynamic,
     int8_static,
 )
+from server.compression.rounding import train_for_rounding
 from server.compression.weights_only import int4_weights, int8_weights
 
 
@@ -87,6 +89,47 @@ class Material:
         )
 
     @cached_property
+    def trained_for_rounding(self) -> nn.Module:
+        """The trained model, trained on with rounded weights and activations."""
+        if self.untrained:
+            raise CompressionError(f"it is trained on the cloud's data, and {self.untrained}")
+        return train_for_rounding(
+            self.module,
+            self.example_batch,
+            self.train,
+            self.task.loss_of,
+            self.task.problem,
+            self.run.finetune,
+            epochs=self.run.compression.rounding_epochs,
+            reduce_range=self.reduce_range,
+            seed=self.run.seed,
+        )
+
+    @cached_property
+    def distilled(self) -> nn.Module:
+        """The task's student, which has learnt the trained model's answers."""
+        if self.task.student is None:
+            raise CompressionError("the task has no student (a smaller network for it to train)")
+        if self.untrained:
+            raise CompressionError(f"it is trained on the cloud's data, and {self.untrained}")
+        return distil(
+            self.module,
+            self.task.student,
+            self.example_batch,
+            self.train,
+            self.task.loss_of,
+            self.task.problem,
+            self.run.finetune,
+            epochs=self.run.compression.distil_epochs,
+            seed=self.run.seed,
+        )
+
+    @cached_property
+    def distilled_fp32(self) -> OnnxExport:
+        """The student, exported."""
+        return self._export(self.distilled)
+
+    @cached_property
     def pruned_fp32(self) -> OnnxExport:
         """The pruned model, exported."""
         return self._export(self.pruned)
@@ -99,12 +142,9 @@ class Material:
         )
         return gather(self.train, order[: self.run.compression.calibration_examples])[0]
 
-    @property
-    def saw_all(self) -> str:
-        """Text for the manifest: pruning used all training data."""
-        return (
-            f"{counted(size_of(self.train), 'example')} of the cloud's training data, after pruning"
-        )
+    def saw_all(self, why: str) -> str:
+        """Returns a text for the manifest: training used all training data."""
+        return f"{counted(size_of(self.train), 'example')} of the cloud's training data, {why}"
 
     @property
     def saw_some(self) -> str:
@@ -128,6 +168,16 @@ class Material:
     def pruned_calibrated(self) -> Calibrated:
         """The pruned model with the ranges of its activations."""
         return self._calibrate(self.pruned_fp32)
+
+    @cached_property
+    def rounding_calibrated(self) -> Calibrated:
+        """The model that was trained with rounding, with the ranges of its activations."""
+        return self._calibrate(self._export(self.trained_for_rounding))
+
+    @cached_property
+    def distilled_calibrated(self) -> Calibrated:
+        """The student with the ranges of its activations."""
+        return self._calibrate(self.distilled_fp32)
 
     def _calibrate(self, exported: OnnxExport) -> Calibrated:
         return calibrate(exported.onnx, self.calibration, preprocessing=exported.preprocessing)
@@ -243,7 +293,7 @@ def _pruned(material: Material) -> Built:
         onnx=material.pruned_fp32.onnx,
         reference=material.pruned,
         exact=True,
-        calibration=material.saw_all,
+        calibration=material.saw_all("after pruning"),
         retrained=material.retrains,
     )
 
@@ -254,8 +304,40 @@ def _pruned_int8(material: Material) -> Built:
         reference=material.pruned,
         exact=False,
         in_8_bits=True,
-        calibration=f"{material.saw_all}; {material.saw_some}",
+        calibration=f"{material.saw_all('after pruning')}; {material.saw_some}",
         retrained=material.retrains,
+    )
+
+
+def _int8_trained(material: Material) -> Built:
+    return Built(
+        onnx=int8_static(material.rounding_calibrated, reduce_range=material.reduce_range),
+        reference=material.trained_for_rounding,
+        exact=False,
+        in_8_bits=True,
+        calibration=f"{material.saw_all('with rounding')}; {material.saw_some}",
+        retrained=True,
+    )
+
+
+def _distilled(material: Material) -> Built:
+    return Built(
+        onnx=material.distilled_fp32.onnx,
+        reference=material.distilled,
+        exact=True,
+        calibration=material.saw_all("for a student"),
+        retrained=True,
+    )
+
+
+def _distilled_int8(material: Material) -> Built:
+    return Built(
+        onnx=int8_static(material.distilled_calibrated, reduce_range=material.reduce_range),
+        reference=material.distilled,
+        exact=False,
+        in_8_bits=True,
+        calibration=f"{material.saw_all('for a student')}; {material.saw_some}",
+        retrained=True,
     )
 
 
@@ -271,5 +353,8 @@ ALL: tuple[Candidate, ...] = (
     Candidate("int4_weights", _int4_weights),
     Candidate("pruned", _pruned),
     Candidate("pruned_int8", _pruned_int8),
+    Candidate("int8_trained", _int8_trained),
+    Candidate("distilled", _distilled),
+    Candidate("distilled_int8", _distilled_int8),
 )
 """All candidates, in the order of `fedcore.config.run.CANDIDATES`."""

@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
-from typing import Any, TypeVar, cast
+from typing import TypeVar
 
 import torch
 import torch_pruning
 from torch import Tensor, nn
 
 from fedcore.config.finetune import Finetune
-from fedcore.errors import CompressionError, TrainingDiverged
-from fedcore.seeds import global_streams, torch_rng
+from fedcore.errors import CompressionError
 from fedcore.task.definition import Examples, Loss
 from fedcore.task.kinds.protocol import Kind
-from fedcore.training.distillation import beside_teacher
-from fedcore.training.local import train
 from server.compression.export import quiet
+from server.compression.train_close import (
+    LAYERS,
+    Teacher,
+    layers_run,
+    short,
+    train_close,
+)
 
 Model = TypeVar("Model", bound=nn.Module)
-_PRUNABLE = (nn.Linear, nn.Conv1d, nn.Conv2d)
 
 
 def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> Model:
@@ -56,7 +58,7 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
                 importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
                 pruning_ratio=fraction,
                 ignored_layers=[_last_layer(pruned, example_batch)],
-                root_module_types=list(_PRUNABLE),
+                root_module_types=list(LAYERS),
                 # The library's default dictionaries would be shared by all its pruners.
                 in_channel_groups={},
                 out_channel_groups={},
@@ -68,7 +70,7 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
         raise
     except Exception as error:  # the library raises many types on unknown models
         raise CompressionError(
-            f"it cannot be pruned: {type(error).__name__}: {_short(error)}"
+            f"it cannot be pruned: {type(error).__name__}: {short(error)}"
         ) from error
     if shape != expected:
         raise CompressionError(
@@ -110,38 +112,23 @@ def prune_and_recover(
         CompressionError: the model can't be pruned, or retraining fails.
     """
     pruned = prune_channels(module, example_batch, fraction=fraction)
-    trained: nn.Module = pruned
-    loss_of = cast(Callable[[Any, Tensor], Tensor], loss)
-    if settings.remember:
-        trained, loss_of = beside_teacher(pruned, module, loss, kind, weight=settings.remember)
-    try:
-        with global_streams(seed, "prune"):
-            train(
-                trained,
-                examples,
-                loss_of,
-                settings,
-                epochs=epochs,
-                batch_size=settings.batch_size,
-                rng=torch_rng(seed, "prune", "order"),
-            )
-    except (TrainingDiverged, RuntimeError, ValueError) as error:
-        raise CompressionError(f"training after pruning failed: {_short(error)}") from error
+    train_close(
+        pruned,
+        Teacher(module, settings.remember),
+        examples,
+        loss,
+        kind,
+        settings,
+        epochs=epochs,
+        seed=seed,
+        purpose="prune",
+    )
     return pruned.eval()
 
 
 def _last_layer(module: nn.Module, example_batch: Tensor) -> nn.Module:
     """Returns the prunable layer that runs last: its outputs are the model's."""
-    ran: list[nn.Module] = []
-    hooks = [
-        layer.register_forward_hook(lambda layer, *_: ran.append(layer))
-        for layer in module.modules()
-        if isinstance(layer, _PRUNABLE)
-    ]
-    with torch.no_grad():
-        module(example_batch)
-    for hook in hooks:
-        hook.remove()
+    ran = layers_run(module, example_batch)
     if not ran:
         raise CompressionError("it has no linear or convolutional layers to prune")
     return ran[-1]
@@ -149,7 +136,3 @@ def _last_layer(module: nn.Module, example_batch: Tensor) -> nn.Module:
 
 def _size(module: nn.Module) -> int:
     return sum(parameter.numel() for parameter in module.parameters())
-
-
-def _short(error: BaseException) -> str:
-    return str(error).strip().partition("\n")[0][:200] or "no reason given"

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
+from torch import nn
 from torch.utils.data import ConcatDataset
 
 from fedcore import Task, load_task
@@ -23,6 +25,12 @@ from server.compression.compressed import Compressed
 DIGITS = Path(__file__).parents[4] / "examples" / "digits" / "task.py"
 
 
+def digits_task() -> Task:
+    """The demo's task, with a smaller network that can be taught."""
+    student = lambda: nn.Sequential(nn.Linear(64, 48), nn.ReLU(), nn.Linear(48, 10))  # noqa: E731
+    return replace(load_task(DIGITS), student=student)
+
+
 def build(task: Task) -> FullModel:
     """A task's model behind its preprocessing, untrained."""
     return build_model(task, configure())
@@ -30,7 +38,13 @@ def build(task: Task) -> FullModel:
 
 def configure(**compression: object) -> RunConfig:
     """A run whose compression takes a second or two."""
-    settings = {"prune_epochs": 2, "timing_runs": 100, **compression}
+    settings = {
+        "prune_epochs": 2,
+        "rounding_epochs": 2,
+        "distil_epochs": 20,
+        "timing_runs": 100,
+        **compression,
+    }
     return RunConfig(name="run", task="task.py", compression=Compression.model_validate(settings))
 
 
@@ -46,7 +60,7 @@ def quick_run() -> Callable[..., RunConfig]:
 
 @pytest.fixture(scope="session")
 def digits() -> Task:
-    return load_task(DIGITS)
+    return digits_task()
 
 
 @pytest.fixture(scope="session")

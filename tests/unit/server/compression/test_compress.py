@@ -182,7 +182,7 @@ from pathlib import Path
 from server.cloud import read_cloud_data
 from server.compression.compress import compress
 shared = runpy.run_path(sys.argv[1])
-task = load_task(shared["DIGITS"])
+task = shared["digits_task"]()
 model = shared["build"](task)
 model.load_state_dict(__import__("safetensors.torch").torch.load_file(sys.argv[2]))
 found = compress(

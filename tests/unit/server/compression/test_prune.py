@@ -211,7 +211,7 @@ def test_dropout_draws_from_the_seed_and_leaves_the_global_stream_alone() -> Non
 def test_training_that_diverges_is_a_reason_not_a_crash(
     digits: Task, digits_model: FullModel, digits_cloud: CloudData
 ) -> None:
-    with pytest.raises(CompressionError, match=r"training after pruning failed: .*loss was"):
+    with pytest.raises(CompressionError, match=r"training it .* failed: .*loss was"):
         prune_and_recover(
             digits_model,
             torch.zeros(2, 64),

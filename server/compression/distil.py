@@ -1,0 +1,83 @@
+"""Distillation: a smaller network of the task's own learns the answers of the trained model."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from fedcore.config.finetune import Finetune
+from fedcore.errors import CompressionError
+from fedcore.seeds import global_streams
+from fedcore.task.answers import tensor_model
+from fedcore.task.definition import Examples, Loss
+from fedcore.task.kinds.protocol import Kind
+from fedcore.task.model import FullModel
+from server.compression.train_close import Teacher, short, train_close
+
+TEACHER_SHARE = 0.9
+"""Share of the distance to the teacher's answers in the student's loss; the rest is the labels'."""
+
+
+def distil(
+    module: nn.Module,
+    build: Callable[[], nn.Module],
+    example_batch: Tensor,
+    examples: Examples,
+    loss: Loss,
+    kind: Kind,
+    settings: Finetune,
+    *,
+    epochs: int,
+    seed: int,
+) -> FullModel:
+    """Returns a trained student behind the preprocessing of the model that teaches it.
+
+    Args:
+        module: The trained model, a `fedcore.task.model.FullModel` on the CPU. Not changed.
+        build: The task's ``student``; the seed determines its initial weights.
+        example_batch: Inputs ``(2, ...)``.
+        examples: The cloud's training data.
+        loss: Mean loss over a batch.
+        kind: The task's kind, which decides the distance between answers.
+        settings: Optimiser settings and batch size.
+        epochs: Passes over ``examples``.
+        seed: The run's seed.
+
+    Raises:
+        CompressionError: the student can't be built, fails on an input, answers in another form
+            than the model, or cannot be trained.
+
+    Source:
+        Hinton et al. 2015, arXiv:1503.02531.
+    """
+    assert isinstance(module, FullModel)
+    try:
+        with global_streams(seed, "student"):
+            student = FullModel(copy.deepcopy(module.preprocess), tensor_model(build))
+        with torch.no_grad():
+            own, told = student.eval()(example_batch), module.eval()(example_batch)
+        got = tuple(own.shape[1:])
+    except (Exception, SystemExit) as error:  # the task's code may raise anything
+        raise CompressionError(
+            f"the task's student fails: {type(error).__name__}: {short(error)}"
+        ) from error
+    wanted = tuple(told.shape[1:])
+    if got != wanted:
+        raise CompressionError(
+            f"the task's student gives outputs of shape {got}, and the model {wanted}"
+        )
+    train_close(
+        student,
+        Teacher(module, TEACHER_SHARE),
+        examples,
+        loss,
+        kind,
+        settings,
+        epochs=epochs,
+        seed=seed,
+        purpose="student",
+    )
+    return student.eval()
