@@ -159,12 +159,17 @@ class Program:
     """Its standard output."""
     log: Path
     """Its standard error."""
+    _read: tuple[int, list[dict[str, Any]]] = (0, [])
+    """Size of the output when it was last read, and its lines: a look without news costs little."""
 
     def events(self, kind: str) -> list[dict[str, Any]]:
         """The JSON lines of a kind that it has printed."""
-        lines = self.said.read_text().splitlines()
-        found = [json.loads(line) for line in lines if line.startswith("{") and line.endswith("}")]
-        return [one for one in found if one.get("event") == kind]
+        size = self.said.stat().st_size
+        if size != self._read[0]:
+            lines = self.said.read_text().splitlines()
+            whole = [line for line in lines if line.startswith("{") and line.endswith("}")]
+            self._read = size, [json.loads(line) for line in whole]
+        return [one for one in self._read[1] if one.get("event") == kind]
 
     def wait_for(self, text: str, *, limit_s: float = 120.0) -> None:
         """Waits until it has logged or printed ``text``."""
