@@ -1,8 +1,7 @@
-"""Python interface to a device's models: update and open. Imports neither torch nor Flower."""
+"""Python interface to a device's installed models. Imports neither torch nor Flower."""
 
 from __future__ import annotations
 
-import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -12,25 +11,20 @@ from typing import Any
 
 import numpy as np
 
-from edge_client.delivery.places import ReleasePlace, opened_place
-from edge_client.delivery.roots import MAX_ROOT_BYTES
 from edge_client.delivery.store import Installed, serving
-from edge_client.delivery.update import UpdateResult, update
 from edge_client.inference.answers import LABELLED, label_sets, labels
 from edge_client.inference.decoder import Decoder
 from edge_client.inference.direct import RowCall
 from edge_client.inference.engine import Engine
 from edge_client.inference.generate import Sampling, continued, prompt_tokens
-from edge_client.inference.inputs import as_batch
-from edge_client.inference.named import packed
+from edge_client.inference.inputs import array_of, as_batch
+from edge_client.inference.named import output_named, outputs_by_name, packed
 from edge_client.inference.process import ModelLimits
 from fedcore.artifacts.golden import AnyArray
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
 from fedcore.artifacts.presentation import probabilities
-from fedcore.config.run import Serving
 from fedcore.errors import DataError, DeviceError
-from fedcore.files import read_bytes
 
 Inputs = AnyArray | Sequence[Any] | Mapping[str, Any]
 """One input or a batch of them: an array, or nested lists of numbers; or one of these by name."""
@@ -128,7 +122,8 @@ class EdgeModel:
                 dictionary of them: each of its own shape for one example, or a batch of each.
 
         Returns:
-            Outputs of the one input, or ``(B, ...)`` for a batch.
+            Outputs of the one input, or ``(B, ...)`` for a batch. Of a model with several outputs
+            by name a vector of all, in the order of the manifest; `predict_named` gives each.
 
         Raises:
             DataError: ``x`` has another shape, or a number is not finite or does not fit the
@@ -148,11 +143,29 @@ class EdgeModel:
         outputs = self.engine.run_rows(batch)
         return outputs[0] if alone else outputs
 
-    def predict_probabilities(self, x: Inputs) -> FloatArray:
+    def predict_named(self, x: Inputs) -> dict[str, FloatArray]:
+        """Returns the model's outputs by name, for one input or a batch.
+
+        Args:
+            x: Raw inputs (see `predict`).
+
+        Returns:
+            The outputs that the manifest names, each in its own shape; ``output`` alone for a model
+            with one.
+
+        Raises:
+            DataError, LimitExceeded, DeviceError, ResourceError: see `predict`.
+        """
+        batch, alone = self._batch(x)
+        found = outputs_by_name(self.manifest, self.predict(batch))
+        return {name: each[0] for name, each in found.items()} if alone else found
+
+    def predict_probabilities(self, x: Inputs, *, output: str | None = None) -> FloatArray:
         """Returns the probabilities of classes or labels, for one input or each input of a batch.
 
         Args:
             x: Raw inputs: shape ``input_shape`` for one input, ``(B, *input_shape)`` for a batch.
+            output: Which of several outputs with names; None for a model with one.
 
         Returns:
             In the shape of the outputs, with a sum of 1 over the classes. For ``binary`` the
@@ -164,17 +177,21 @@ class EdgeModel:
             LimitExceeded: the model exceeded its limits on time or memory.
             ResourceError: no process could be started.
         """
-        if self.manifest.presents == "values":
+        manifest = self._of(output)
+        if manifest.presents == "values":
             raise self._without("probabilities")
         batch, alone = self._batch(x)
-        found = probabilities(self.predict(batch), self.manifest.presents)
+        found = probabilities(self._outputs(batch, output), manifest.presents)
         return found[0] if alone else found
 
-    def predict_labels(self, x: Inputs) -> str | list[str] | list[list[str]]:
+    def predict_labels(
+        self, x: Inputs, *, output: str | None = None
+    ) -> str | list[str] | list[list[str]]:
         """Returns the name of the most likely class, for one input or each input of a batch.
 
         Args:
             x: Raw inputs: shape ``input_shape`` for one input, ``(B, *input_shape)`` for a batch.
+            output: Which of several outputs with names; None for a model with one.
 
         Returns:
             One name, or a list of B names; the class's index as text if classes have no names. For
@@ -186,14 +203,15 @@ class EdgeModel:
             LimitExceeded: the model exceeded its limits on time or memory.
             ResourceError: no process could be started.
         """
-        if self.manifest.presents not in LABELLED:
+        manifest = self._of(output)
+        if manifest.presents not in LABELLED:
             raise self._without("labels")
         batch, alone = self._batch(x)
-        outputs = self.predict(batch)
-        if self.manifest.presents == "labels":
-            sets = label_sets(self.manifest, outputs)
+        outputs = self._outputs(batch, output)
+        if manifest.presents == "labels":
+            sets = label_sets(manifest, outputs)
             return sets[0] if alone else sets
-        found = labels(self.manifest, outputs)
+        found = labels(manifest, outputs)
         return found[0] if alone else found
 
     def generate(
@@ -240,6 +258,16 @@ class EdgeModel:
             max(0, tokens),
         )
 
+    def _of(self, output: str | None) -> Manifest:
+        """Returns the manifest as that of a model with this output alone."""
+        if output is None:
+            return self.manifest
+        return self.manifest.of_output(output_named(self.manifest, output))
+
+    def _outputs(self, batch: AnyArray, output: str | None) -> FloatArray:
+        found = self.predict(batch)
+        return found if output is None else outputs_by_name(self.manifest, found)[output]
+
     def _rows(self, row: RowCall, x: Inputs) -> FloatArray | None:
         """Answers a batch in the model's own form; None for anything else."""
         if type(x) is not np.ndarray or not x.size or x.shape[1:] != self.manifest.input_shape:
@@ -269,8 +297,8 @@ class EdgeModel:
         shape = list(self.manifest.input_shape)
         expected = f"input: expected one of shape {shape} or a batch of shape [B, *{shape}]"
         try:
-            values = np.asarray(x)
-        except ValueError as error:  # lists of unequal length
+            values = array_of(x)
+        except ValueError as error:  # no array of numbers
             raise DataError(f"{expected}: {error}. Nothing was answered.") from None
         alone = values.shape == self.manifest.input_shape
         return as_batch(values[None] if alone else values, self.manifest, expected=expected), alone
@@ -311,88 +339,3 @@ def open_model(
         DigestMismatch: the active version is damaged, and no intact previous version exists.
     """
     return EdgeModel(serving(Path(store), name), threads, limits or ModelLimits())
-
-
-def update_model(
-    store: str | PathLike[str],
-    name: str,
-    *,
-    repository: str | PathLike[str] | None = None,
-    server: str | None = None,
-    kit: str | PathLike[str] | None = None,
-    root: str | PathLike[str] | None = None,
-    threads: int = Serving().threads,
-    limits: ModelLimits | None = None,
-    again: bool = False,
-) -> UpdateResult:
-    """Installs the current release of a model: fetched, verified, self-tested and activated.
-
-    Needs only the base package: imports neither torch nor Flower.
-
-    Guarantee:
-        If any step fails, the version that served before continues to serve.
-
-    Example::
-
-        done = fedcore.update_model(
-            "device-store", "digits", repository="releases", root="keys/root.json"
-        )
-        done.version, done.changed
-        model = fedcore.open_model("device-store", "digits")
-
-    Args:
-        store: The folder of the device's installed models; created if missing.
-        name: The model's name.
-        repository: The folder of the signed repository, or its ``https`` address; or else
-            ``server`` and ``kit``.
-        server: ``HOST`` or ``HOST:PORT`` of the project's server, which delivers releases.
-        kit: The folder of this device's kit, the identity for ``server``.
-        root: The ``root.json`` to trust, received over a trusted channel. The first update needs
-            it, and pins it in the store.
-        threads: Threads of one inference in the self-test.
-        limits: Time and memory for the self-test; when None, 120 seconds, and memory by the size of
-            the model.
-        again: Whether to install the newest version even if this device returned from it before.
-
-    Returns:
-        The version that is active now, whether it changed, and what is wrong with the device's
-        clock or the version before.
-
-    Raises:
-        ConfigError: the name is not valid, no root is trusted yet, or not just one place is named.
-        TrustError: a signature, digest or version is not acceptable; or the server or the kit is
-            refused.
-        DataError: the repository, the root, the kit or the store is incomplete or damaged;
-            `RepositoryUnreachable` if the server does not answer.
-        SelfTestFailed: the model answers differently here, cannot run, or exceeds its limits.
-        DeviceError: another update of this store is running.
-        ResourceError: the store cannot be written, or (`DiskFull`) has no room.
-    """
-    trusted = read_root(root)
-    place = ReleasePlace(
-        None if repository is None else os.fspath(repository),
-        server,
-        None if kit is None else Path(kit),
-    )
-    with opened_place(place) as source:
-        return update(
-            source,
-            store=Path(store),
-            model=name,
-            root=trusted,
-            threads=threads,
-            limits=limits,
-            respect=() if again else ("returned",),
-            identity=place.identity(),
-        )
-
-
-def read_root(path: str | PathLike[str] | None) -> bytes | None:
-    """Reads the root that an owner gives; None if none is given.
-
-    Raises:
-        DataError: the file is missing, unreadable or too large.
-    """
-    if path is None:
-        return None
-    return read_bytes(Path(path), max_bytes=MAX_ROOT_BYTES, what="a root")

@@ -9,7 +9,6 @@ from pathlib import Path
 
 from edge_client.delivery.places import ReleasePlace
 from edge_client.delivery.store import check_name
-from edge_client.model import read_root, update_model
 from edge_client.options import (
     limits_of,
     limits_options,
@@ -17,6 +16,7 @@ from edge_client.options import (
     store_option,
     threads_option,
 )
+from edge_client.update_model import read_root, update_model
 from fedcore.cli import Command, show
 from fedcore.config.owner import OPEN_POLICY, load_owner
 from fedcore.observability.foreign import say

@@ -37,7 +37,8 @@ if TYPE_CHECKING:
     )
     from edge_client.ledger.view import LedgerFiles, LedgerView
     from edge_client.live import LiveModel, VersionedOutputs, follow_model
-    from edge_client.model import EdgeModel, open_model, update_model
+    from edge_client.model import EdgeModel, open_model
+    from edge_client.update_model import update_model
     from fedcore.artifacts.feedback import FeatureShift
     from fedcore.artifacts.manifest import Manifest
     from fedcore.config.client_settings import ClientSettings
@@ -231,7 +232,7 @@ _LAZY = {
     "start_client": "edge_client.launch",
     "start_server": "server.live.launch",
     "time_model": "edge_client.installed",
-    "update_model": "edge_client.model",
+    "update_model": "edge_client.update_model",
     "verify_ledger": "edge_client.ledger.reading",
     "verify_ledger_export": "edge_client.ledger.reading",
     "verify_repository": "server.api.releases",

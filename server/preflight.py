@@ -33,7 +33,7 @@ from fedcore.training.state import check_integers
 from fedcore.updates.pack import layout_of, pack
 from server.cloud import CloudData, cloud_data_of
 from server.release.final_test import FinalTest, read_final_test
-from server.release.named import named_tensors
+from server.release.named import describable
 from server.release.publish import check_publishable
 from server.release.push import check_push
 from server.report.folder import check_outside
@@ -219,7 +219,7 @@ def read_for_release(
         FedcoreError: the data can't be read, or doesn't match the task's example.
     """
     if run.release.repository is not None and run.release.keys is not None:
-        named_tensors(task.named_inputs, task=task.name)  # fails now, not after the rounds
+        describable(task)  # fails now, not after the rounds
         check_publishable(
             run.model_name,
             repository=run.path(run.release.repository),

@@ -74,6 +74,7 @@ class Product:
             "version": self.version,
             "kind": "classification",
             "presents": "label",
+            "outputs": [],
             "labels": ["low", "middle", "<b>high</b>"],
             "inputs": [{"name": "input", "datatype": "FP32", "shape": [-1, WIDTH]}],
             "input_max": 1.0,

@@ -6,10 +6,11 @@ The manifest's presentation decides the form, so that a device needs no code of 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 
 import numpy as np
 
+from edge_client.inference.named import outputs_by_name
 from fedcore.artifacts import presentation
 from fedcore.artifacts.manifest import Manifest
 from fedcore.artifacts.parity import FloatArray
@@ -39,6 +40,8 @@ def answers(manifest: Manifest, outputs: FloatArray) -> Iterable[str]:
         DeviceError: the outputs' shape does not fit the kind of model.
         LimitExceeded: more than `MAX_PRINTED` numbers would be printed.
     """
+    if manifest.outputs is not None:
+        return _named_answers(manifest, outputs)
     _check_shape(manifest, outputs)
     if manifest.presents == "labels":
         return (" ".join(map(foreign, names)) for names in label_sets(manifest, outputs))
@@ -50,10 +53,21 @@ def answers(manifest: Manifest, outputs: FloatArray) -> Iterable[str]:
     return (" ".join(f"{number:.6g}" for number in np.ravel(row)) for row in rows)
 
 
+def _named_answers(manifest: Manifest, outputs: FloatArray) -> Iterator[str]:
+    """Yields one line per input, such as ``species: cat; age: 4.2``."""
+    _check_size(manifest, outputs)
+    columns = [(name, answers(*each)) for name, each in _parts(manifest, outputs).items()]
+    for row in zip(*(lines for _, lines in columns), strict=True):
+        yield "; ".join(
+            f"{foreign(name)}: {line}" for (name, _), line in zip(columns, row, strict=True)
+        )
+
+
 def answer_lines(manifest: Manifest, outputs: FloatArray) -> Iterator[str]:
     """Yields the lines of one JSON object: model, version, outputs, and labels where it has any.
 
-    Where each output is the logit of one label, there are ``probabilities``, too.
+    Where each output is the logit of one label, there are ``probabilities``, too. Several outputs
+    are objects by name.
 
     Converts a limited number of outputs to text at a time, to save memory.
 
@@ -65,18 +79,53 @@ def answer_lines(manifest: Manifest, outputs: FloatArray) -> Iterator[str]:
         DeviceError: the outputs' shape does not fit the kind of model; nothing was yielded.
         LimitExceeded: there are more than `MAX_PRINTED` numbers; nothing was yielded.
     """
-    _check_shape(manifest, outputs)
+    parts = _parts(manifest, outputs)
+    for of, values in parts.values():
+        _check_shape(of, values)
     _check_size(manifest, outputs)
     head = json.dumps({"model": manifest.model, "version": manifest.version})
     yield head[:-1] + ', "outputs":'
-    yield from _array_lines(outputs)
-    if manifest.presents in ("binary", "labels"):
+    named = manifest.outputs is not None
+    yield from _by_name({name: _array_lines(each) for name, (_, each) in parts.items()}, named)
+    likely = {
+        name: _array_lines(presentation.probabilities(each, of.presents))
+        for name, (of, each) in parts.items()
+        if of.presents in ("binary", "labels")
+    }
+    if likely:
         yield ', "probabilities":'
-        yield from _array_lines(presentation.probabilities(outputs, manifest.presents))
-    if manifest.presents in LABELLED:
-        of = label_sets if manifest.presents == "labels" else labels
+        yield from _by_name(likely, named)
+    labelled = {
+        name: _list_lines(
+            json.dumps(names)
+            for names in (label_sets if of.presents == "labels" else labels)(of, each)
+        )
+        for name, (of, each) in parts.items()
+        if of.presents in LABELLED
+    }
+    if labelled:
         yield ', "labels":'
-        yield from _list_lines(json.dumps(names) for names in of(manifest, outputs))
+        yield from _by_name(labelled, named)
+    yield "}"
+
+
+def _parts(manifest: Manifest, outputs: FloatArray) -> dict[str, tuple[Manifest, FloatArray]]:
+    """Returns each output by name, with the manifest as that of a model with this one alone."""
+    found = outputs_by_name(manifest, outputs)
+    if manifest.outputs is None:
+        return {name: (manifest, each) for name, each in found.items()}
+    return {one.name: (manifest.of_output(one), found[one.name]) for one in manifest.outputs}
+
+
+def _by_name(entries: Mapping[str, Iterator[str]], named: bool) -> Iterator[str]:
+    """Yields an object of the entries, or the only entry by itself where it has no name."""
+    if not named:
+        for each in entries.values():
+            yield from each
+        return
+    for place, (name, each) in enumerate(entries.items()):
+        yield (", " if place else "{") + json.dumps(name) + ": "
+        yield from each
     yield "}"
 
 

@@ -20,7 +20,7 @@ import numpy as np
 from edge_client.inference.direct import RowCall, bound_call, run_failed
 from edge_client.inference.fixed_work import why_unbounded
 from edge_client.inference.inputs import demand_finite
-from edge_client.inference.named import packed
+from edge_client.inference.named import outputs_by_name, packed, stated
 from edge_client.inference.process import ModelLimits, ModelProcess, named
 from edge_client.inference.responses import Interface, TensorInfo
 from edge_client.inference.row_wise import why_coupled
@@ -106,17 +106,12 @@ class Engine:
     @property
     def inputs(self) -> tuple[TensorInfo, ...]:
         """Names, types and shapes of the inputs, with -1 for the batch; loads the model."""
-        opened = self._open()
-        if self.manifest.inputs is None:
-            return opened.interface.inputs
-        return tuple(
-            TensorInfo(each.name, each.dtype, (-1, *each.shape)) for each in self.manifest.inputs
-        )
+        return stated(self.manifest, self._open().interface).inputs
 
     @property
     def outputs(self) -> tuple[TensorInfo, ...]:
         """Names, types and shapes of the outputs, with -1 for the batch; loads the model."""
-        return self._open().interface.outputs
+        return stated(self.manifest, self._open().interface).outputs
 
     @property
     def why_confined(self) -> str:
@@ -165,6 +160,12 @@ class Engine:
                 before the model was loaded.
             ResourceError: no process could be started.
         """
+        found = self._run(inputs)
+        several = self.manifest.outputs is not None
+        return outputs_by_name(self.manifest, *found.values()) if several else found
+
+    def _run(self, inputs: Mapping[str, AnyArray]) -> dict[str, AnyArray]:
+        """Computes the outputs of a batch, by the names of the file."""
         opened = self._open()
         names = [each.name for each in opened.interface.outputs]
         if self.manifest.inputs is not None:
@@ -176,8 +177,7 @@ class Engine:
         arrays = [inputs[each.name] for each in opened.interface.inputs]
         if opened.session is None:
             with self._lock:
-                found_all = opened.process.ask(arrays, rows=rows)
-            return dict(zip(names, found_all, strict=True))
+                return dict(zip(names, opened.process.ask(arrays, rows=rows), strict=True))
         return dict(zip(names, self._run_here(opened, arrays, rows), strict=True))
 
     def _one_row(self, opened: _Opened, inputs: Mapping[str, AnyArray]) -> AnyArray | None:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -52,8 +54,8 @@ def parse_inputs(raw: bytes, manifest: Manifest, *, where: str) -> AnyArray:
     shape = list(manifest.input_shape)
     expected = f"expected one input of shape {shape}, or a JSON list of inputs of this shape"
     try:
-        batch = _with_missing(np.asarray(json.loads(raw)))
-    except (ValueError, RecursionError) as error:  # no JSON, or lists of unequal length
+        batch = array_of(json.loads(raw))
+    except (ValueError, RecursionError) as error:  # no JSON, or no array of numbers
         raise DataError(f"{where}: {expected}: {error}. Nothing was answered.") from None
     batch = batch[None] if batch.shape == manifest.input_shape else batch
     return as_batch(batch, manifest, expected=f"{where}: {expected}")
@@ -127,10 +129,33 @@ def demand_finite(converted: AnyArray, given: AnyArray, manifest: Manifest, expe
     )
 
 
-def _with_missing(values: AnyArray) -> AnyArray:
-    """Returns numbers with JSON's ``null`` as NaN; other objects as they are."""
-    if values.dtype.kind != "O":
-        return values
-    if not all(one is None or type(one) in (int, float) for one in values.flat):
-        return values
-    return values.astype(np.float64)
+def array_of(values: Any) -> AnyArray:
+    """Returns nested lists of numbers as an array, with NaN for None; and any other array as it is.
+
+    Raises:
+        ValueError: there is text among them, lists have unequal lengths, or float64 cannot hold a
+            whole number.
+    """
+    # NumPy would give each number the room of the longest text beside it.
+    if isinstance(values, list | tuple) and _hold_text(values):
+        raise ValueError("text among the numbers")
+    found = np.asarray(values)
+    if found.dtype.kind != "O":
+        return found
+    if not all(one is None or type(one) in (int, float) for one in found.flat):
+        return found
+    try:
+        return found.astype(np.float64)
+    except OverflowError:
+        raise ValueError("a whole number that float64 cannot hold") from None
+
+
+def _hold_text(values: Sequence[Any], depth: int = 64) -> bool:
+    """Returns whether nested lists hold text, as deep as NumPy looks."""
+    kinds = set(map(type, values))
+    if any(issubclass(kind, str | bytes | bytearray) for kind in kinds):
+        return True
+    nested = any(issubclass(kind, list | tuple) for kind in kinds) and depth > 1
+    return nested and any(
+        _hold_text(each, depth - 1) for each in values if isinstance(each, list | tuple)
+    )

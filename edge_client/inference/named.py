@@ -1,18 +1,21 @@
-"""Several inputs by name, whose numbers a model takes as one vector that its manifest describes."""
+"""Inputs and outputs by name, each side of a model one vector that its manifest describes."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Mapping
+from dataclasses import replace
 from math import prod
 from typing import Any
 
 import numpy as np
 
-from edge_client.inference.inputs import demand_finite, parse_inputs
+from edge_client.inference.inputs import array_of, demand_finite, parse_inputs
+from edge_client.inference.responses import Interface, TensorInfo
 from fedcore.artifacts.golden import AnyArray
-from fedcore.artifacts.manifest import Manifest, NamedTensor
-from fedcore.errors import DataError
+from fedcore.artifacts.manifest import Manifest, NamedOutput, NamedTensor
+from fedcore.artifacts.parity import FloatArray
+from fedcore.errors import DataError, DeviceError
 from fedcore.observability.foreign import foreign
 
 
@@ -97,10 +100,63 @@ def unpacked(manifest: Manifest, vectors: AnyArray) -> dict[str, AnyArray]:
     return found
 
 
+def stated(manifest: Manifest, found: Interface) -> Interface:
+    """Returns the inputs and outputs that a manifest names, or else those of the file."""
+    inputs, outputs = found.inputs, found.outputs
+    if manifest.inputs is not None:
+        inputs = tuple(TensorInfo(e.name, e.dtype, (-1, *e.shape)) for e in manifest.inputs)
+    if manifest.outputs is not None:
+        dtype = outputs[0].dtype
+        outputs = tuple(TensorInfo(e.name, dtype, (-1, *e.shape)) for e in manifest.outputs)
+    return replace(found, inputs=inputs, outputs=outputs)
+
+
+ONLY = "output"
+"""The name of the only output of a model."""
+
+
+def outputs_by_name(manifest: Manifest, outputs: FloatArray) -> dict[str, FloatArray]:
+    """Returns the outputs ``(B, ...)`` by name: those of the manifest, or ``output`` alone.
+
+    Raises:
+        DeviceError: the outputs are not the vectors that the manifest describes.
+    """
+    if manifest.outputs is None:
+        return {ONLY: outputs}
+    sizes = [prod(each.shape) for each in manifest.outputs]
+    if outputs.ndim != 2 or outputs.shape[1] != sum(sizes):
+        raise DeviceError(
+            f"model {manifest.model!r} version {manifest.version}: its outputs have shape "
+            f"{outputs.shape[1:]}, and its manifest describes {sum(sizes)} numbers. Nothing was "
+            "answered; report this to its publisher."
+        )
+    parts = np.split(outputs, np.cumsum(sizes)[:-1], axis=1)
+    return {
+        each.name: part.reshape(len(outputs), *each.shape)
+        for each, part in zip(manifest.outputs, parts, strict=True)
+    }
+
+
+def output_named(manifest: Manifest, name: str) -> NamedOutput:
+    """Returns one of several outputs that the manifest names.
+
+    Raises:
+        DataError: it names no such output.
+    """
+    found = {each.name: each for each in manifest.outputs or ()}
+    if name not in found:
+        raise DataError(
+            f"model {manifest.model!r} version {manifest.version}: it has no output "
+            f"{foreign(name, 64)!r}, but {', '.join(found) or 'one without a name'}. Nothing was "
+            "answered."
+        )
+    return found[name]
+
+
 def _array(value: Any, spec: NamedTensor, where: str) -> AnyArray:
     try:
-        return np.asarray(value)
-    except ValueError as error:  # lists of unequal length
+        return array_of(value)
+    except ValueError as error:  # no array of numbers
         raise DataError(f"{where}: input {spec.name!r}: {error}. Nothing was answered.") from None
 
 

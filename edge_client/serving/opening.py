@@ -50,7 +50,7 @@ class OpenVersion:
         return self.engine.rows_together
 
     def card(self) -> dict[str, Any]:
-        """Returns version, kind, labels, inputs and an example, for the page."""
+        """Returns version, kind, labels, inputs, named outputs and an example, for the page."""
         return {
             "version": self.manifest.version,
             "kind": self.manifest.kind,
@@ -59,6 +59,14 @@ class OpenVersion:
             "inputs": [
                 {"name": one.name, "datatype": one.datatype, "shape": list(one.shape)}
                 for one in self.inputs
+            ],
+            "outputs": [
+                {
+                    "name": one.name,
+                    "presents": one.presentation,
+                    "labels": list(one.labels),
+                }
+                for one in self.manifest.outputs or ()
             ],
             "input_max": max(
                 (float(array.max(initial=0)) for array in self.example.values()), default=1.0

@@ -20,6 +20,8 @@ MAX_MODEL_BYTES = 2 << 30  # 2 GiB: protobuf's limit, and so the limit of one ON
 
 MOST_INPUTS = 64
 """Most inputs with names that a manifest describes."""
+MOST_OUTPUTS = 64
+"""Most outputs with names that a manifest describes."""
 MOST_MISSING = 4096
 MissingAllowed = (
     Literal["all"]
@@ -195,6 +197,19 @@ class NamedTensor(_Part):
     shape: Annotated[tuple[Annotated[int, Field(ge=0, lt=2**31)], ...], Field(max_length=16)]
 
 
+class NamedOutput(_Part):
+    """One of several outputs of a model, without the batch dimension."""
+
+    name: Annotated[str, Field(pattern=r"^[ -~]{1,64}$")]
+    shape: Annotated[tuple[Annotated[int, Field(ge=1, lt=2**31)], ...], Field(max_length=16)]
+    presentation: Presentation
+    """How devices tell this answer."""
+    labels: tuple[str, ...] = ()
+    """Names of its classes; empty if they have none."""
+    tolerance: Annotated[float, Field(gt=0)]
+    """Largest absolute difference of a number of it that the self-test allows."""
+
+
 class Manifest(_Part):
     """Signed description of one version of a released model.
 
@@ -225,6 +240,10 @@ class Manifest(_Part):
     ) = None
     """What an input of shape ``(N,)`` holds, where a model has inputs with names: the numbers of
     each, in row-major order, one after the other. None for one input without a name."""
+    outputs: (
+        Annotated[tuple[NamedOutput, ...], Field(min_length=1, max_length=MOST_OUTPUTS)] | None
+    ) = None
+    """What an output of shape ``(N,)`` holds, where a model has outputs with names, likewise."""
     missing: MissingAllowed | None = None
     """Positions of an input, in row-major order, that may be NaN for a missing value, or ``all``;
     None if no number may be missing. Infinity never is an input."""
@@ -249,6 +268,24 @@ class Manifest(_Part):
             raise ValueError("two inputs have one name")
         return self
 
+    @model_validator(mode="after")
+    def _outputs_differ(self) -> Manifest:
+        names = [each.name for each in self.outputs or ()]
+        if len(set(names)) != len(names):
+            raise ValueError("two outputs have one name")
+        return self
+
+    def of_output(self, output: NamedOutput) -> Manifest:
+        """Returns this manifest as if it were that of a model with one of its outputs."""
+        return self.model_copy(
+            update={
+                "presentation": output.presentation,
+                "labels": output.labels,
+                "golden_tolerance": output.tolerance,
+                "outputs": None,
+            }
+        )
+
     @property
     def presents(self) -> Presentation:
         """How devices tell an answer."""
@@ -268,7 +305,7 @@ def manifest_bytes(manifest: Manifest) -> bytes:
     for name in ("evaluation", "cloud"):
         if values["privacy"][name] is None:
             del values["privacy"][name]
-    for name in ("inputs", "missing"):
+    for name in ("inputs", "outputs", "missing"):
         if values[name] is None:
             del values[name]
     return json.dumps(values, sort_keys=True, separators=(",", ":")).encode()

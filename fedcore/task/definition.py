@@ -27,8 +27,16 @@ from fedcore.task.kinds.protocol import Kind, OutputForm, TargetOptions
 from fedcore.task.kinds.protocol import Loss as Loss
 from fedcore.task.kinds.registry import KindName, kind_of
 from fedcore.task.kinds.settings import check_options, check_outputs
+from fedcore.task.kinds.several import SeveralOutputs
 from fedcore.task.metrics import Metric, check_metrics
 from fedcore.task.named import NamedBefore, NamedInputs, NamedModel, load_with
+from fedcore.task.named_outputs import (
+    SeveralModel,
+    TargetsLoader,
+    loss_of,
+    metric_of,
+    several_outputs,
+)
 from fedcore.task.reading import Examples as Examples
 from fedcore.task.reading import Folder as Folder
 from fedcore.task.reading import data_folder as data_folder
@@ -38,6 +46,7 @@ from fedcore.task.reading import size_of as size_of
 from fedcore.task.reading import told
 from fedcore.task.reading import without_folder as without_folder
 
+_LOADERS = ("client_data", "cloud_data", "cloud_heldout", "test_data", "client_test")
 Part = Literal["heldout", "test", "all"]
 """Which of a client's examples: held back from training (``federation.holdout``), the task's
 ``client_test``, or all of ``client_data``."""
@@ -66,7 +75,7 @@ class Task:
 
     name: str
     """1 to 64 of ``A-Za-z0-9._-``; devices and the server send it to each other."""
-    kind: KindName | Kind
+    kind: KindName | Kind | Mapping[str, KindName | Kind]
     """What outputs and targets mean; it decides loss and metrics, and how devices answer.
     ``classification``: outputs ``(B, C)``, targets ``(B,)`` of class numbers.
     ``binary``: outputs ``(B,)`` or ``(B, 1)``, the logit of 1; targets ``(B,)`` of 0 and 1.
@@ -75,7 +84,8 @@ class Task:
     ``segmentation``: outputs ``(B, C, ...)``, targets ``(B, ...)`` of class numbers.
     ``next_token``: outputs ``(B, T, V)``, targets ``(B, T)`` of token numbers.
     ``sequence``: outputs ``(B, T, C)``, targets ``(B, T)`` of class numbers, -100 for none.
-    Or an object of your own subclass of `fedcore.Kind`."""
+    Or an object of your own subclass of `fedcore.Kind`. Or a kind for each of several outputs by
+    name, where the model returns a dictionary of them, and targets are dictionaries."""
     model: Callable[[], nn.Module]
     """Builds the model; initial weights come from torch's default generator, which is seeded. Where
     it gives an object or a dict with ``logits``, or a tuple, those or its first entry count."""
@@ -103,9 +113,11 @@ class Task:
     preprocess: Callable[[], nn.Module] | None = None
     """Builds a module without parameters that runs before the model and is exported with it."""
     labels: tuple[str, ...] = ()
-    """Names of the classes; the released model contains them."""
+    """Names of the classes; the released model contains them. Of several outputs, a dictionary of
+    the names of each that has classes."""
     loss: Loss | None = None
-    """Mean loss over a batch, ``(outputs, targets)``; the kind's usual one when unset."""
+    """Mean loss over a batch, ``(outputs, targets)``; the kind's usual one when unset. With several
+    outputs both are dictionaries, for the metrics, too."""
     metrics: tuple[Metric, ...] = ()
     """The first is the primary one; the kind's usual ones when unset."""
     class_weights: tuple[float, ...] = ()
@@ -127,8 +139,10 @@ class Task:
                 "digits, '.', '_' and '-', because devices and the server exchange it. Nothing "
                 "was run; choose another name in the task file."
             )
+        self._unwrap_outputs()
         self._name_inputs()
-        kind, options = kind_of(self.kind, task=self.name), self.options
+        self._name_outputs()
+        kind, options = self.problem, self.options
         loss = kind.loss(options)
         own_loss = self.loss is not None and self.loss != loss  # a copy states the usual one
         check_options(kind, options, task=self.name, own_loss=own_loss)
@@ -136,7 +150,7 @@ class Task:
         usual = kind.metrics(options)
         own = tuple(self.metrics or ())
         check_metrics(own, task=self.name)
-        if own and kind.presentation == "values":
+        if own and kind.presentation == "values" and not isinstance(kind, SeveralOutputs):
             own = tuple(one if one in usual else shape_safe(one) for one in own)
         object.__setattr__(self, "metrics", own or usual)
         missing = [name for name in ("loss", "metrics") if not getattr(self, name)]
@@ -161,7 +175,7 @@ class Task:
         inputs = self.named_inputs
         if inputs is None:
             return
-        for field in ("client_data", "cloud_data", "cloud_heldout", "test_data", "client_test"):
+        for field in _LOADERS:
             object.__setattr__(self, field, load_with(getattr(self, field), inputs))
         vector = self.example_input
         if self.preprocess is not None and not isinstance(self.preprocess, NamedBefore):
@@ -173,9 +187,40 @@ class Task:
             student = NamedModel(self.student, inputs, self.preprocess, vector)
             object.__setattr__(self, "student", student)
 
+    def _unwrap_outputs(self) -> None:
+        """Takes from a copy of a task what `_name_outputs` has made."""
+        for field in (*_LOADERS, "model", "student"):
+            given = getattr(self, field)
+            if isinstance(given, TargetsLoader | SeveralModel):
+                object.__setattr__(self, field, given.inner)
+
+    def _name_outputs(self) -> None:
+        """Turns several outputs and their targets into vectors, if there are several."""
+        if isinstance(self.kind, Mapping):
+            kinds = {name: kind_of(each, task=self.name) for name, each in self.kind.items()}
+            labels: Any = self.labels or {}
+            made = several_outputs(
+                kinds, labels, self.model, self.preprocess, self.example_input, task=self.name
+            )
+            object.__setattr__(self, "kind", made)
+            object.__setattr__(self, "labels", ())
+        kind = self.kind
+        if not isinstance(kind, SeveralOutputs):
+            return
+        for field in _LOADERS:
+            if (load := getattr(self, field)) is not None:
+                object.__setattr__(self, field, TargetsLoader(load, kind))
+        object.__setattr__(self, "model", SeveralModel(self.model, kind))
+        if self.student is not None:
+            object.__setattr__(self, "student", SeveralModel(self.student, kind))
+        object.__setattr__(self, "loss", loss_of(self.loss, kind))
+        metrics = tuple(metric_of(each, kind) for each in self.metrics or ())
+        object.__setattr__(self, "metrics", metrics)
+
     @property
     def problem(self) -> Kind:
         """The kind of problem, as an object."""
+        assert not isinstance(self.kind, Mapping)  # __post_init__ makes one kind of them
         return kind_of(self.kind, task=self.name)
 
     @property
@@ -247,7 +292,8 @@ class Task:
     @cached_property
     def targets(self) -> TargetRule:
         """How targets are brought to the form that the loss takes."""
-        own_loss = self.loss if self.has_own_loss else None
+        several = isinstance(self.problem, SeveralOutputs)  # they know the form of each target
+        own_loss = self.loss if self.has_own_loss and not several else None
         return TargetRule(self.problem, self.options, self.outputs, own_loss)
 
     @property

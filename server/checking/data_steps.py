@@ -23,7 +23,7 @@ from server.checking.progress import StepProgress
 from server.checking.selection import chosen_places
 from server.checking.state import CLOUD, SYNTHETIC, TEST, CheckState, Fault, StepOutcome, few
 from server.preflight import clients_of
-from server.release.named import named_tensors
+from server.release.named import describable
 
 TRAINED = 6
 """Clients whose training is rehearsed."""
@@ -47,7 +47,7 @@ def name_clients(state: CheckState) -> StepOutcome:
 def make_model(state: CheckState) -> StepOutcome:
     """Builds the model, and tries it on the example input."""
     if state.run.release.repository is not None:
-        named_tensors(state.task.named_inputs, task=state.task.name)
+        describable(state.task)
     state.built = build_model(state.task, state.run)
     example = state.task.example_input
     outputs = _answers(state, torch.stack([example] * 2))

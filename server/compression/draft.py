@@ -8,7 +8,7 @@ from fedcore.artifacts.presentation import presentation_of
 from fedcore.task.definition import Task
 from server.compression.compressed import Compressed
 from server.release.draft import Draft, Origin
-from server.release.named import named_tensors
+from server.release.named import named_outputs, named_tensors
 
 
 def draft_of(
@@ -36,6 +36,7 @@ def draft_of(
         presentation=None if presentation_of(kind.name) == kind.presentation else kind.presentation,
         missing=compressed.missing,
         inputs=named_tensors(task.named_inputs, task=task.name),
+        outputs=named_outputs(kind, golden, compressed.golden_tolerance, task=task.name),
         labels=task.labels,
         input_shape=tuple(task.example_input.shape),
         input_dtype=str(task.example_input.dtype).removeprefix("torch."),

@@ -17,7 +17,7 @@ from server.compression.export import quiet
 from server.compression.train_close import (
     LAYERS,
     Teacher,
-    layers_run,
+    layers_of,
     short,
     train_close,
 )
@@ -29,7 +29,7 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
     """Removes the least important channels of every hidden layer.
 
     A channel's importance is the L2 norm of all its weights: those that compute it, and those of
-    later layers that read it. Inputs, and outputs of the last layer, keep their size.
+    later layers that read it. Inputs, and outputs of the last layers, keep their size.
 
     Args:
         module: The full model, on the CPU. Not changed.
@@ -47,6 +47,9 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
         Fang et al. 2023, arXiv:2301.12900 (dependency graph and group importance).
     """
     pruned = copy.deepcopy(module).eval()
+    frozen = {name for name, one in pruned.named_parameters() if not one.requires_grad}
+    for each in pruned.parameters():  # the library follows gradients
+        each.requires_grad_(each.is_floating_point())
     before = _size(pruned)
     with torch.no_grad():
         expected = pruned(example_batch).shape
@@ -57,7 +60,7 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
                 example_batch,
                 importance=torch_pruning.importance.GroupMagnitudeImportance(p=2),
                 pruning_ratio=fraction,
-                ignored_layers=[_last_layer(pruned, example_batch)],
+                ignored_layers=_last_layers(pruned, example_batch),
                 root_module_types=list(LAYERS),
                 # The library's default dictionaries would be shared by all its pruners.
                 in_channel_groups={},
@@ -78,6 +81,8 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
         )
     if _size(pruned) == before:
         raise CompressionError("it has no hidden channels that can be removed")
+    for name, one in pruned.named_parameters():
+        one.requires_grad_(name not in frozen and one.is_floating_point())
     return pruned
 
 
@@ -126,12 +131,12 @@ def prune_and_recover(
     return pruned.eval()
 
 
-def _last_layer(module: nn.Module, example_batch: Tensor) -> nn.Module:
-    """Returns the prunable layer that runs last: its outputs are the model's."""
-    ran = layers_run(module, example_batch)
+def _last_layers(module: nn.Module, example_batch: Tensor) -> list[nn.Module]:
+    """Returns the prunable layers whose outputs are the model's."""
+    ran, last = layers_of(module, example_batch)
     if not ran:
         raise CompressionError("it has no linear or convolutional layers to prune")
-    return ran[-1]
+    return [each for each in ran if each in last]
 
 
 def _size(module: nn.Module) -> int:

@@ -94,7 +94,7 @@ def calibrate(
         calibrator.collect_data(_Calibration(calibration))
         ranges = calibrator.compute_data()
         raw = prepared.read_bytes()
-    kept = [*before_layers(graph, preprocessing), *_last_layer(graph)]
+    kept = [*before_layers(graph, preprocessing), *_last_layers(graph)]
     layers = [
         node.name
         for node in graph.graph.node
@@ -251,6 +251,27 @@ def before_layers(model: onnx.ModelProto, preprocessing: Collection[str]) -> lis
     return found
 
 
-def _last_layer(model: onnx.ModelProto) -> list[str]:
-    names = [node.name for node in model.graph.node if node.op_type in _WEIGHTED]
-    return names[-1:]
+def _last_layers(model: onnx.ModelProto) -> list[str]:
+    """Returns the names of the layers after which no other one follows.
+
+    Where there are several, as in a model with several outputs, the nodes after them belong to
+    these: one scale for outputs of different ranges rounds the small ones to zero.
+    """
+    before: dict[str, set[str]] = {}  # by value: the layers that reach it through no other one
+    passed: set[str] = set()  # layers that another one follows
+    for node in model.graph.node:
+        reached: set[str] = set().union(*(before.get(name, set()) for name in node.input))
+        if node.op_type in _WEIGHTED:
+            passed |= reached
+            reached = {node.name}
+        before.update(dict.fromkeys(node.output, reached))
+    last = set().union(*(before.get(each.name, set()) for each in model.graph.output)) - passed
+    if len(last) < 2:
+        names = [node.name for node in model.graph.node if node.op_type in _WEIGHTED]
+        return names[-1:]
+    return [
+        node.name
+        for node in model.graph.node
+        if node.name in last
+        or (node.name and node.output and (found := before[node.output[0]]) and found <= last)
+    ]

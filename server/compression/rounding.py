@@ -17,7 +17,7 @@ from fedcore.config.finetune import Finetune
 from fedcore.errors import CompressionError
 from fedcore.task.definition import Examples, Loss
 from fedcore.task.kinds.protocol import Kind
-from server.compression.train_close import Teacher, layers_run, train_close
+from server.compression.train_close import Teacher, layers_of, train_close
 
 Model = TypeVar("Model", bound=nn.Module)
 _LEAST = 1e-12  # a layer of zeros has a scale, too
@@ -40,7 +40,7 @@ def train_for_rounding(
 
     Weights are rounded with one scale per output channel and inputs of layers with one scale for
     all, in the forward pass; gradients pass through the rounding (straight-through estimator). The
-    last layer stays in float32, as it does in the file. By ``settings.remember`` the copy is held
+    last layers stay in float32, as they do in the file. By ``settings.remember`` the copy is held
     to the answers of the model.
 
     Args:
@@ -61,8 +61,8 @@ def train_for_rounding(
         Jacob et al. 2018, arXiv:1712.05877.
     """
     trained = copy.deepcopy(module)
-    ran = layers_run(trained, example_batch)
-    layers = [each for each in dict.fromkeys(ran) if each is not ran[-1]]
+    ran, last = layers_of(trained, example_batch)
+    layers = [each for each in ran if each not in last]
     if not layers:
         raise CompressionError(
             "it has no linear or convolutional layers to train for 8 bits, other than the last one"

@@ -80,19 +80,41 @@ def train_close(
         raise CompressionError(f"training it on the cloud's data failed: {short(error)}") from error
 
 
-def layers_run(module: nn.Module, example_batch: Tensor) -> list[nn.Module]:
-    """Returns the linear and convolutional layers, in the order in which they run."""
-    ran: list[nn.Module] = []
+def layers_of(module: nn.Module, example_batch: Tensor) -> tuple[list[nn.Module], set[nn.Module]]:
+    """Returns the linear and convolutional layers that run, in order, and the last ones.
+
+    The last ones are those whose outputs reach the model's through no other such layer: one, or
+    several, as where a model has several outputs.
+    """
+    ran: list[tuple[Any, nn.Module]] = []
     hooks = [
-        layer.register_forward_hook(lambda layer, *_: ran.append(layer))
+        layer.register_forward_hook(lambda layer, _, found: ran.append((found.grad_fn, layer)))
         for layer in module.modules()
         if isinstance(layer, LAYERS)
     ]
-    with torch.no_grad():
-        module(example_batch)
-    for hook in hooks:
-        hook.remove()
-    return ran
+    frozen = [each for each in module.parameters() if not each.requires_grad]
+    try:
+        for each in frozen:
+            each.requires_grad_(each.is_floating_point())
+        with torch.enable_grad():
+            output = module(example_batch)
+    finally:
+        for each in frozen:
+            each.requires_grad_(False)
+        for hook in hooks:
+            hook.remove()
+    of = {id(node): layer for node, layer in ran}
+    last, waiting, seen = set(), [output.grad_fn], set()
+    while waiting:
+        node = waiting.pop()
+        if node is None or id(node) in seen:
+            continue
+        seen.add(id(node))
+        if id(node) in of:
+            last.add(of[id(node)])
+        else:
+            waiting += [before for before, _ in node.next_functions]
+    return list(dict.fromkeys(layer for _, layer in ran)), last
 
 
 def short(error: BaseException) -> str:

@@ -16,6 +16,7 @@ from fedcore.artifacts.manifest import (
     Lineage,
     Manifest,
     MissingAllowed,
+    NamedOutput,
     NamedTensor,
     Parity,
     PrivacyStatement,
@@ -68,6 +69,8 @@ class Draft:
     missing: MissingAllowed | None = None
     inputs: tuple[NamedTensor, ...] | None = None
     """Several inputs with names; None for one without (see `fedcore.artifacts.manifest`)."""
+    outputs: tuple[NamedOutput, ...] | None = None
+    """Several outputs with names; None for one without."""
     canary: CanaryAim | None = None
     """The devices that get it before the others; None to give it to all."""
 
@@ -110,6 +113,7 @@ def files_of(draft: Draft, version: int, now: datetime) -> tuple[Manifest, dict[
         presentation=draft.presentation,
         missing=draft.missing,
         inputs=draft.inputs,
+        outputs=draft.outputs,
         labels=draft.labels,
         input_shape=draft.input_shape,
         input_dtype=draft.input_dtype,

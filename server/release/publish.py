@@ -174,6 +174,7 @@ def draft_again(
         presentation=old.presentation,
         missing=old.missing,
         inputs=old.inputs,
+        outputs=old.outputs,
         labels=old.labels,
         input_shape=old.input_shape,
         input_dtype=old.input_dtype,

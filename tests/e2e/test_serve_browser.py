@@ -39,9 +39,28 @@ class Halves(Product):
         return {"output": light / 16}
 
 
+class Tree(Product):
+    """Answers with a species and a height."""
+
+    def card(self) -> dict[str, Any]:
+        species = {"name": "species", "presents": "label", "labels": ["oak", "<i>ash</i>"]}
+        height = {"name": "height", "presents": "values", "labels": []}
+        return {**super().card(), "presents": "values", "outputs": [species, height]}
+
+    def run(self, inputs: Any) -> Any:
+        rows = len(inputs["input"])
+        return {
+            "species": np.tile(np.array([1, 2], np.float32), (rows, 1)),
+            "height": np.full(rows, 14.5, np.float32),
+        }
+
+
 def opener(store: Path, name: str) -> Product:
     if name == "rows":
         return Product(active(store, name))
+    if name == "tree":
+        outputs = (TensorSpec("species", "FP32", (-1, 2)), TensorSpec("height", "FP32", (-1,)))
+        return Tree(active(store, name), outputs=outputs)
     return Halves(
         active(store, name),
         inputs=(TensorSpec("input", "FP32", (-1, SIDE * SIDE)),),
@@ -51,7 +70,7 @@ def opener(store: Path, name: str) -> Product:
 
 @pytest.fixture(scope="module")
 def address(tmp_path_factory: pytest.TempPathFactory) -> Iterator[str]:
-    store = store_of(tmp_path_factory.mktemp("page"), {"halves": 4, "rows": 1})
+    store = store_of(tmp_path_factory.mktemp("page"), {"halves": 4, "rows": 1, "tree": 2})
     with running(store, opener=opener) as server:
         yield f"http://{server.http}/"
 
@@ -96,6 +115,14 @@ def test_the_example_goes_out_as_it_is_and_labels_are_text(page: Any) -> None:
     page.wait_for_selector("#bars li")
     assert page.inner_text("#answer") == "left"
     assert "<b>right</b>" in page.inner_text("#bars")
+
+
+def test_each_of_several_outputs_is_told_by_its_name(page: Any) -> None:
+    page.select_option("#model", "tree")
+    page.fill("#text", "1, 2, 3, 4, 5, 6")
+    page.click("#ask")
+    page.wait_for_function("document.querySelector('#answer').textContent.includes('height')")
+    assert page.inner_text("#answer") == "species: <i>ash</i>; height: 14.5"
 
 
 def test_a_row_is_pasted_and_a_wrong_one_is_told(page: Any) -> None:

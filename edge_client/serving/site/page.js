@@ -146,6 +146,10 @@ function softmax(logits) {
 }
 
 function tell(answer) {
+  if (model.outputs.length) {
+    say(model.outputs.map((one) => `${one.name}: ${short(one, answer)}`).join("; "));
+    return;
+  }
   const { data, shape } = answer.outputs[0];
   const logistic = (value) => 1 / (1 + Math.exp(-value));
   const named = (place) => model.labels[place] ?? String(place);
@@ -157,9 +161,25 @@ function tell(answer) {
   } else if (model.presents === "labels") {
     chart(data.map((value, place) => [named(place), logistic(value)]), true);
   } else {
-    const short = data.slice(0, 200).map((value) => Number(value.toPrecision(6))).join(", ");
-    say(data.length > 200 ? `${short}, and ${data.length - 200} more` : short);
+    say(numbers(data));
   }
+}
+
+function numbers(data) {
+  const first = data.slice(0, 200).map((value) => Number(value.toPrecision(6))).join(", ");
+  return data.length > 200 ? `${first}, and ${data.length - 200} more` : first;
+}
+
+// One of several outputs as text: its class, its labels, or its numbers.
+function short({ name, presents, labels }, answer) {
+  const { data, shape } = answer.outputs.find((one) => one.name === name);
+  const named = (place) => labels[place] ?? String(place);
+  if (presents === "label" && shape.length === 2) return named(data.indexOf(Math.max(...data)));
+  if (presents === "binary" && data.length === 1) return named(data[0] > 0 ? 1 : 0);
+  if (presents === "labels") {
+    return data.flatMap((value, place) => (value > 0 ? [named(place)] : [])).join(", ") || "none";
+  }
+  return numbers(data);
 }
 
 function chart(shares, several) {

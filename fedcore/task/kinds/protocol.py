@@ -133,6 +133,15 @@ class Kind:
         yield torch.randint(classes, tuple(outputs.shape[:-1]), generator=rng)
         yield torch.randint(2, tuple(outputs.shape), generator=rng).float()
 
+    def outlier(self, targets: Tensor) -> Tensor:
+        """Returns canonical targets ``(B, ...)`` of which the first is far from the others.
+
+        That tells a mean over examples from a root or ratio over the batch. Class numbers stay.
+        """
+        if not targets.is_floating_point():
+            return targets
+        return torch.cat([targets[:1] * 100, targets[1:]])
+
     def distance(self, own: Tensor, told: Tensor, targets: Tensor, loss: Loss) -> Tensor:
         """Returns how far a model's outputs are from its teacher's, a scalar on the loss's scale.
 

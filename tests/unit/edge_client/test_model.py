@@ -92,7 +92,9 @@ def test_an_installed_model_answers_one_input_or_a_batch(store: Path) -> None:
         ([[1, 2, 3], [1]], "input: expected"),
         ([1.0, 2.0, float("nan")], "finite and of type float32"),
         ([1e39, 0, 0], "finite"),
-        (["1", "2", "3"], "finite"),
+        (["1", "2", "3"], "text among the numbers"),
+        (["x" * 5_000_000, *[0] * 200_000], "text among the numbers"),
+        ([10**400, 2, 3], "a whole number that float64 cannot hold"),
         ([None, 1, 2], "finite"),
     ],
 )

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import io
+import json
 import sys
 from pathlib import Path
 
@@ -55,6 +56,20 @@ def test_one_input_is_a_batch_of_one(manifest: Manifest) -> None:
 def test_anything_else_is_refused(manifest: Manifest, raw: bytes) -> None:
     with pytest.raises(DataError, match=r"x\.json"):
         parse_inputs(raw, manifest, where="x.json")
+
+
+def test_a_whole_number_beyond_any_float_is_refused(manifest: Manifest) -> None:
+    for first in ("9" * 400, "-" + "9" * 400):
+        with pytest.raises(DataError, match="a whole number that float64 cannot hold"):
+            parse_inputs(f"[{first}, 0, 0]".encode(), manifest, where="x")
+
+
+def test_text_among_many_numbers_takes_no_room_for_each(manifest: Manifest) -> None:
+    """NumPy would make an array of texts, each as long as the longest: 4 TB here."""
+    raw = json.dumps([["x" * 5_000_000, *[0] * 200_000]]).encode()
+    for given in (raw, json.dumps([[0.0], [["x" * 5_000_000, *[0] * 200_000]]]).encode()):
+        with pytest.raises(DataError, match="text among the numbers"):
+            parse_inputs(given, manifest, where="x")
 
 
 def test_a_model_of_booleans_takes_them_and_zeros_and_ones(manifest: Manifest) -> None:

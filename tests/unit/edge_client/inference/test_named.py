@@ -13,7 +13,7 @@ from edge_client.inference.engine import Engine
 from edge_client.inference.named import packed, parse_any, unpacked
 from edge_client.model import EdgeModel
 from fedcore.artifacts.manifest import Manifest, NamedTensor, manifest_bytes, parse_manifest
-from fedcore.errors import DataError, TrustError
+from fedcore.errors import DataError, DeviceError, TrustError
 
 WEIGHT = np.arange(1, 7, dtype=np.float32).reshape(3, 2)
 INPUTS = (
@@ -32,6 +32,53 @@ def named(manifest: Manifest) -> Manifest:
 def place(tmp_path: Path, matmul: Any) -> Path:
     (tmp_path / "m").write_bytes(matmul.onnx(1.0))
     return tmp_path / "m"
+
+
+RECORD = Record(version=1, manifest_sha256="0" * 64)
+OUTPUTS = (
+    {"name": "a", "shape": [], "presentation": "values", "tolerance": 1.0},
+    {"name": "b", "shape": [1], "presentation": "values", "tolerance": 1.0},
+)
+
+
+def test_outputs_have_the_names_that_the_manifest_gives(
+    manifest: Manifest, place: Path, matmul: Any
+) -> None:
+    described = Manifest.model_validate({**manifest.model_dump(), "outputs": OUTPUTS})
+    assert parse_manifest(manifest_bytes(described)) == described
+    model = EdgeModel(Installed(described, RECORD, place, matmul.golden(1.0)))
+    vectors = np.array([[1, 2, 3], [4, 5, 6]], np.float32)
+    found = model.predict_named(vectors)
+    assert {name: each.shape for name, each in found.items()} == {"a": (2,), "b": (2, 1)}
+    np.testing.assert_array_equal(np.c_[found["a"], found["b"][:, 0]], vectors @ WEIGHT)
+    engine = Engine(described, place, matmul.golden(1.0))
+    assert [(each.name, each.shape) for each in engine.outputs] == [("a", (-1,)), ("b", (-1, 1))]
+    assert set(engine.run({engine.inputs[0].name: vectors})) == {"a", "b"}
+    alone = EdgeModel(Installed(manifest, RECORD, place, matmul.golden(1.0)))
+    assert list(alone.predict_named(vectors[0])) == ["output"]
+    wrong = described.model_copy(update={"outputs": described.outputs[:1]})  # type: ignore[index]
+    with pytest.raises(DeviceError, match="its manifest describes 1 numbers"):
+        EdgeModel(Installed(wrong, RECORD, place, matmul.golden(1.0))).predict_named(vectors)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"name": "\x1b[31m"},
+        {"name": "a"},
+        {"shape": [0]},
+        {"shape": [2**40]},
+        {"presentation": "picture"},
+        {"tolerance": 0},
+    ],
+)
+def test_a_manifest_with_outputs_that_cannot_be_is_refused(
+    manifest: Manifest, changes: dict[str, Any]
+) -> None:
+    outputs = [OUTPUTS[0], {**OUTPUTS[1], **changes}]
+    values = {**manifest.model_dump(mode="json"), "outputs": outputs}
+    with pytest.raises(TrustError):
+        parse_manifest(json.dumps(values).encode())
 
 
 def test_a_manifest_without_names_is_what_it_was(manifest: Manifest, named: Manifest) -> None:
@@ -103,7 +150,8 @@ def test_an_engine_names_them(named: Manifest, place: Path, matmul: Any) -> None
         ({"pair": np.zeros((0, 1, 2)), "age": np.zeros(0)}, "'pair': expected shape"),
         ({"pair": [[1, 2], [3]], "age": 3}, "'pair'"),
         ({"pair": [[1, 2]], "age": 3.5}, "'age'.*cannot represent"),
-        ({"pair": [["1", "2"]], "age": 3}, "'pair'.*cannot represent"),
+        ({"pair": [["1", "2"]], "age": 3}, "'pair': text among the numbers"),
+        ({"pair": [[10**400, 2]], "age": 3}, "'pair': a whole number that float64 cannot hold"),
         ({"pair": [[1, float("nan")]], "age": 3}, "finite"),
         ({"pair": [[1e39, 0]], "age": 3}, "finite"),
     ],

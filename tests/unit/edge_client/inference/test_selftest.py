@@ -10,7 +10,7 @@ import pytest
 from edge_client.inference.process import ModelLimits
 from edge_client.inference.selftest import self_test
 from fedcore.artifacts.golden import golden_bytes
-from fedcore.artifacts.manifest import Manifest
+from fedcore.artifacts.manifest import Manifest, NamedOutput
 from fedcore.errors import LimitExceeded, SelfTestFailed, TrustError
 from fedcore.files import sha256_hex
 from tests.hostile_models import endless_loop, many_outputs
@@ -39,6 +39,32 @@ def test_the_tolerance_is_the_bound(tested: Test, matmul: Any) -> None:
     off[1, 1] += 2e-3
     with pytest.raises(SelfTestFailed, match=r"differs by 0\.002, more than the 0\.001"):
         tested(golden_bytes(EYE, off))
+
+
+def test_each_named_output_has_a_tolerance_of_its_own(
+    manifest: Manifest, matmul: Any, tmp_path: Path
+) -> None:
+    """What the larger output may differ by would let the smaller one be anything."""
+    onnx = tmp_path / "model.onnx"
+    onnx.write_bytes(matmul.onnx(1.0))
+    parts = [("one", 1e-3), ("two", 0.5)]
+    outputs = tuple(
+        NamedOutput(name=name, shape=(), presentation="values", tolerance=most)
+        for name, most in parts
+    )
+    several = manifest.model_copy(update={"outputs": outputs, "golden_tolerance": 0.5})
+    exact = np.arange(1, 7).reshape(3, 2).astype(np.float32)
+
+    def tested(off: int, by: float, of: Manifest = several) -> float:
+        golden = exact.copy()
+        golden[1, off] += by
+        return self_test(of, onnx, golden_bytes(EYE, golden), threads=1, limits=ModelLimits())
+
+    assert tested(1, 0.4) == pytest.approx(0.4, rel=1e-3)
+    with pytest.raises(SelfTestFailed, match=r"differs by 0\.1, more than the 0\.001"):
+        tested(0, 0.1)
+    with pytest.raises(SelfTestFailed, match="its manifest describes 1 numbers"):
+        tested(0, 0.0, several.model_copy(update={"outputs": outputs[:1]}))
 
 
 @pytest.mark.parametrize(("allowed", "places"), [(0.61, None), (1e300, None), (6.1, [1])])

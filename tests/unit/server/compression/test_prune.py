@@ -109,12 +109,30 @@ def test_layers_that_add_into_the_output_stay() -> None:
     assert widths(pruned) == [(3, 4), (5, 4), (3, 5)]
 
 
+class TwoHeads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.trunk, self.one, self.two = nn.Linear(4, 8), nn.Linear(8, 3), nn.Linear(8, 6)
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = self.trunk(x).relu()
+        return torch.cat([self.one(hidden), self.two(hidden)], dim=1)
+
+
+@pytest.mark.parametrize("frozen", [False, True])
+def test_no_head_loses_outputs(frozen: bool) -> None:
+    module = nn.Sequential(TwoHeads().requires_grad_(not frozen))
+    pruned = prune_channels(module, torch.randn(2, 4), fraction=0.5)
+    assert widths(pruned) == [(4, 4), (3, 4), (6, 4)]
+    assert all(each.requires_grad != frozen for each in pruned.parameters())
+
+
 @pytest.mark.parametrize(
     ("module", "inputs", "reason"),
     [
         (nn.Linear(4, 3), torch.randn(2, 4), "no hidden channels"),
         (nn.ReLU(), torch.randn(2, 4), "no linear or convolutional layers"),
-        (RunsOnAfterItsOutput(), torch.randn(2, 4), r"from \(2, 6\) to \(2, 3\)"),
+        (RunsOnAfterItsOutput(), torch.randn(2, 4), "no hidden channels"),
         (Recurrent(nn.GRU, False), torch.randn(2, 3, 4), "no hidden channels|cannot be pruned"),
         (Recurrent(nn.GRU, True), torch.randn(2, 3, 4), "no hidden channels|cannot be pruned"),
     ],

@@ -208,3 +208,29 @@ def test_operators_that_symbolic_shape_inference_does_not_know_are_quantised_aro
     ):
         found = answer(open_session(raw, threads=1), inputs.numpy())
         assert 0 < np.abs(found - expected).max() < 0.1 * np.abs(expected).max()
+
+
+def test_outputs_of_several_ranges_keep_their_own_scale() -> None:
+    class Heads(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.trunk, self.small, self.large = (
+                nn.Linear(8, 64),
+                nn.Linear(64, 2),
+                nn.Linear(64, 2),
+            )
+
+        def forward(self, x: Tensor) -> Tensor:
+            hidden = self.trunk(x).relu()
+            return torch.cat([self.small(hidden), 10_000 * self.large(hidden)], dim=1)
+
+    module, inputs = Heads().eval(), torch.randn(64, 8, generator=torch.Generator().manual_seed(1))
+    exported = export_with_scopes(module, inputs[:2], labels=(), kind="regression")
+    onnx_ = int8_static(calibrate(exported.onnx, inputs), reduce_range=False)
+    with torch.inference_mode():
+        expected = module(inputs).numpy()
+    found = answer(open_session(onnx_, threads=1), inputs.numpy())
+    for part in (slice(0, 2), slice(2, 4)):
+        error = np.abs(found[:, part] - expected[:, part]).max()
+        assert 0 < error < 0.05 * np.abs(expected[:, part]).max()
