@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from fedcore.config.run import RunConfig
 from fedcore.observability.words import counted, epsilon_text, figure
@@ -355,7 +355,7 @@ def spread_of(
     if count > 1:
         squares = math.fsum((examples * (value - mean)) ** 2 for examples, value in measured)
         error = math.sqrt(squares * count / (count - 1)) / total
-        margin = float(student.ppf((1 + CONFIDENCE) / 2, count - 1)) * error
+        margin = float(stdtrit(count - 1, (1 + CONFIDENCE) / 2)) * error
     low, tenth, median, high = (float(np.quantile(values, q)) for q in (0.0, 0.1, 0.5, 1.0))
     return MetricSpread(
         metric=metric,

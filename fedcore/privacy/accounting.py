@@ -53,7 +53,6 @@ from functools import lru_cache
 from typing import Literal, NamedTuple
 
 import numpy as np
-from scipy.optimize import brentq
 
 from fedcore.errors import PrivacyError
 from fedcore.observability.words import counted
@@ -356,6 +355,8 @@ def noise_for(
     elif excess(ends[1]) >= 0:
         noise = high
     else:
+        from scipy.optimize import brentq  # here: its import takes a fifth of a second
+
         noise = math.exp(brentq(excess, *ends, xtol=2e-4))
     while noise < high and spent(noise := math.ceil(noise * 1e4) / 1e4) > max_epsilon:
         noise *= 1.0003

@@ -12,8 +12,7 @@ import math
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.stats import beta
-from scipy.stats import t as student
+from scipy.special import betaincinv, stdtrit
 from torch import Tensor
 
 from fedcore.artifacts.parity import FloatArray
@@ -75,7 +74,7 @@ def loss_bound(
     for group in range(groups):
         rows = torch.arange(count) % groups != group
         without.append(_worsening(metric, before[rows], after[rows], targets[rows]))
-    scale = float(student.ppf(confidence, groups - 1))
+    scale = float(stdtrit(groups - 1, confidence))
     margin = scale * math.sqrt((groups - 1) * float(np.var(without)))
     if presentation != "values" and metric.higher_is_better:
         unseen = unseen_loss(count, confidence) / max(1, targets[0].numel())
@@ -126,7 +125,7 @@ def disagreement_bound(changed: NDArray[np.float64], *, confidence: float = CONF
     """
     count = len(changed)
     hits = math.ceil(float(changed.sum()) - 1e-9)
-    return 1.0 if hits >= count else float(beta.ppf(confidence, hits + 1, count - hits))
+    return 1.0 if hits >= count else float(betaincinv(hits + 1, count - hits, confidence))
 
 
 def changed_decisions(

@@ -9,8 +9,7 @@ import math
 from collections.abc import Sequence
 
 import torch
-from scipy.stats import norm
-from scipy.stats import t as student
+from scipy.special import ndtri, stdtrit
 from torch import Tensor
 
 from fedcore.seeds import torch_rng
@@ -99,7 +98,7 @@ def interval_of(
         return None, ""
     middle = math.fsum(left_out) / groups
     squares = math.fsum((each - middle) ** 2 for each in left_out)
-    margin = float(student.ppf((1 + CONFIDENCE) / 2, groups - 1))
+    margin = float(stdtrit(groups - 1, (1 + CONFIDENCE) / 2))
     margin *= math.sqrt(squares * (groups - 1) / groups)
     return (max(value - margin, metric.low), min(value + margin, metric.high)), "jackknife"
 
@@ -111,7 +110,7 @@ def _is_share(metric: Metric) -> bool:
 
 def _wilson(right: float, count: int) -> tuple[float, float]:
     """Returns Wilson's score interval of a share (Wilson 1927, JASA 22)."""
-    z = float(norm.ppf((1 + CONFIDENCE) / 2))
+    z = float(ndtri((1 + CONFIDENCE) / 2))
     share, weight = right / count, 1 + z**2 / count
     middle = (share + z**2 / (2 * count)) / weight
     margin = z / weight * math.sqrt(share * (1 - share) / count + z**2 / (4 * count**2))

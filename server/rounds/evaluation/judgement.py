@@ -11,7 +11,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from scipy.stats import t as student
+from scipy.special import stdtrit
 
 from fedcore.task.metrics import Metric
 from fedcore.task.statistics import FloatVector, exact_sum
@@ -87,7 +87,7 @@ def compared(metric: Metric, pairs: Pairs, *, confidence: float = CONFIDENCE) ->
         mean = math.fsum(gaps) / count
         squares = math.fsum((gap - mean) ** 2 for gap in gaps)
         error = math.sqrt(squares * (count - 1) / count)
-        margin = float(student.ppf(confidence, count - 1)) * error
+        margin = float(stdtrit(count - 1, confidence)) * error
     return Judgement(count, examples, before, after, margin)
 
 
@@ -118,7 +118,7 @@ def judgement(
         gap = after - before
         squares = ((examples * (other - one - gap)) ** 2 for examples, one, other in measured)
         error = math.sqrt(math.fsum(squares) * count / (count - 1)) / total
-        margin = float(student.ppf(confidence, count - 1)) * error
+        margin = float(stdtrit(count - 1, confidence)) * error
     return Judgement(count, total, before, after, margin)
 
 
@@ -158,7 +158,7 @@ def drop_of(
         return math.inf
     found = compared(primary, [(base[name], other[name]) for name in both], confidence=confidence)
     if few and primary.higher_is_better and primary.low >= 0 and primary.high <= 1:
-        scale = float(student.ppf(confidence, max(found.clients - 1, 1)))
+        scale = float(stdtrit(max(found.clients - 1, 1), confidence))
         skewness = (1 + 2 * scale**2) / (6 * found.examples) if found.margin > 0 else 0.0
         margin = math.hypot(found.margin, unseen_loss(found.examples, confidence))
         found = replace(found, margin=margin + skewness)
