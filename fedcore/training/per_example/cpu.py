@@ -30,7 +30,7 @@ from fedcore.training.per_example.chain import (
 )
 from fedcore.training.per_example.cpu_conv import Backward, Link, convolution
 from fedcore.training.per_example.cpu_norm import group_norm, scale
-from fedcore.training.per_example.graph import is_relu
+from fedcore.training.per_example.graph import is_relu, pooling_block
 from fedcore.training.per_example.modules import GroupNormalised
 
 
@@ -100,8 +100,9 @@ def _links(steps: Sequence[Step], *, per_example: bool) -> Iterator[Link]:
         if isinstance(layer, Conv):
             yield convolution(layer, relu=relu, first=place == 0, per_example=per_example)
         elif isinstance(layer, GroupNormalised) and scales is not None:
-            yield group_norm(layer, scales, relu=relu, per_example=per_example)
-            taken += 1
+            relu, pool, more = _relu_and_pooling(behind)
+            yield group_norm(layer, scales, relu=relu, pool=pool, per_example=per_example)
+            taken = 2 + more
         elif isinstance(layer, Scale):
             yield scale(layer, relu=relu, per_example=per_example)
         elif isinstance(layer, Dense):
@@ -110,6 +111,24 @@ def _links(steps: Sequence[Step], *, per_example: bool) -> Iterator[Link]:
             yield _flat if layer is flattened else _any(steps[place])
             taken = 1
         place += taken
+
+
+def _relu_and_pooling(steps: Sequence[Step]) -> tuple[bool, tuple[int, int], int]:
+    """Returns whether a ReLU comes first, the pooling's block, and how many steps these are.
+
+    They may come in either order: rectified maxima are the maxima of rectified values.
+    """
+    relu, pool, taken = False, (1, 1), 0
+    for step in steps[:2]:
+        block = pooling_block(step.apply)
+        if is_relu(step.apply) and not relu:
+            relu = True
+        elif block is not None and pool == (1, 1) and block[0] * block[1] <= MAX_WINDOW:
+            pool = block
+        else:
+            break
+        taken += 1
+    return relu, pool, taken
 
 
 def _applied(step: Step, x: Tensor) -> Tensor:

@@ -279,7 +279,7 @@ def _with_pooling(chain: Chain) -> Chain:
         behind = reader(place)
         relu = behind if behind is not None and is_relu(steps[behind].apply) else None
         last = reader(relu) if relu is not None else behind
-        block = _block(steps[last].apply) if last is not None else None
+        block = pooling_block(steps[last].apply) if last is not None else None
         if last is None or block is None:
             continue
         steps[place] = replace(
@@ -294,7 +294,7 @@ def is_relu(apply: object) -> bool:
     return type(apply) is nn.ReLU or any(apply is one for one in _RELU)
 
 
-def _block(apply: object) -> Pair | None:
+def pooling_block(apply: object) -> Pair | None:
     """Returns the block size of a non-overlapping max-pooling; None for anything else."""
     layer = apply.layer if isinstance(apply, EachImage) else None
     if type(layer) is not nn.MaxPool2d or layer.ceil_mode or pair(layer.dilation) != (1, 1):

@@ -6,7 +6,7 @@ from dataclasses import replace
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn import functional
@@ -63,6 +63,28 @@ def whole(rng: torch.Generator, *shape: int) -> Tensor:
     per_example=st.booleans(),
     first=st.booleans(),
     seed=st.integers(0, 10**6),
+)
+@example(  # whose gradients are not sparse, like one that a normalisation follows
+    window=ConvolutionWindow((3, 3), (1, 1), (0, 0)),
+    size=(7, 6),
+    channels=8,
+    outs=19,
+    relu=False,
+    biased=True,
+    per_example=False,
+    first=False,
+    seed=0,
+)
+@example(
+    window=ConvolutionWindow((3, 2), (2, 1), (1, 2)),
+    size=(7, 6),
+    channels=3,
+    outs=8,
+    relu=False,
+    biased=False,
+    per_example=False,
+    first=False,
+    seed=0,
 )
 def test_forth_and_back(
     window: ConvolutionWindow,

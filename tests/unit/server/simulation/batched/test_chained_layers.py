@@ -57,3 +57,29 @@ def test_a_chain_drops_what_a_client_alone_drops() -> None:
     private = Bench(task, privacy=PRIVATE, simulation={"training": "vectorised"})
     with pytest.raises(ConfigError, match="one client at a time"):
         private.scheduler().executor_for(private.order, private.asked)
+
+
+def normed_images(drop: float) -> nn.Module:
+    torch.manual_seed(0)
+    return nn.Sequential(
+        *(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.MaxPool2d(2)),
+        *(nn.Conv2d(8, 8, 3), nn.GroupNorm(4, 8), nn.MaxPool2d(2), nn.ReLU(), nn.Dropout(drop)),
+        *(nn.Flatten(), nn.Linear(8 * 2 * 2, 8), nn.ReLU(), nn.Dropout(drop), nn.Linear(8, 4)),
+    )
+
+
+def as_images(name: str, folder: Folder) -> Examples:
+    inputs, targets = data(name, folder).tensors  # type: ignore[attr-defined]
+    rng = torch.Generator().manual_seed(len(name) + int(targets.sum()))
+    images = torch.randn(len(inputs), 1, 15, 15, generator=rng)  # of which few have ties
+    return TensorDataset(images, targets)  # type: ignore[return-value]
+
+
+@pytest.mark.parametrize("privacy", [None, PRIVATE], ids=["plain", "private"])
+def test_convolutions_with_norms(privacy: dict[str, Any] | None) -> None:
+    images = replace(TASK, client_data=as_images, example_input=torch.zeros(1, 15, 15))
+    task = replace(images, model=lambda: normed_images(0.0))
+    assert Bench(task, privacy=privacy, client={"epochs": 2}).gap() < 1e-5
+    if privacy is None:
+        task = replace(images, model=lambda: normed_images(0.4))
+        assert Bench(task, client={"epochs": 2}).gap() < 1e-5
