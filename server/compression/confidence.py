@@ -177,13 +177,21 @@ def probe_inputs(examples: Examples, *, count: int, seed: int) -> NDArray[np.gen
     if size >= count:
         rows = torch.from_numpy(rng.permutation(size)[:count])
         return gather(examples, rows)[0].numpy()
-    pairs = torch.from_numpy(rng.integers(0, size, (2, count)))
+    return mixed_examples(examples, count=count, rng=rng)[0].numpy()
+
+
+def mixed_examples(
+    examples: Examples, *, count: int, rng: np.random.Generator
+) -> tuple[Tensor, Tensor]:
+    """Returns mixtures ``(count, ...)`` of two inputs each, and the targets of the larger share."""
+    pairs = torch.from_numpy(rng.integers(0, size_of(examples), (2, count)))
     share = rng.beta(_MIX, _MIX, count)
     share = np.maximum(share, 1 - share)
-    one, other = (gather(examples, rows)[0] for rows in pairs)
+    (one, targets), (other, _) = (gather(examples, rows) for rows in pairs)
     if one.is_floating_point():
         weight = torch.from_numpy(share).to(one.dtype).reshape(-1, *[1] * (one.dim() - 1))
-        return (weight * one + (1 - weight) * other).numpy()
+        return weight * one + (1 - weight) * other, targets
     flat = one.reshape(count, -1)
     start = torch.arange(flat.shape[1]) < torch.from_numpy(share[:, None] * flat.shape[1])
-    return torch.where(start, flat, other.reshape(count, -1)).reshape(one.shape).numpy()
+    mixed = torch.where(start, flat, other.reshape(count, -1))
+    return mixed.reshape(one.shape), targets

@@ -7,16 +7,21 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
+from torch.utils.data import ConcatDataset, TensorDataset
 
 from fedcore.config.finetune import Finetune
 from fedcore.errors import CompressionError
-from fedcore.seeds import global_streams
+from fedcore.seeds import global_streams, numpy_rng
 from fedcore.task.answers import tensor_model
-from fedcore.task.definition import Examples, Loss
+from fedcore.task.definition import Examples, Loss, size_of
 from fedcore.task.kinds.protocol import Kind
 from fedcore.task.model import FullModel
+from server.compression.confidence import mixed_examples
 from server.compression.train_close import Teacher, short, train_close
 
+FEW = 2048
+"""Of fewer examples, a student sees mixtures of two, too, until there are so many."""
+_MOST_BYTES = 256 << 20  # of all mixtures
 TEACHER_SHARE = 0.9
 """Share of the distance to the teacher's answers in the student's loss; the rest is the labels'."""
 
@@ -51,7 +56,7 @@ def distil(
             than the model, or cannot be trained.
 
     Source:
-        Hinton et al. 2015, arXiv:1503.02531.
+        Hinton et al. 2015, arXiv:1503.02531; Zhang et al. 2018, arXiv:1710.09412 (mixtures).
     """
     assert isinstance(module, FullModel)
     try:
@@ -72,7 +77,7 @@ def distil(
     train_close(
         student,
         Teacher(module, TEACHER_SHARE),
-        examples,
+        widened(examples, seed=seed),
         loss,
         kind,
         settings,
@@ -81,3 +86,15 @@ def distil(
         purpose="student",
     )
     return student.eval()
+
+
+def widened(examples: Examples, *, seed: int) -> Examples:
+    """Returns the cloud's examples, with mixtures of two where they are few.
+
+    The teacher answers whatever it is asked, so a student need not see real inputs alone.
+    """
+    missing = min(FEW - size_of(examples), _MOST_BYTES // max(examples[0][0].nbytes, 1))
+    if missing <= 0:
+        return examples
+    mixed = mixed_examples(examples, count=missing, rng=numpy_rng(seed, "student", "mixtures"))
+    return ConcatDataset([examples, TensorDataset(*mixed)])

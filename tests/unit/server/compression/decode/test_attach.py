@@ -14,11 +14,13 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from fedcore.artifacts.decode import DECODE_KEY
+from server.compression import weights_only
 from server.compression.decode.attach import with_decode_graph
 from server.compression.decode.errors import NotDecodable
 from server.compression.export import export_onnx
 from server.compression.quantise import calibrate, int8_dynamic, int8_static
 from server.compression.runtime import answer, open_session
+from server.compression.weights_only import int4_weights, int8_weights
 from tests.decodable import FUTURE, TOKENS, WINDOW, attention, golden
 
 node = helper.make_node
@@ -146,11 +148,13 @@ def test_models_as_people_write_them_get_a_decode_graph(name: str) -> None:
     assert DECODE_KEY in {each.key for each in onnx.load_model_from_string(made).metadata_props}
 
 
-def test_quantised_models_get_one_too() -> None:
+def test_quantised_models_get_one_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(weights_only, "_FEWEST", 16)  # the model is small
     raw = exported("fused")
     inputs, _ = golden(raw)
     static = int8_static(calibrate(raw, torch.from_numpy(inputs)), reduce_range=True)
-    for each in (static, int8_dynamic(raw, reduce_range=True)):
+    dynamic = int8_dynamic(raw, reduce_range=True)
+    for each in (static, dynamic, int8_weights(raw), int4_weights(raw)):
         outputs = answer(open_session(each, threads=1), inputs)
         allowed = 0.05 * float(np.abs(outputs).max())
         assert len(with_decode_graph(each, inputs, outputs, allowed=allowed)) > len(each)
