@@ -34,10 +34,18 @@ from fedcore.seeds import Randomness
 from fedcore.task.definition import Task, data_folder, size_of
 from fedcore.training.batches import in_order
 from fedcore.training.bounds import Bounds, bounds_of
-from fedcore.training.client import Client, learn, local_data, log_skipped, model_of
+from fedcore.training.client import (
+    Client,
+    learn,
+    local_data,
+    log_skipped,
+    model_of,
+    training_data,
+)
 from fedcore.training.device import available
 from fedcore.training.evaluate import BATCH_SIZE, measure
 from fedcore.training.evaluate_private import check_evaluates, evaluate_privately
+from fedcore.training.roles import evaluates
 from fedcore.updates.evaluation import evaluation_content
 from fedcore.updates.local import read_local, write_local
 from fedcore.updates.messages import (
@@ -250,9 +258,13 @@ def evaluate_client(
     instruction, bounds = read_instruction(message.content), client.bounds()
     if client.run.private:
         check_evaluates(client.run)
+    if not evaluates(client.run.federation, name):
+        trains = client.run.federation.has_judges
+        why = "it trains, and other clients evaluate" if trains else "set federation.holdout"
+        raise InvalidUpdate(f"evaluation: this client has no held-out data: {why}.")
     _, held_out = local_data(client, name)
     if not size_of(held_out):
-        raise InvalidUpdate("evaluation: this client has no held-out data; set federation.holdout.")
+        raise InvalidUpdate("evaluation: this client has too few examples to hold any back.")
     local = read_local(context)
     model = model_of(client, instruction, local)
     model = model.to(available(client.run.client.device))
@@ -287,7 +299,7 @@ def _statistics(client: Client, name: str, message: Message, context: Context) -
             "statistics: this client trains with example-level privacy and releases no sums."
         )
     bounds = client.bounds()
-    examples, _ = local_data(client, name)
+    examples = training_data(client, name)
     preprocess = client.task.preprocess() if client.task.preprocess else torch.nn.Identity()
     total, squares = np.zeros(0), np.zeros(0)
     with torch.inference_mode():

@@ -9,6 +9,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
+from itertools import islice
 from pathlib import Path
 
 import numpy as np
@@ -29,6 +30,7 @@ from fedcore.task.model import FullModel, build_model, warm_start
 from fedcore.training.device import available
 from fedcore.training.evaluate import output_shape
 from fedcore.training.per_example.trial import choose_method
+from fedcore.training.roles import is_judge
 from fedcore.training.state import check_integers
 from fedcore.updates.pack import layout_of, pack
 from server.cloud import CloudData, cloud_data_of
@@ -39,6 +41,7 @@ from server.release.push import check_push
 from server.report.folder import check_outside
 from server.rounds.client_privacy.mechanism import protect
 from server.rounds.expected import evaluation_of
+from server.rounds.roles import check_roles
 from server.rounds.strategies.algorithm import dry_run
 from server.rounds.strategies.feddf import FEDDF
 from server.rounds.strategies.flower import choose_strategy
@@ -92,7 +95,7 @@ def prepare(
     data = data_folder()
     clients = clients_of(task, run, data)
     cohort = run.federation.cohort or len(clients)
-    some = [clients[place] for place in range(min(cohort, _REHEARSED))]  # it may not support slices
+    some = training_clients(run, clients, most=min(cohort, _REHEARSED))
     check_rounds(run, task, folder, clients=some, strategy=strategy)
     if run.client_private:
         protect(run, clients=len(clients), cohort=cohort)
@@ -242,7 +245,7 @@ def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
 
     Raises:
         DataError: listing them failed, or a name is not a string or not unique.
-        ConfigError: there are fewer than ``federation.cohort``.
+        ConfigError: there are fewer than ``federation.cohort``, or too few of them judge.
     """
     try:
         clients = task.clients(data)
@@ -274,7 +277,14 @@ def clients_of(task: Task, run: RunConfig, data: Folder) -> Sequence[str]:
             f"federation.cohort = {run.federation.cohort}: task {task.name!r} has "
             f"{counted(len(clients), 'client')}. Nothing was trained; lower the cohort."
         )
+    check_roles(run.federation, clients)
     return clients
+
+
+def training_clients(run: RunConfig, clients: Sequence[str], *, most: int) -> list[str]:
+    """Returns the names of the first clients that train, at most ``most``."""
+    each = (clients[place] for place in range(len(clients)))  # it may not support slices
+    return list(islice((one for one in each if not is_judge(run.federation, one)), most))
 
 
 def _repeated(clients: Sequence[str]) -> str:

@@ -52,6 +52,7 @@ def contradictions(run: RunConfig) -> list[str]:
             f"federation.holdout = {federation.holdout} withholds data from training that "
             "nothing would use: set federation.evaluate_cohort, or set holdout to 0."
         )
+    found += _of_judges(run)
     if run.finetune.judge in ("clients", "both") and not federation.evaluate_cohort:
         found.append(
             f"finetune.judge = {run.finetune.judge!r} needs federation.evaluate_cohort: without "
@@ -72,6 +73,23 @@ def contradictions(run: RunConfig) -> list[str]:
     if "fp32" not in compression.candidates:
         found.append("compression.candidates must contain 'fp32': the others are compared with it.")
     return found + _of_release(run.release)
+
+
+def _of_judges(run: RunConfig) -> list[str]:
+    """Returns the contradictions of clients that hold back all of their data."""
+    federation, found = run.federation, list[str]()
+    if federation.holdout_by == "clients" and not federation.holdout:
+        found.append(
+            "federation.holdout_by = 'clients' needs federation.holdout above 0, the share of "
+            "clients that hold back all of their data. Set it, or leave holdout_by out."
+        )
+    if federation.has_judges and run.client.local:
+        found.append(
+            "federation.holdout_by = 'clients' contradicts client.local: a client that never "
+            "trains has no layers of its own to evaluate a model with. Set holdout_by to 'rows', "
+            "or leave client.local out."
+        )
+    return found
 
 
 def _of_release(release: ReleaseConfig) -> list[str]:

@@ -105,7 +105,11 @@ class FederationConfig(Section):
     """How many clients report metrics on held-back data in each round; 0 for none. Under
     example-level privacy they evaluate only the models after the rounds."""
     holdout: Annotated[float, Field(ge=0, lt=1)] = 0.0
-    """The share of a client's data that is held back from training to evaluate on."""
+    """The share of a client's data that is held back from training to evaluate on; with
+    ``holdout_by = "clients"``, the share of clients that hold back all of their data."""
+    holdout_by: Literal["rows", "clients"] = "rows"
+    """``rows``: every client trains, and holds back rows drawn at random. ``clients``: some clients,
+    drawn by their names, only evaluate and never train: use it where a client's rows are alike."""
     patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Stop after this many rounds without a better validation metric; 0 to run every round."""
     normalisation: Literal["task", "cloud", "federated"] = "task"
@@ -113,6 +117,11 @@ class FederationConfig(Section):
     cloud's data, or sums over all clients."""
     initial: str | None = None
     """A safetensors checkpoint to start from, relative to this file."""
+
+    @property
+    def has_judges(self) -> bool:
+        """Whether some clients only evaluate, and the others only train."""
+        return self.holdout_by == "clients" and self.holdout > 0
 
 
 class ClientConfig(Section):

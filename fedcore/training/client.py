@@ -36,8 +36,9 @@ from fedcore.training.per_example.pace import step_seconds
 from fedcore.training.per_example.trial import choose_method
 from fedcore.training.private import MEMORY_BYTES, train_private
 from fedcore.training.resident import Resident
+from fedcore.training.roles import is_judge
 from fedcore.training.server_numbers import check_instruction
-from fedcore.training.split_label import split_label
+from fedcore.training.split_label import NOT_SPLIT, split_label
 from fedcore.updates.frozen import check_unchanged, frozen_parameters
 from fedcore.updates.local import local_state
 from fedcore.updates.messages import EPSILON, TRAIN_LOSS, Instruction, Update
@@ -169,7 +170,7 @@ def _train(
     """Returns the update and the trained local layers."""
     run, number, bounds = client.run, instruction.round, client.bounds()
     settings = settings_of(client, instruction)
-    examples, _ = local_data(client, name)
+    examples = training_data(client, name)
     bounds.admit(settings.steps_of(size_of(examples)))
     device = available(run.client.device)
     if client.owner.max_threads:
@@ -309,7 +310,8 @@ def spend(
     """
     run = client.run
     participations = run.privacy.participations or run.federation.rounds
-    part = part_of_split(split_of(client, examples), TRAIN) if run.federation.holdout else ""
+    held_back = run.federation.holdout and not run.federation.has_judges
+    part = part_of_split(split_of(client, examples), TRAIN) if held_back else ""
     planned = plan(
         examples,
         settings,
@@ -333,11 +335,13 @@ def spend(
 
 def split_of(client: Client, examples: Examples) -> str:
     """Returns the label of the split that ``examples`` are a part of (see `split_label`)."""
+    if client.run.federation.has_judges:
+        return NOT_SPLIT
     return split_label(examples, client.run.federation.holdout, read=client.is_real)
 
 
 def local_data(client: Client, name: str) -> tuple[Examples, Examples]:
-    """Returns the client's training examples and its holdout.
+    """Returns the client's training examples and its holdout; either is empty for some clients.
 
     Raises:
         DataError: The data cannot be read, or are empty.
@@ -349,10 +353,28 @@ def local_data(client: Client, name: str) -> tuple[Examples, Examples]:
         what=f"data of client {name!r}",
         folder=folder,
     )
-    holdout = client.run.federation.holdout
-    if not holdout:
+    federation = client.run.federation
+    if is_judge(federation, name):
+        return Subset(examples, []), examples
+    if federation.has_judges or not federation.holdout:
         return examples, Subset(examples, [])
-    return split(examples, holdout, derive(0, "holdout", name))
+    return split(examples, federation.holdout, derive(0, "holdout", name))
+
+
+def training_data(client: Client, name: str) -> Examples:
+    """Returns the examples that a client trains on.
+
+    Raises:
+        InvalidUpdate: The client only evaluates. Its data were not read.
+        DataError: The data cannot be read, or are empty.
+    """
+    if is_judge(client.run.federation, name):
+        raise InvalidUpdate(
+            f"client {name!r} holds back all of its data (federation.holdout_by = 'clients', "
+            f"holdout = {client.run.federation.holdout:g}): it evaluates models, and never trains. "
+            "Its data were not read; the server must ask other clients to train."
+        )
+    return local_data(client, name)[0]
 
 
 def model_of(client: Client, instruction: Instruction, local: bytes = b"") -> FullModel:

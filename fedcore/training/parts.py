@@ -18,9 +18,11 @@ def part_of(client: Client, name: str, part: Part) -> Examples:
     if part == "heldout":
         examples = local_data(client, name)[1]
         if not size_of(examples):
+            trains = client.run.federation.has_judges
+            remedy = "ask clients that do" if trains else "raise federation.holdout"
             raise DataError(
-                f"client {name!r} holds no data back. It was not evaluated; raise "
-                "federation.holdout, or evaluate on other data."
+                f"client {name!r} holds no data back. It was not evaluated; {remedy}, or evaluate "
+                "on other data."
             )
         return examples
     load = task.client_data

@@ -12,6 +12,10 @@ from fedcore.task.definition import Examples, size_of
 from fedcore.training.per_example.clipped_sum import read_batch
 
 _LENGTH = 16  # hexadecimal digits
+NOT_SPLIT = hashlib.sha256(b"all examples").hexdigest()[:_LENGTH]
+"""Label for a client that holds back all of its data. No charge of training ever has it: where
+clients hold back all or nothing, training is charged to all examples. So evaluations of such a
+client add up with every charge of runs in which it trains."""
 
 
 def split_label(examples: Examples, holdout: float, *, read: bool) -> str:

@@ -20,6 +20,7 @@ from fedcore.seeds import numpy_rng
 from fedcore.task.definition import Part, Task, data_folder
 from fedcore.task.model import FullModel, build_model, checkpoint_bytes, load_preprocess
 from fedcore.training.evaluate import output_shape
+from fedcore.training.roles import is_judge
 from fedcore.updates.frozen import load_frozen
 from fedcore.updates.pack import unpack
 from server.after_rounds import StageLog
@@ -89,6 +90,8 @@ def evaluate(
     quiet()
     part = _part(found, config, data)
     known = clients_of(found, config, data_folder())
+    if part == "heldout":
+        known = _holding_back(found, config, known, clients)
     names = _names(found, known, clients, seed=config.seed)
     of, raw, taken = _model(model, found, config)
     noise = _noise(found, config, taken)
@@ -172,6 +175,27 @@ def _part(task: Task, run: RunConfig, requested: Part | None) -> Part:
     if run.federation.holdout:
         return "heldout"
     return "all" if task.client_test is None else "test"
+
+
+def _holding_back(
+    task: Task, run: RunConfig, known: Sequence[str], requested: int | Sequence[str] | None
+) -> Sequence[str]:
+    """Returns the clients that hold data back: all, unless some hold back all of theirs.
+
+    Raises:
+        ConfigError: a client is asked for that holds nothing back.
+    """
+    if not run.federation.has_judges:
+        return known
+    named = [] if requested is None or isinstance(requested, int) else requested
+    for name in [named] if isinstance(named, str) else named:
+        if name in known and not is_judge(run.federation, name):
+            raise ConfigError(
+                f"clients: {name!r} trains, and federation.holdout_by = 'clients' has others of "
+                f"task {task.name!r} hold back all of their data. Nothing was evaluated; name "
+                "those, or choose other data (--data test, --data all)."
+            )
+    return [name for name in known if is_judge(run.federation, name)]
 
 
 def _names(

@@ -16,6 +16,7 @@ from fedcore.task.missing import missing_allowed
 from fedcore.task.model import build_model
 from fedcore.training.batches import split
 from fedcore.training.examples import canonical, task_examples
+from fedcore.training.roles import is_judge
 from fedcore.updates.pack import layout_of
 from server.checking.clients import look_at_clients
 from server.checking.looking import DataFault, Expected, look_at
@@ -38,10 +39,17 @@ def name_clients(state: CheckState) -> StepOutcome:
         if isinstance(names, str | int) or not names or len(names) != 1:
             raise TaskError("on a device, give the one client whose data are here with --clients.")
         state.names, state.chosen = list(names), [0]
-        return StepOutcome(f"{names[0]!r}, whose data are on this device; others not checked")
+        judging = ""
+        if is_judge(state.run.federation, names[0]):
+            judging = ", which evaluates models and never trains (federation.holdout_by)"
+        return StepOutcome(
+            f"{names[0]!r}{judging}, whose data are on this device; others not checked"
+        )
     state.names = clients_of(state.task, state.run, state.folder)
     state.chosen = chosen_places(state.names, state.asked, seed=state.run.seed)
-    return StepOutcome(f"{counted(len(state.names), 'client', ',')}")
+    judges = sum(is_judge(state.run.federation, name) for name in state.names)
+    judging = f", of whom {judges:,} judge and never train" if judges else ""
+    return StepOutcome(f"{counted(len(state.names), 'client', ',')}{judging}")
 
 
 def make_model(state: CheckState) -> StepOutcome:
@@ -120,13 +128,16 @@ def _read(state: CheckState, name: str) -> Examples:
 
 def _kept(state: CheckState, name: str) -> int:
     """Returns the number of a client's examples that training uses."""
-    count, holdout = state.sizes[name], state.run.federation.holdout
+    count, federation = state.sizes[name], state.run.federation
+    holdout = 0.0 if federation.has_judges else federation.holdout
     return count - min(max(round(count * holdout), 1 if holdout else 0), max(count - 1, 0))
 
 
 def _to_train(state: CheckState) -> list[str]:
     """Returns clients that differ in size: the first, the smallest, the largest, odd last ones."""
     chosen = [state.names[place] for place in state.chosen if state.names[place] in state.sizes]
+    # A client that judges never trains, but its data must fit the model all the same.
+    chosen = [name for name in chosen if not is_judge(state.run.federation, name)] or chosen
     if not chosen:
         return []
     by_size = sorted(chosen, key=state.sizes.__getitem__)
@@ -146,6 +157,8 @@ def _small_batches(state: CheckState) -> list[Fault]:
         return []
     found = []
     for name in state.sizes:
+        if is_judge(state.run.federation, name):
+            continue
         count = _kept(state, name)
         if count % batch == 1:
             text = (

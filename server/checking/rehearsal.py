@@ -35,13 +35,19 @@ from fedcore.training.client import Client, learn
 from fedcore.training.evaluate import measure
 from fedcore.training.per_example.trial import choose_method
 from fedcore.training.private import train_private
+from fedcore.training.roles import is_judge
 from fedcore.training.state import check_integers
 from fedcore.updates.frozen import frozen_state
 from fedcore.updates.messages import FROZEN, TRAIN_LOSS, Instruction, Update
 from fedcore.updates.pack import layout_of, pack, unpack
 from server.checking.looking import DataFault
 from server.checking.state import CheckState, Fault, StepOutcome
-from server.preflight import check_strategy, refuse_patience, refuse_tuning
+from server.preflight import (
+    check_strategy,
+    refuse_patience,
+    refuse_tuning,
+    training_clients,
+)
 from server.rounds.client_privacy.mechanism import protect
 from server.rounds.expected import evaluation_of
 from server.simulation.batched.trainer import Trainer, find_trainer, train_in_groups
@@ -270,8 +276,7 @@ def try_strategy(state: CheckState) -> StepOutcome:
     What example-level privacy needs of a model is a step of its own.
     """
     run = state.run
-    count = min(run.federation.cohort or _TRIED, len(state.names), _TRIED)
-    clients = [state.names[place] for place in range(count)]  # it may not support slices
+    clients = training_clients(run, state.names, most=min(run.federation.cohort or _TRIED, _TRIED))
     refuse_patience(run, state.task)
     refuse_tuning(run, state.task)
     model = build_model(state.task, run)
@@ -297,7 +302,8 @@ def train_privately(state: CheckState) -> StepOutcome:
     method = choose_method(state.task, model)
     if run.private:  # rejects a delta that protects nobody on a client of this size
         rounds = run.federation.rounds
-        for count in {min(state.sizes.values()), max(state.sizes.values())}:
+        sizes = [n for name, n in state.sizes.items() if not is_judge(run.federation, name)]
+        for count in {min(sizes), max(sizes)} if sizes else ():
             plan_for(
                 count,
                 client_in_round(run, 1),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +14,7 @@ from fedcore.files import read_bytes, sha256_hex, write_json
 from fedcore.observability.events import Noted
 from fedcore.task.model import MAX_CHECKPOINT_BYTES, build_model, load_checkpoint, preprocess_bytes
 from fedcore.training.evaluate import output_shape
+from fedcore.training.roles import evaluates
 from fedcore.updates.frozen import frozen_state
 from fedcore.updates.pack import layout_of, pack
 from server.evaluation import ClientScores, Evaluation, NoiseStatement
@@ -23,6 +25,7 @@ from server.rounds.cohort import Cohort
 from server.rounds.evaluation.evaluate import ask_to_evaluate
 from server.rounds.expected import evaluation_of
 from server.rounds.peers import Peers
+from server.rounds.roles import Roles
 
 EVALUATIONS = "evaluations"
 """Folder in a run's folder with the result of each evaluation, as JSON."""
@@ -50,11 +53,13 @@ class EvaluateOnDevices:
         raw = read_bytes(file, max_bytes=MAX_CHECKPOINT_BYTES, what="a checkpoint")
         model = build_model(task, run).eval()
         load_checkpoint(raw, model, where=str(file))
-        nodes = sorted(self.grid.get_node_ids())
+        roles = Roles(run.federation, self.peers.client)
+        nodes = sorted(roles.evaluating(self.grid.get_node_ids()))
         if not nodes:
+            judging = " that judges (federation.holdout_by)" if run.federation.has_judges else ""
             raise RoundFailed(
-                "evaluate: no device is connected. Nothing was evaluated; see which are with "
-                "`fedcore server devices`, and try again."
+                f"evaluate: no device{judging} is connected. Nothing was evaluated; see which are "
+                "with `fedcore server devices`, and try again."
             )
         spec = evaluation_of(run, task.metrics, output_shape(model, task.example_input))
         folder = live.folder / EVALUATIONS
@@ -89,7 +94,9 @@ class EvaluateOnDevices:
                 for node, each in sorted(answers.items(), key=lambda item: item[1].name)
             ),
             failed=dict.fromkeys(sorted(silent), "it sent no result; the server's log has notes"),
-            known=self.members.count(drained=live.control.drained),
+            known=self.members.count(
+                drained=live.control.drained, among=partial(evaluates, run.federation)
+            ),
         )
         kept = folder / f"{number + 1:04d}-{found.sha256[:12]}.json"
         folder.mkdir(exist_ok=True)

@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import asdict
 from functools import partial
 
+from flwr.app import MessageType
 from flwr.serverapp import Grid
 
 from fedcore.errors import FedcoreError, ResourceError
@@ -14,6 +15,7 @@ from fedcore.files import write_atomic
 from fedcore.flower.identity import server_context
 from fedcore.observability.events import Noted, RoundFinished
 from fedcore.task.model import checkpoint_bytes
+from fedcore.training.roles import is_judge
 from server.finetune.in_rounds import tuner_of
 from server.live.deployment import LiveRun
 from server.live.evaluate import EvaluateOnDevices
@@ -59,7 +61,8 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
         deadline_s=run.federation.deadline_s,
         evaluated=run.federation.evaluate_cohort,
         rejoin_s=rejoin_s,
-        missing=lambda: members.missing(list(grid.get_node_ids()), drained=live.control.drained),
+        judges=partial(_judges, live, members) if run.federation.has_judges else None,
+        missing=partial(_missing, live, members, grid),
         on_wait=live.waiting,
         on_note=lambda text: live.emit(Noted(text)),
     )
@@ -97,6 +100,22 @@ def federate(live: LiveRun, members: Members, peers: Peers, grid: Grid) -> Outco
     with _cohorts_dropped_after_failure(journal):
         app(journaled, server_context(grid.run.run_id))
     return outcomes[0]
+
+
+def _judges(live: LiveRun, members: Members) -> int:
+    """Returns how many devices of the project only evaluate, drained ones left out."""
+    among = partial(is_judge, live.run.federation)
+    return members.count(drained=live.control.drained, among=among)
+
+
+def _missing(live: LiveRun, members: Members, grid: Grid, kind: str) -> list[str]:
+    """Returns the names of devices that messages of a kind are for, and that are not connected."""
+    federation = live.run.federation
+    names = members.missing(list(grid.get_node_ids()), drained=live.control.drained)
+    if not federation.has_judges:
+        return names
+    judging = kind == MessageType.EVALUATE
+    return [name for name in names if is_judge(federation, name) is judging]
 
 
 @contextmanager

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import signal
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -78,8 +79,8 @@ class JudgeOnDevices:
         return judgement
 
 
-def _wait(grid: Grid, wanted: int) -> None:
+def _wait(connected: Callable[[], int], wanted: int) -> None:
     """Blocks until ``wanted`` devices have reconnected, or for `REJOIN_S` seconds."""
     end = time.monotonic() + REJOIN_S
-    while len(list(grid.get_node_ids())) < wanted and time.monotonic() < end:
+    while connected() < wanted and time.monotonic() < end:
         time.sleep(_POLL_S)

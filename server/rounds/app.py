@@ -6,8 +6,7 @@ runs the rounds of `server.rounds.loop` and passes the `Outcome` to a `Listener`
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sized
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 
@@ -16,9 +15,7 @@ from flwr.serverapp import Grid, ServerApp
 from torch import nn
 
 from fedcore.config.run import RunConfig
-from fedcore.errors import RoundFailed
-from fedcore.observability.patience import Reminder
-from fedcore.observability.words import counted, seconds_text
+from fedcore.observability.words import counted
 from fedcore.seeds import Randomness
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, build_model, load_preprocess, warm_start
@@ -34,16 +31,16 @@ from server.rounds.checkpointing.checkpointer import NoCheckpoints, RoundCheckpo
 from server.rounds.checkpointing.progress import Start
 from server.rounds.expected import evaluation_of
 from server.rounds.federation import Federation
+from server.rounds.gathering import Waiting, count
 from server.rounds.loop import Federated, run_rounds
 from server.rounds.normalisation import normalise
 from server.rounds.peers import NumberedPeers, Peers
+from server.rounds.roles import roles_of
 from server.rounds.strategies.feddf import FEDDF, distiller_of
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.own import UserStrategy
 from server.rounds.strategies.state import restore_strategy
 from server.rounds.tuning import Tuner
-
-_POLL_S = 0.2
 
 
 @dataclass(frozen=True)
@@ -96,12 +93,20 @@ def server_app(
             and in a Flower network that fedcore does not run.
         awaited: Returns how many clients to wait for where the run sets no cohort. Those connected
             by then are the cohort; clients that connect after the deadline are not waited for.
+            Clients that only evaluate are waited for and are no part of the cohort.
         strategy: The user's own, where it was passed in from Python; None where the run names it.
-        client_name: Maps a node to its client's name, for an algorithm; ``peers`` does when None.
+        client_name: Maps a node to its client's name, for an algorithm, and to tell judges from
+            clients that train; ``peers`` does when None.
         annotate: Adds to a round's record what only the caller knows, such as a virtual time.
         tuner: Fine-tunes the global model between rounds; None where the run does not.
+
+    Raises:
+        ConfigError: the run needs clients' names, and neither ``peers`` nor ``client_name`` knows
+            them.
     """
     app = ServerApp()
+    known_as = client_name or (peers.client if peers is not None else None)
+    roles = roles_of(run.federation, known_as)
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
@@ -112,23 +117,24 @@ def server_app(
 
             check_layers(model.model)  # once, before every client fails on it
         cohort = run.federation.cohort or (start.cohort if start is not None else None)
+        waiting = Waiting(grid, roles, run.federation.deadline_s, listener)
         if cohort is None:
-            cohort = _gather(grid, awaited, run.federation.deadline_s, listener)
+            cohort = waiting.for_all(awaited)
         elif start is None:
-            _wait_for_nodes(grid, cohort, run.federation.deadline_s, listener)
+            waiting.for_cohort(cohort)
         chosen = choose_strategy(
             run,
             strategy,
             cohort=cohort,
             size=layout_of(model.model).size,
-            name_of=client_name or (peers or NumberedPeers()).client,
+            name_of=known_as or NumberedPeers().client,
             distil=distiller_of(task, run, model, cloud),
         )
         if start is None:
             for note in (*chosen.notes, *local_notes(model.model), *_cloud_notes(run)):
                 listener.on_note(note)
             warm_start(run, model)
-            normalise(run, model, grid, cloud, peers or NumberedPeers(), listener.on_note)
+            normalise(run, model, grid, cloud, peers or NumberedPeers(), roles, listener.on_note)
         else:
             load_preprocess(start.progress.preprocess, model)
             load_frozen(start.progress.frozen, model.model)
@@ -153,7 +159,8 @@ def server_app(
             live=peers is not None,
             tuner=tuner,
             outputs=_outputs(task, model, run) if run.federation.evaluate_cohort else (),
-            clients=max(_count(grid), awaited()) if run.client_private else 0,
+            clients=max(count(grid.get_node_ids()), awaited()) if run.client_private else 0,
+            roles=roles,
         )
         federated = run_rounds(federation, model)
         unpack(federated.weights, model.model)
@@ -206,75 +213,6 @@ def _cloud_notes(run: RunConfig) -> list[str]:
         "The privacy guarantee covers the clients' data alone. The global model also learns from "
         "the cloud's data between rounds, which must be public, or of owners who agreed to that."
     ]
-
-
-def _gather(grid: Grid, awaited: Callable[[], int], deadline_s: float, listener: Listener) -> int:
-    """Waits for all awaited nodes or the deadline; returns how many are connected.
-
-    Notes where some are missing at the deadline.
-
-    Raises:
-        RoundFailed: no node was connected at the deadline.
-    """
-    end, noted, reminder = time.monotonic() + deadline_s, False, Reminder()
-    while (found := _count(grid)) < (needed := max(awaited(), 1)):
-        if time.monotonic() > end:
-            break
-        if not noted and needed > 1:
-            noted = True
-            listener.on_note(
-                f"federation.cohort is unset: waiting for all {counted(needed, 'device')} of the "
-                f"project, for at most federation.deadline_s = {deadline_s:g}."
-            )
-        _note_waiting(reminder, found, needed, end, listener)
-        time.sleep(_POLL_S)
-    if not found:
-        raise RoundFailed(
-            f"start: no client connected within federation.deadline_s = {deadline_s:g}. Nothing "
-            "was trained; start the clients, then start the run again."
-        )
-    if found < needed:
-        listener.on_note(
-            f"{found} of {counted(needed, 'device')} connected within federation.deadline_s = "
-            f"{deadline_s:g}: each round selects {found}. To select more, start over and set "
-            "federation.cohort."
-        )
-    return found
-
-
-def _note_waiting(
-    reminder: Reminder, found: int, needed: int, end: float, listener: Listener
-) -> None:
-    lasted_s = reminder.due()
-    if lasted_s is not None:
-        listener.on_wait(
-            f"waiting for devices, {found} of {needed} connected: {seconds_text(lasted_s)} so "
-            f"far, {seconds_text(max(end - time.monotonic(), 0.0))} left (federation.deadline_s)"
-        )
-
-
-def _wait_for_nodes(grid: Grid, needed: int, deadline_s: float, listener: Listener) -> None:
-    """Waits until enough nodes are connected: they connect while the server starts.
-
-    Raises:
-        RoundFailed: too few nodes were connected at the deadline.
-    """
-    end, reminder = time.monotonic() + deadline_s, Reminder()
-    while (found := _count(grid)) < needed:
-        if time.monotonic() > end:
-            raise RoundFailed(
-                f"start: {counted(found, 'client')} connected within federation.deadline_s = "
-                f"{deadline_s:g}, "
-                f"and federation.cohort needs {needed}. Nothing was trained; wait for more "
-                "clients, or lower the cohort."
-            )
-        _note_waiting(reminder, found, needed, end, listener)
-        time.sleep(_POLL_S)
-
-
-def _count(grid: Grid) -> int:
-    nodes = grid.get_node_ids()
-    return len(nodes) if isinstance(nodes, Sized) else sum(1 for _ in nodes)
 
 
 def outcome_of(run: RunConfig, task: Task, start: Start) -> Outcome:

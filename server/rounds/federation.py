@@ -20,6 +20,7 @@ from server.rounds.checkpointing.progress import Start
 from server.rounds.cohort import selection_size
 from server.rounds.inbound import FoldingGrid
 from server.rounds.peers import NumberedPeers, Peers
+from server.rounds.roles import Roles
 from server.rounds.strategies.flower import ChosenStrategy
 from server.rounds.tuning import Tuner
 
@@ -57,10 +58,21 @@ class Federation:
     clients: int = 0
     """Number of clients that rounds draw from, which client-level privacy relies on. Its plan
     uses the number of connected nodes, or the cohort's size, where that is larger."""
+    roles: Roles | None = None
+    """Which nodes train and which evaluate; None where all do both."""
 
     def nodes(self) -> Sequence[int]:
-        """Returns the nodes that are connected now."""
+        """Returns the nodes that are connected now and train."""
         found = self.grid.get_node_ids()
+        if self.roles is not None:
+            return self.roles.training(found)
+        return found if isinstance(found, Sequence) else list(found)
+
+    def evaluators(self) -> Sequence[int]:
+        """Returns the nodes that are connected now and evaluate."""
+        found = self.grid.get_node_ids()
+        if self.roles is not None:
+            return self.roles.evaluating(found)
         return found if isinstance(found, Sequence) else list(found)
 
     @property

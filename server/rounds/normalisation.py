@@ -1,4 +1,4 @@
-"""Mean and deviation of the inputs, from the cloud's data or from sums over all clients.
+"""Mean and deviation of the inputs, from the cloud's data or from sums over all that train.
 
 `normalise` computes both before the first round and stores them in the model's preprocessing.
 """
@@ -26,6 +26,7 @@ from server.rounds.expected import SQUARES, SUM, sums_spec
 from server.rounds.inbound import failure_of
 from server.rounds.outliers import DOMINATES, MAX_SPREADS, MIN_CLIENTS
 from server.rounds.peers import Peers
+from server.rounds.roles import Roles
 
 Sums = tuple[int, NDArray[np.float64], NDArray[np.float64]]
 """Number of examples, and sum and sum of squares of each feature."""
@@ -41,6 +42,7 @@ def normalise(
     grid: Grid,
     cloud: CloudData | None,
     peers: Peers,
+    roles: Roles,
     on_note: Callable[[str], None],
 ) -> None:
     """Sets mean and deviation in the model's preprocessing, from ``federation.normalisation``.
@@ -57,7 +59,9 @@ def normalise(
         return
     target = standardise_of(model)
     if run.federation.normalisation == "federated":
-        count, total, squares = _from_clients(grid, run, tuple(target.mean.shape), peers, on_note)
+        nodes = sorted(roles.training(grid.get_node_ids()))  # judges must be unseen clients
+        shape = tuple(target.mean.shape)
+        count, total, squares = _from_clients(grid, nodes, run, shape, peers, on_note)
     elif cloud is None:
         raise ConfigError(
             "federation.normalisation = 'cloud': the task has no cloud_data. Nothing was trained; "
@@ -91,13 +95,13 @@ def _from_cloud(model: FullModel, cloud: CloudData) -> Sums:
 
 def _from_clients(
     grid: Grid,
+    nodes: Sequence[int],
     run: RunConfig,
     shape: tuple[int, ...],
     peers: Peers,
     on_note: Callable[[str], None],
 ) -> Sums:
-    """Returns sums over all clients except outliers."""
-    nodes = sorted(grid.get_node_ids())
+    """Returns sums over the clients of ``nodes`` except outliers."""
     messages = [Message(RecordDict({CONFIG: ConfigRecord()}), node, STATISTICS) for node in nodes]
     found: list[tuple[str, Sums]] = []
     reasons: list[str] = []

@@ -9,8 +9,10 @@ from fedcore.task.model import FullModel
 from server.rounds.evaluation.judgement import Judgement
 from server.rounds.evaluation.judging import Judge, MeasureOnnx, draw_judges, judging_app
 from server.rounds.evaluation.pooling import EvaluationAnswer
+from server.rounds.roles import Roles
 from server.simulation.evaluating import Unmeasured, VirtualClients
 from server.simulation.federate import federate
+from server.simulation.virtual.nodes import FIRST_NODE_ID
 from server.simulation.virtual.state import SimulationState
 
 
@@ -30,7 +32,12 @@ def judge_in_simulation(
     def judge(before: FullModel, after: FullModel) -> Judgement:
         found: list[Judgement] = []
         app = judging_app(
-            virtual.task, virtual.run, (before, after), on_note=on_note, on_end=found.append
+            virtual.task,
+            virtual.run,
+            (before, after),
+            client_name=lambda node: clients[node - FIRST_NODE_ID],
+            on_note=on_note,
+            on_end=found.append,
         )
         federate(
             app,
@@ -55,7 +62,8 @@ def measure_onnx_in_simulation(
     It runs the file as devices do. A client that fails is noted once, and left out.
     """
     run, primary = virtual.run, virtual.task.primary.name
-    names = [clients[place] for place in draw_judges(run, range(len(clients)))]
+    places = Roles(run.federation, clients.__getitem__).evaluating(range(len(clients)))
+    names = [clients[place] for place in draw_judges(run, places)]
     noted = set[str]()
 
     def left_out(client: str, why: str) -> None:

@@ -25,6 +25,7 @@ from fedcore.task.definition import Task
 from fedcore.task.model import build_model
 from fedcore.training.client import Client
 from fedcore.training.mods import client_mods
+from fedcore.training.roles import is_judge
 from fedcore.updates.local import write_local
 from fedcore.updates.pack import layout_of
 from fedcore.updates.replies import read_reply
@@ -39,6 +40,7 @@ from server.rounds.expected import update_spec
 from server.rounds.federation import Federation
 from server.rounds.inbound import payload_bytes
 from server.rounds.instructions import instructions
+from server.rounds.roles import Roles
 from server.rounds.strategies.flower import choose_strategy
 from server.rounds.strategies.state import restore_strategy
 from server.simulation.checkpoint import Checkpoint, read_checkpoint
@@ -165,9 +167,15 @@ def _wanted(text: str, run: RunConfig, clients: Sequence[str]) -> ReplayTarget:
         raise ConfigError(
             f"replay {text}: the task has no client {client!r}.{hint} Nothing was run."
         )
-    nodes = range(FIRST_NODE_ID, FIRST_NODE_ID + len(clients))
-    size = run.federation.cohort or len(clients)
-    size = min(selection_size(run, size, simulated=True), len(clients))
+    if is_judge(run.federation, client):
+        raise ConfigError(
+            f"replay {text}: client {client!r} holds back all of its data "
+            "(federation.holdout_by = 'clients'), and trains in no round. Nothing was run."
+        )
+    roles = Roles(run.federation, lambda node: clients[node - FIRST_NODE_ID])
+    nodes = roles.training(range(FIRST_NODE_ID, FIRST_NODE_ID + len(clients)))
+    size = run.federation.cohort or len(nodes)
+    size = min(selection_size(run, size, simulated=True), len(nodes))
     cohort = select(nodes, size, seed=run.seed, words=("round", int(number)))
     node = FIRST_NODE_ID + clients.index(client)
     if node not in cohort:

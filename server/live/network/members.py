@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 
 from fedcore.crypto.roster import Member, Roster
@@ -49,7 +49,9 @@ class Members:
             if node not in here and member.name not in drained
         )
 
-    def count(self, *, drained: Collection[str]) -> int:
-        """Returns the number of devices that are members and not drained."""
+    def count(
+        self, *, drained: Collection[str], among: Callable[[str], bool] = lambda name: True
+    ) -> int:
+        """Returns the number of devices that are members, not drained, and ``among`` by name."""
         devices = devices_of(self.roster).values()
-        return sum(member.name not in drained for member in devices)
+        return sum(member.name not in drained and among(member.name) for member in devices)

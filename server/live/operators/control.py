@@ -20,7 +20,7 @@ from fedcore.flower.fleet_grid import ServerStopped
 from fedcore.observability.events import Event
 from server.live.network.serve import Listening
 from server.live.operators.backup import back_up, check_place, check_wanted
-from server.live.operators.drained import check_enough, read_drained, warn_of_unknown, write_drained
+from server.live.operators.drained import check_drain, read_drained, warn_of_unknown, write_drained
 from server.live.operators.evaluations import PendingEvaluations
 from server.live.operators.protocol import READING, OperatorRequest, Requester, named, parse_request
 from server.live.operators.recent_events import RecentEvents
@@ -305,7 +305,7 @@ class Control:
                 last = self._recent.rounds[-1] if self._recent.rounds else None
             needed = self._run.federation.cohort or (last["cohort"] if last else 1)
             connected = [one.name for one in listening.presence.devices() if one.online]
-            check_enough(self._run.name, connected, self._drained | {name}, needed=needed)
+            check_drain(self._run, name, connected, self._drained, cohort=needed)
 
         def act() -> dict[str, Any]:
             with self._changed:  # another operator may drain at the same time

@@ -8,10 +8,13 @@ import os
 from collections.abc import Collection
 from pathlib import Path
 
+from fedcore.config.run import RunConfig
 from fedcore.crypto.roster import Roster
 from fedcore.errors import ConfigError, DataError
 from fedcore.files import read_bytes, write_json
 from fedcore.observability.words import counted
+from fedcore.training.roles import is_judge
+from server.rounds.roles import MIN_JUDGES
 
 log = logging.getLogger("fedcore.server")
 
@@ -69,6 +72,28 @@ def write_drained(folder: Path, names: Collection[str]) -> None:
         DiskFull: the disk is full. The list is unchanged.
     """
     write_json(folder / DRAINED, sorted(names))
+
+
+def check_drain(
+    run: RunConfig, name: str, connected: Collection[str], drained: Collection[str], *, cohort: int
+) -> None:
+    """Checks that without a further device enough are left that do the same in rounds.
+
+    Args:
+        run: The run.
+        name: Name of the device to drain.
+        connected: Names of the connected devices.
+        drained: Names of devices that are drained already.
+        cohort: Number of devices that a round trains.
+
+    Raises:
+        ConfigError: fewer than a round needs would be left.
+    """
+    federation = run.federation
+    judging = is_judge(federation, name)
+    alike = [one for one in connected if is_judge(federation, one) is judging]
+    needed = min(MIN_JUDGES, len(alike)) if judging else cohort  # a round needs one
+    check_enough(run.name, alike, {*drained, name}, needed=needed)
 
 
 def check_enough(

@@ -43,9 +43,10 @@ class JournalCheckpointer:
         report: Callable[[RoundRecord], None],
         deadline_s: float,
         evaluated: int = 0,
+        judges: Callable[[], int] | None = None,
         rejoin_s: float = 0.0,
         grace_s: float = REJOIN_S,
-        missing: Callable[[], Sequence[str]] = lambda: (),
+        missing: Callable[[str], Sequence[str]] = lambda kind: (),
         on_wait: OnWait = lambda text: None,
         on_note: OnWait = lambda text: None,
     ) -> None:
@@ -56,11 +57,14 @@ class JournalCheckpointer:
             report: Called with the record of each round once the round is committed.
             deadline_s: Seconds that a round waits for enough devices before it fails.
             evaluated: Wanted number of devices to evaluate; at most the number that trained.
+            judges: Returns how many devices only evaluate, which bounds that number instead; None
+                where all devices do both.
             rejoin_s: Seconds from now on during which a draw waits for the wanted number. Later
                 draws wait for `GRACE_S`. After that it uses the devices that are connected.
             grace_s: Seconds that a round waits for its whole cohort, before it begins with the
                 devices that are connected, at least the quorum.
-            missing: Returns the names of devices that could be selected and are not connected.
+            missing: Returns the names of devices that could be selected for messages of a kind,
+                and are not connected.
             on_wait: Called from time to time while a round waits for devices.
             on_note: Called when a round begins with fewer devices than the one before.
         """
@@ -69,6 +73,7 @@ class JournalCheckpointer:
         self._on_wait = on_wait
         self._deadline_s = deadline_s
         self._evaluated = evaluated
+        self._judges = judges
         self._rejoin_until = time.monotonic() + rejoin_s
         self._grace_s = grace_s
         self._missing = missing
@@ -102,12 +107,17 @@ class JournalCheckpointer:
         known = self._journal.selected_cohort(kind)
         if known is not None:
             return known
-        trained = self._journal.selected_cohort(MessageType.TRAIN)
-        most = len(trained.nodes) if trained is not None else 0
-        wanted = min(self._evaluated, most) if kind == MessageType.EVALUATE else 0
+        wanted = self._wanted() if kind == MessageType.EVALUATE else 0
         cohort = self._draw_enough(kind, draw, wanted)
         self._journal.record_cohort(kind, cohort)
         return cohort
+
+    def _wanted(self) -> int:
+        """Returns how many devices should evaluate."""
+        if self._judges is not None:
+            return min(self._evaluated, self._judges())
+        trained = self._journal.selected_cohort(MessageType.TRAIN)
+        return min(self._evaluated, len(trained.nodes) if trained is not None else 0)
 
     def begin(self, nodes: Sequence[int]) -> None:
         """Does nothing: `cohort` has recorded the nodes already."""
@@ -146,7 +156,7 @@ class JournalCheckpointer:
                     return cohort
                 time.sleep(_POLL_S)
             except RoundFailed as error:
-                why, missing = str(error).partition(". ")[0], self._missing()
+                why, missing = str(error).partition(". ")[0], self._missing(kind)
                 named = f" Missing: {names_text(missing)}." if missing else ""
                 patient = min(end, max(began + self._grace_s, self._rejoin_until))
                 short = self._short(kind, draw, final=not missing or time.monotonic() >= patient)

@@ -76,11 +76,12 @@ def _evaluate_on_clients(
     run, number = federation.run, progress.round + 1
 
     def draw(*, short: bool = False) -> Cohort:  # any number evaluates
-        connected = list(federation.grid.get_node_ids())
+        connected = federation.evaluators()
         if not connected:
+            judges = " (those that hold back all of their data)" if run.federation.has_judges else ""
             raise RoundFailed(
                 f"round {number}: no client is connected to evaluate it, but "
-                f"federation.evaluate_cohort needs {size}. The round does not count; start "
+                f"federation.evaluate_cohort needs {size}{judges}. The round does not count; start "
                 "clients, then continue the run or start it again."
             )
         words = ("evaluation", number)

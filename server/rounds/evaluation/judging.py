@@ -29,6 +29,7 @@ from server.rounds.evaluation.judgement import Judgement, compared
 from server.rounds.evaluation.pooling import EvaluationAnswer
 from server.rounds.expected import evaluation_of
 from server.rounds.peers import NumberedPeers, Peers
+from server.rounds.roles import roles_of
 
 Judge = Callable[[FullModel, FullModel], Judgement]
 """Has clients measure two models and returns the comparison.
@@ -51,7 +52,7 @@ def draw_judges(run: RunConfig, connected: Sequence[int]) -> list[int]:
 
     Args:
         run: Configuration of the run; its seed fixes the draw.
-        connected: Connected nodes.
+        connected: Connected nodes that evaluate, sorted.
     """
     size = min(run.federation.evaluate_cohort, len(connected))
     return select(connected, size, seed=run.seed, words=("judging",))
@@ -84,7 +85,8 @@ def judging_app(
     models: tuple[FullModel, FullModel],
     *,
     peers: Peers | None = None,
-    wait: Callable[[Grid, int], None] = lambda grid, wanted: None,
+    client_name: Callable[[int], str] | None = None,
+    wait: Callable[[Callable[[], int], int], None] = lambda connected, wanted: None,
     on_note: Callable[[str], None],
     on_end: Callable[[Judgement], None],
 ) -> ServerApp:
@@ -95,16 +97,23 @@ def judging_app(
         run: The run that produced the models; its seed draws the clients.
         models: The model before post-processing and the one after.
         peers: Names and weights of the clients; node ids when None.
-        wait: Waits until the given number of nodes is connected, or gives up.
+        client_name: Maps a node to its client's name, which says whether it evaluates; ``peers``
+            does when None.
+        wait: Waits until as many nodes that evaluate are connected as its second argument says, or
+            gives up; the first returns how many are.
         on_note: Callback for clients that did not measure both.
         on_end: Callback with the result.
     """
-    app = ServerApp()
+    app, known = ServerApp(), peers or NumberedPeers()
+    roles = roles_of(run.federation, client_name or (peers.client if peers is not None else None))
 
     @app.main()
     def main(grid: Grid, context: Context) -> None:
-        wait(grid, run.federation.evaluate_cohort)
-        nodes, known = draw_judges(run, sorted(grid.get_node_ids())), peers or NumberedPeers()
+        def connected() -> Sequence[int]:
+            return roles.evaluating(grid.get_node_ids())
+
+        wait(lambda: len(connected()), run.federation.evaluate_cohort)
+        nodes = draw_judges(run, sorted(connected()))
         found: list[dict[int, EvaluationAnswer]] = []
         spec = evaluation_of(run, task.metrics, output_shape(models[0], task.example_input))
         # A round number each: a client answers one evaluation request per round.

@@ -22,7 +22,7 @@ from fedcore.privacy.planning import PrivatePlan
 from fedcore.seeds import Randomness
 from fedcore.task.definition import Examples, size_of
 from fedcore.task.model import FullModel
-from fedcore.training.client import Client, learn, local_data, model_of, settings_of, spend
+from fedcore.training.client import Client, learn, model_of, settings_of, spend, training_data
 from fedcore.training.device import available
 from fedcore.training.memory import memory_errors
 from fedcore.updates.local import read_local, write_local
@@ -96,7 +96,7 @@ class Worker:
             self.start_task(order)
             for one in clients:
                 with suppress(Exception, SystemExit):  # reported when the client trains
-                    examples, _ = local_data(self._client, one.name)
+                    examples = training_data(self._client, one.name)
                     asked_of = self._instruction_of(order, one)
                     self._spend(one, examples, asked_of, settings_of(self._client, asked_of))
 
@@ -150,7 +150,7 @@ class Worker:
         if self._fleet is None:
             return None
         try:
-            examples = size_of(local_data(self._client, one.name)[0])
+            examples = size_of(training_data(self._client, one.name))
             settings = settings_of(self._client, self._instruction_of(order, one))
         except (Exception, SystemExit):  # reported when the client trains
             return None
@@ -172,7 +172,7 @@ class Worker:
         if self._client.run.private and has_started(found):
             with suppress(FedcoreError):  # it declined or failed, but is lost anyway
                 instruction = self._instruction_of(order, one)
-                examples, _ = local_data(self._client, one.name)
+                examples = training_data(self._client, one.name)
                 settings = settings_of(self._client, instruction)
                 _, ledger = self._spent(one, examples, instruction, settings)
         return ClientOutcome(one, ledger=ledger, fate=found)
@@ -231,7 +231,7 @@ class Worker:
             try:
                 instruction = self._instruction_of(order, one)
                 settings = settings_of(self._client, instruction)
-                examples, _ = local_data(self._client, one.name)
+                examples = training_data(self._client, one.name)
                 private, ledger = self._spend(one, examples, instruction, settings)
             except (Exception, SystemExit) as error:  # the task's code: that client's failure
                 if self._client.run.client_private:  # hides failures

@@ -11,6 +11,7 @@ import torch
 from flwr.app import Message
 from torch import nn
 
+from edge_client.ledger.book import StoredCharge
 from fedcore.config.owner import OwnerPolicy
 from fedcore.errors import DiskFull
 from fedcore.flower.identity import assume_identity
@@ -234,3 +235,40 @@ def test_a_model_that_keeps_state_while_it_evaluates_is_refused_before_a_charge(
     said = refused(device_app(task, run)(instruct(task, run, kind="evaluate"), node))
     assert "PrivacyError" in said
     assert read_ledger(node) == Ledger()
+
+
+JUDGES = HELD_BACK | {"holdout": 0.5, "holdout_by": "clients", "evaluate_cohort": 2}
+
+
+def test_a_judges_charges_are_for_all_examples_and_leave_room_for_no_training_elsewhere() -> None:
+    """``anna`` judges here; in a run that holds back rows, or where she trains, all adds up."""
+    task, node = make_task(), context("anna")
+    noise = {"noise_multiplier": 2.0, "evaluation_noise_multiplier": 2.0}
+    run = make_run(privacy=PRIVATE | noise, federation=JUDGES)
+    reply = device_app(task, run)(instruct(task, run, kind="evaluate"), node)
+    assert reply.content.metric_records[METRICS][NUM_EXAMPLES] == COUNT
+    (held,) = read_ledger(node).charges
+    assert held.evaluates
+    assert StoredCharge(
+        **{name: getattr(held, name) for name in ("noise_multiplier", "sample_rate", "steps")},
+        round=held.round,
+        part=held.part,
+        target_delta=1e-3,
+        data="all",
+    ).charge == held  # fmt: skip
+    assert "never trains" not in refused(device_app(task, run)(instruct(task, run), node))
+    assert read_ledger(node).charges == (held,)
+    for other in (HELD_BACK, JUDGES | {"holdout": 0.1}, {"rounds": 3}):
+        there, fresh = make_run(privacy=PRIVATE | noise, federation=other), context("anna")
+        assert not device_app(task, there)(instruct(task, there), fresh).has_error()
+        (trained,) = read_ledger(fresh).charges
+        together = epsilon([held, trained])
+        assert together > 1.2 * max(epsilon([held]), epsilon([trained])), other
+
+
+def test_who_trains_beside_judges_charges_all_of_its_examples() -> None:
+    task, run, node = make_task(), make_run(privacy=PRIVATE, federation=JUDGES), context("ben")
+    assert not device_app(task, run)(instruct(task, run), node).has_error()
+    assert [one.part for one in read_ledger(node).charges] == [""]
+    refused(device_app(task, run)(instruct(task, run, kind="evaluate"), node))
+    assert len(read_ledger(node).charges) == 1

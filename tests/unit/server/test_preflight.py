@@ -26,7 +26,7 @@ from fedcore.errors import (
     UnsupportedLayer,
 )
 from fedcore.task.definition import Examples
-from server.preflight import prepare
+from server.preflight import prepare, training_clients
 from server.release.publish import initialise
 
 
@@ -132,3 +132,23 @@ def test_a_release_that_could_not_be_published_is_refused(spoil: Spoil, tmp_path
     assert prepare(run_of(release=release), TASK, OPEN_POLICY, tmp_path / "run").clients
     with pytest.raises(ReleaseError):
         prepare(run_of(release=release | spoil(tmp_path)), TASK, OPEN_POLICY, tmp_path / "run")
+
+
+def test_a_run_with_too_few_judges_is_refused_before_it_begins(tmp_path: Path) -> None:
+    apart = {"evaluate_cohort": 2, "holdout": 0.3, "holdout_by": "clients"}
+    with pytest.raises(ConfigError, match="0 of 2 clients hold back all of their data"):
+        prepare(run_of(federation=apart), TASK, OPEN_POLICY, tmp_path)
+    names = [f"client-{number}" for number in range(8)]  # three of them judge
+    task = replace(TASK, clients=lambda folder: names)
+    more = apart | {"holdout": 0.45}
+    assert prepare(run_of(federation=more), task, OPEN_POLICY, tmp_path).clients == names
+    with pytest.raises(ConfigError, match=r"the 5 others are fewer than federation\.cohort = 6"):
+        prepare(run_of(federation=more | {"cohort": 6}), task, OPEN_POLICY, tmp_path)
+
+
+def test_an_algorithm_is_tried_on_clients_that_train() -> None:
+    names = [f"client-{number}" for number in range(8)]
+    apart = {"evaluate_cohort": 2, "holdout": 0.45, "holdout_by": "clients"}
+    run = run_of(federation=apart)
+    assert training_clients(run, names, most=4) == ["client-0", "client-1", "client-2", "client-4"]
+    assert training_clients(run_of(), names, most=2) == ["client-0", "client-1"]

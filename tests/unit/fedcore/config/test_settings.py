@@ -231,6 +231,20 @@ def test_private_fine_tuning_refuses_what_it_does_not_cover(
         ("[federation]\nevaluate_cohort = 2", "evaluate_cohort needs federation.holdout above 0"),
         ("[federation]\nholdout = 0.1", "federation.holdout = 0.1 withholds data from training"),
         (
+            "[federation]\nholdout_by = 'clients'",
+            "federation.holdout_by = 'clients' needs federation.holdout above 0",
+        ),
+        (
+            "[federation]\nholdout_by = 'clients'\nholdout = 0.2\nevaluate_cohort = 9\n"
+            "[client]\nlocal = ['head.*']",
+            "federation.holdout_by = 'clients' contradicts client.local",
+        ),
+        (
+            "[federation]\nholdout_by = 'clients'\nholdout = 0.2\nevaluate_cohort = 9\n"
+            "[privacy]\nunit = 'client'",
+            "federation.evaluate_cohort = 9 contradicts privacy.unit = 'client'",
+        ),
+        (
             "[federation]\nover_selection = 1.3",
             "federation.over_selection = 1.3 needs federation.cohort",
         ),

@@ -188,3 +188,18 @@ def test_the_command_prints_a_table_or_json(
     assert json.loads(ask("--json", "--clients", "2"))["clients_known"] == 3
     with pytest.raises(ConfigError, match="expected a number"):
         ask("--clients", ",")
+
+
+def test_where_clients_hold_back_all_of_their_data_only_they_are_asked() -> None:
+    task, run, model = of()
+    apart = {"federation": {"evaluate_cohort": 2, "holdout": 0.73, "holdout_by": "clients"}}
+    found = fedcore.evaluate(task, run, model, progress=False, **apart)
+    assert [each.client for each in found.clients] == ["anna", "carl"]  # ben trains
+    assert {each.examples for each in found.clients} == {COUNT}
+    assert (found.part, found.known, found.failed) == ("heldout", 2, {})
+    one = fedcore.evaluate(task, run, model, clients="carl", progress=False, **apart)
+    assert one.clients == found.clients[1:]
+    with pytest.raises(ConfigError, match=r"'ben' trains.*Nothing was evaluated; name those"):
+        fedcore.evaluate(task, run, model, clients=["anna", "ben"], progress=False, **apart)
+    everyone = fedcore.evaluate(task, run, model, data="all", progress=False, **apart)
+    assert [each.client for each in everyone.clients] == NAMES

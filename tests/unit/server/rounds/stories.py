@@ -35,6 +35,7 @@ from server.records import RoundRecord
 from server.rounds.checkpointing.progress import Progress, Start
 from server.rounds.federation import Federation
 from server.rounds.loop import Federated, run_rounds
+from server.rounds.roles import Roles
 from server.rounds.strategies.flower import make_strategy
 from server.rounds.strategies.state import strategy_state_of
 from server.rounds.tuning import Tuner
@@ -80,6 +81,7 @@ class Story:
         unit: str = "none",
         tuner: Tuner | None = None,
         finetune: dict[str, Any] | None = None,
+        name_of: Callable[[int], str] | None = None,
         **federation: Any,
     ) -> None:
         assume_identity(1)
@@ -121,6 +123,7 @@ class Story:
             live=live,
             outputs=(2,),
             tuner=tuner,
+            roles=Roles(run.federation, name_of) if name_of is not None else None,
         )
         self.model = zeros()
 

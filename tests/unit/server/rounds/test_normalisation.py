@@ -19,10 +19,12 @@ from fedcore.flower.identity import assume_identity
 from fedcore.seeds import Simulated, torch_rng
 from fedcore.task.definition import Task
 from fedcore.task.model import FullModel, Standardise, build_model, standardise_of
+from fedcore.training.roles import is_judge
 from fedcore.updates.messages import ARRAYS, METRICS, NUM_EXAMPLES
 from server.cloud import CloudData
 from server.rounds.normalisation import normalise
 from server.rounds.peers import NumberedPeers
+from server.rounds.roles import Roles
 
 CLIENTS = ["anna", "ben", "carl"]
 Handler = Callable[[Message], Message]
@@ -84,7 +86,13 @@ def fitted(
     model = build_model(TASK, run)
     grid = InProcessGrid(1, nodes, handle or clients(run))
     normalise(
-        run, model, grid, cloud, NumberedPeers(), notes.append if notes is not None else print
+        run,
+        model,
+        grid,
+        cloud,
+        NumberedPeers(),
+        Roles(run.federation, lambda node: CLIENTS[node - 10]),
+        notes.append if notes is not None else print,
     )
     return model
 
@@ -134,6 +142,23 @@ def test_only_what_is_not_held_back_is_summed() -> None:
     run = make_run("federated", holdout=0.5, evaluate_cohort=1)
     whole, part = fitted(make_run("federated")), fitted(run)
     assert not torch.equal(standardise_of(whole).mean, standardise_of(part).mean)
+
+
+def test_clients_that_hold_back_all_of_their_data_are_not_asked_for_sums() -> None:
+    """Their sums would make the model's inputs know them."""
+    run = make_run("federated", holdout=0.5, holdout_by="clients", evaluate_cohort=2)
+    judges = [name for name in CLIENTS if is_judge(run.federation, name)]
+    assert 0 < len(judges) < len(CLIENTS)
+    asked: list[int] = []
+
+    def watched(message: Message) -> Message:
+        asked.append(message.metadata.dst_node_id)
+        return clients(run)(message)
+
+    part = standardise_of(fitted(run, handle=watched))
+    assert asked == [10 + place for place, name in enumerate(CLIENTS) if name not in judges]
+    rows = [data(name).tensors[0] for name in CLIENTS if name not in judges]
+    assert torch.allclose(part.mean.double(), (torch.cat(rows) / 2).double().mean(0), rtol=1e-6)
 
 
 def answer(total: Any, squares: Any, count: Any = 10) -> Handler:

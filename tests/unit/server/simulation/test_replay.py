@@ -110,3 +110,14 @@ def test_who_was_not_asked_is_refused_and_who_was_is_named(folder: Path) -> None
     for name in set(NAMES) - {asked}:
         with pytest.raises(ConfigError, match=f"was not selected in round 1.* selected: {asked}"):
             replayed(f"1:{name}", folder, cohort=1)
+
+
+def test_who_holds_back_all_of_its_data_is_never_replayed_and_others_are_drawn(
+    folder: Path,
+) -> None:
+    """Of the four, by their names, all but ``ben`` judge."""
+    apart = {"holdout": 0.45, "holdout_by": "clients", "evaluate_cohort": 3}
+    assert "client 'ben' trained on 8 examples" in replayed("2:ben", folder, **apart)
+    assert "client 'ben' trained on 8 examples" in replayed("3:ben", folder, cohort=1, **apart)
+    with pytest.raises(ConfigError, match=r"'anna' holds back all .* trains in no round"):
+        replayed("1:anna", folder, **apart)

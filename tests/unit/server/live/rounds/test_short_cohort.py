@@ -50,7 +50,7 @@ class Gone:
             raise RoundFailed(f"round 2: {len(self.here)} are connected, but 3 are needed. Wait.")
         return Cohort(self.here)
 
-    def missing(self) -> list[str]:
+    def missing(self, kind: str) -> list[str]:
         return [f"edge-{node}" for node in NODES if node not in self.here]
 
 
@@ -104,7 +104,7 @@ def test_a_quorum_begins_at_a_deadline_that_comes_before_all_have_had_time_to_co
 
 
 def test_where_all_that_could_come_are_there_nobody_is_waited_for(journal: Journal) -> None:
-    keeper = keeper_of(journal, grace_s=3600.0, missing=list)  # the lost one is drained
+    keeper = keeper_of(journal, grace_s=3600.0, missing=lambda kind: [])  # the lost one is drained
     assert keeper.cohort("train", Gone([4, 6])).nodes == [4, 6]
 
 
@@ -143,3 +143,30 @@ def test_who_is_lost_during_a_round_is_named(
     assert answered(grid.send_and_receive(messages(), timeout=timeout)) == [4, 5]
     assert len(notes) == 1
     assert notes[0].startswith(f"round 1 (train) goes on without edge-6: {why}")
+
+
+def test_judges_that_the_project_has_are_waited_for_however_few_train(journal: Journal) -> None:
+    """And no more than it has: two of five wanted, where a round trains one."""
+    draws: list[int] = []
+
+    def draw(*, short: bool = False) -> Cohort:
+        draws.append(1)
+        return Cohort([4, 6][: len(draws)])
+
+    keeper = keeper_of(journal, evaluated=5, judges=lambda: 2)
+    journal.record_cohort("train", Cohort([5]))
+    assert keeper.cohort("evaluate", draw).nodes == [4, 6]
+    assert len(draws) == 2
+
+
+def test_only_devices_that_messages_of_the_kind_are_for_are_missing(journal: Journal) -> None:
+    """A judge that is away does not keep a round from beginning without one that trains."""
+    gone, asked = Gone([4, 6]), list[str]()
+
+    def missing(kind: str) -> list[str]:
+        asked.append(kind)
+        return ["edge-5"] if kind == "evaluate" else []
+
+    keeper = keeper_of(journal, grace_s=3600.0, missing=missing)
+    assert keeper.cohort("train", gone).nodes == [4, 6]
+    assert set(asked) == {"train"}

@@ -4,24 +4,31 @@ from __future__ import annotations
 
 import math
 import random
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
+from flwr.app import Error, Message
 
 import fedcore
 from fedcore.config.owner import OPEN_POLICY
 from fedcore.config.run import RunConfig
+from fedcore.errors import ConfigError, RoundFailed
+from fedcore.flower.grid import InProcessGrid
+from fedcore.flower.identity import assume_identity
 from fedcore.task.measured import Measured
 from fedcore.task.metrics import ACCURACY, RMSE, Metric
 from fedcore.task.model import FullModel, build_model
 from fedcore.updates.pack import pack
+from server.compression.export import export_onnx
 from server.rounds.evaluation.judgement import Judgement, compared, drop_of, judgement
-from server.rounds.evaluation.judging import clients_judge
+from server.rounds.evaluation.judging import clients_judge, judging_app
 from server.rounds.evaluation.pooling import EvaluationAnswer
 from server.simulation.evaluating import Unmeasured, VirtualClients
-from server.simulation.judging import judge_in_simulation
-from tests.unit.fedcore.clients import make_task
+from server.simulation.judging import judge_in_simulation, measure_onnx_in_simulation
+from tests.unit.fedcore.clients import COUNT, data, make_task
 
 CLIENTS = tuple(f"client-{number}" for number in range(6))
 
@@ -211,3 +218,61 @@ def worse(model: FullModel) -> FullModel:
         for parameter in model.model.parameters():
             parameter.mul_(-1.0)
     return model
+
+
+APART = {"rounds": 1, "evaluate_cohort": 9, "holdout": 0.45, "holdout_by": "clients"}
+JUDGES = {"client-3"} | {"client-6", "client-7"}  # by their names, of client-0 to client-7
+
+
+@pytest.mark.parametrize("private", [False, True], ids=["plain", "private"])
+def test_clients_that_hold_back_all_of_their_data_judge_alone(private: bool) -> None:
+    """The fine-tuned model and each candidate are measured on clients that never trained."""
+    names, read, notes = [f"client-{number}" for number in range(8)], set[str](), list[str]()
+
+    def client_data(name: str, folder: Path | None) -> Any:
+        read.add(name)
+        return data(name)
+
+    task = make_task(clients=lambda folder: names, client_data=client_data)
+    privacy = {"unit": "example", "target_delta": 1e-3, "evaluations": 9} if private else {}
+    run = RunConfig.model_validate(
+        {"name": "trial", "task": "task.py", "federation": APART, "privacy": privacy}
+    )
+    virtual = VirtualClients(run, task, OPEN_POLICY)
+    before, after = build_model(task, run).eval(), worse(build_model(task, run).eval())
+    found = judge_in_simulation(virtual, names, notes.append)(before, after)
+    assert (found.clients, found.examples) == (3, 3 * COUNT)
+    onnx = export_onnx(before, torch.zeros(2, 6), labels=(), kind="classification")
+    answers = measure_onnx_in_simulation(virtual, names, notes.append)(onnx)
+    assert set(answers) == read == JUDGES
+    assert notes == []
+    if private:
+        assert set(virtual.ledgers) == JUDGES
+        assert all(one.evaluates for each in virtual.ledgers.values() for one in each.charges)
+
+
+def test_a_server_that_knows_no_names_has_no_judges_that_never_train() -> None:
+    run = RunConfig.model_validate({"name": "trial", "task": "task.py", "federation": APART})
+    model = build_model(make_task(), run).eval()
+    with pytest.raises(ConfigError, match="by number alone"):
+        judging_app(make_task(), run, (model, model), on_note=print, on_end=print)
+
+
+def test_of_devices_only_those_that_judge_are_waited_for() -> None:
+    task, waits = make_task(), list[tuple[int, int]]()
+    run = RunConfig.model_validate({"name": "trial", "task": "task.py", "federation": APART})
+    model = build_model(task, run).eval()
+    app = judging_app(
+        task,
+        run,
+        (model, model),
+        client_name=lambda node: f"client-{node}",
+        wait=lambda connected, wanted: waits.append((connected(), wanted)),
+        on_note=print,
+        on_end=print,
+    )
+    grid = InProcessGrid(1, range(8), lambda message: Message(Error(7), reply_to=message))
+    assume_identity(1)
+    with pytest.raises(RoundFailed, match="none of 3 clients"):
+        app(grid, None)  # type: ignore[arg-type]
+    assert waits == [(3, 9)]
