@@ -108,8 +108,8 @@ class FederationConfig(Section):
     """The share of a client's data that is held back from training to evaluate on; with
     ``holdout_by = "clients"``, the share of clients that hold back all of their data."""
     holdout_by: Literal["rows", "clients"] = "rows"
-    """``rows``: every client trains, and holds back rows drawn at random. ``clients``: some clients,
-    drawn by their names, only evaluate and never train: use it where a client's rows are alike."""
+    """``rows``: every client trains, and holds back rows drawn at random. ``clients``: some, drawn
+    by their names, only evaluate and never train: for clients whose rows resemble each other."""
     patience: Annotated[int, Field(ge=0, le=1_000_000)] = 0
     """Stop after this many rounds without a better validation metric; 0 to run every round."""
     normalisation: Literal["task", "cloud", "federated"] = "task"

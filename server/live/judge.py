@@ -14,12 +14,14 @@ from flwr.serverapp import Grid
 from fedcore.flower.identity import server_context
 from fedcore.observability.events import Noted
 from fedcore.task.model import FullModel
+from fedcore.training.roles import evaluates
 from server.live.deployment import LiveRun
+from server.live.network.members import count_devices
 from server.live.network.serve import listen, run_beside
+from server.live.network.signatures import DevicePeers
 from server.live.rounds.journaled import REJOIN_S
 from server.rounds.evaluation.judgement import Judgement
 from server.rounds.evaluation.judging import judging_app
-from server.rounds.peers import Peers
 
 _POLL_S = 0.2
 
@@ -43,14 +45,16 @@ class JudgeOnDevices:
         """
         live = self.live
 
-        def work(peers: Peers, grid: Grid) -> Judgement:
+        def work(peers: DevicePeers, grid: Grid) -> Judgement:
             found: list[Judgement] = []
+            among = partial(evaluates, live.run.federation)
+            most = count_devices(peers.roster, drained=live.control.drained, among=among)
             app = judging_app(
                 live.inputs.task,
                 live.run,
                 (before, after),
                 peers=peers,
-                wait=_wait,
+                wait=partial(_wait, most=most),
                 on_note=lambda text: live.emit(Noted(text)),
                 on_end=found.append,
             )
@@ -79,8 +83,14 @@ class JudgeOnDevices:
         return judgement
 
 
-def _wait(connected: Callable[[], int], wanted: int) -> None:
-    """Blocks until ``wanted`` devices have reconnected, or for `REJOIN_S` seconds."""
+def _wait(connected: Callable[[], int], wanted: int, *, most: int) -> None:
+    """Blocks until ``wanted`` devices have reconnected, or all, or for `REJOIN_S` seconds.
+
+    Args:
+        connected: Returns how many devices that evaluate are connected.
+        wanted: How many should be.
+        most: How many devices that evaluate the project has.
+    """
     end = time.monotonic() + REJOIN_S
-    while connected() < wanted and time.monotonic() < end:
+    while connected() < min(wanted, most) and time.monotonic() < end:
         time.sleep(_POLL_S)

@@ -132,11 +132,12 @@ def judged(record: RunRecord) -> str:
     """Describes the data on which the metric by round was measured; empty without rounds."""
     if not record.rounds:
         return ""
-    judges = record.settings.get("federation.holdout_by") == "clients"
     places = {
         "cloud": "on cloud data that no round trained on",
-        "clients": f"on {'clients that never trained' if judges else 'data that clients held back'}",
+        "clients": "on data that clients held back",
     }
+    if record.settings.get("federation.holdout_by") == "clients":
+        places["clients"] = "on clients that never trained"
     place = places.get(record.rounds[-1].judged_on)
     metric = f"The {record.primary} of the global model {place}" if place else _UNJUDGED
     if any(each.client_epsilon is not None for each in record.rounds):

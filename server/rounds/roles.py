@@ -48,9 +48,7 @@ class Roles:
         return self._known[nodes, judging]
 
     def _divided(self, nodes: Iterable[int], *, judging: bool) -> list[int]:
-        return [
-            node for node in nodes if is_judge(self.federation, self.name_of(node)) is judging
-        ]
+        return [node for node in nodes if is_judge(self.federation, self.name_of(node)) is judging]
 
 
 def roles_of(federation: FederationConfig, name_of: Callable[[int], str] | None) -> Roles:

@@ -28,6 +28,17 @@ def weights_of(roster: Roster, nodes: Sequence[int]) -> list[int]:
     return [devices[node].num_examples or 1 if node in devices else 1 for node in nodes]
 
 
+def count_devices(
+    roster: Roster,
+    *,
+    drained: Collection[str],
+    among: Callable[[str], bool] = lambda name: True,
+) -> int:
+    """Returns the number of devices that are members, not drained, and ``among`` by their names."""
+    devices = devices_of(roster).values()
+    return sum(member.name not in drained and among(member.name) for member in devices)
+
+
 @dataclass(frozen=True)
 class Members:
     """The devices of a project that rounds may select."""
@@ -52,6 +63,5 @@ class Members:
     def count(
         self, *, drained: Collection[str], among: Callable[[str], bool] = lambda name: True
     ) -> int:
-        """Returns the number of devices that are members, not drained, and ``among`` by name."""
-        devices = devices_of(self.roster).values()
-        return sum(member.name not in drained and among(member.name) for member in devices)
+        """Returns the number of devices, see `count_devices`."""
+        return count_devices(self.roster, drained=drained, among=among)

@@ -151,8 +151,11 @@ class JournalCheckpointer:
         while True:
             try:
                 cohort = draw()
-                if len(cohort.nodes) >= wanted or time.monotonic() >= until:
+                size, known = len(cohort.nodes), self._accepted.get(kind, wanted)
+                if size >= min(wanted, known) or time.monotonic() >= until:
                     self._accepted.pop(kind, None)
+                    if size < wanted:  # the next draw does not wait again for who is away
+                        self._accepted[kind] = size
                     return cohort
                 time.sleep(_POLL_S)
             except RoundFailed as error:

@@ -78,7 +78,9 @@ def _evaluate_on_clients(
     def draw(*, short: bool = False) -> Cohort:  # any number evaluates
         connected = federation.evaluators()
         if not connected:
-            judges = " (those that hold back all of their data)" if run.federation.has_judges else ""
+            judges = (
+                " (those that hold back all of their data)" if run.federation.has_judges else ""
+            )
             raise RoundFailed(
                 f"round {number}: no client is connected to evaluate it, but "
                 f"federation.evaluate_cohort needs {size}{judges}. The round does not count; start "

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import signal
+import time
 from collections.abc import Callable, Collection, Iterator
 from contextlib import ExitStack, closing
 from typing import Any
@@ -32,8 +33,11 @@ from server.rounds.evaluation.judgement import Judgement, judgement
 def judging(project: Any) -> Iterator[Callable[..., tuple[JudgeOnDevices, FullModel]]]:
     with ExitStack() as stack:
 
-        def judge(*, drained: Collection[str] = ()) -> tuple[JudgeOnDevices, FullModel]:
-            run, folder = project.run(evaluate_cohort=3, holdout=0.3), project.root / "results"
+        def judge(
+            *, drained: Collection[str] = (), **federation: Any
+        ) -> tuple[JudgeOnDevices, FullModel]:
+            run = project.run(**{"evaluate_cohort": 3, "holdout": 0.3} | federation)
+            folder = project.root / "results"
             (folder / JOURNAL_FOLDER).mkdir(parents=True)
             write_drained(project.root / "server", drained)
             live = LiveRun(
@@ -80,6 +84,18 @@ def test_who_is_drained_is_asked_for_nothing(project: Any, start: Any, judging: 
         start(name)
     judge, model = judging(drained=["edge-1"])
     assert judge(model, model).clients == 2
+
+
+def test_of_devices_that_hold_back_all_or_nothing_those_that_judge_are_asked(
+    project: Any, start: Any, judging: Any
+) -> None:
+    """By their names edge-0 and edge-1 judge."""
+    for name in ("edge-0", "edge-1", "edge-2"):
+        start(name)
+    judge, model = judging(evaluate_cohort=9, holdout=0.5, holdout_by="clients")
+    began = time.monotonic()
+    assert judge(model, model).clients == 2
+    assert time.monotonic() - began < 4.0, "it waited for more judges than the project has"
 
 
 def test_where_nobody_comes_it_is_said(judging: Any) -> None:

@@ -57,6 +57,40 @@ def test_devices_train_and_are_evaluated(project: Any, serve: Any, start: Any) -
     assert records[1].seconds < 2.0, "a warm round of two small clients takes a tenth of a second"
 
 
+def test_devices_that_hold_back_all_of_their_data_evaluate_and_never_train(
+    project: Any, serve: Any, start: Any
+) -> None:
+    """By their names edge-0 and edge-1 judge. Each device decides: asked to train it would fail."""
+    apart = {"holdout": 0.5, "holdout_by": "clients", "evaluate_cohort": 2}
+    run = project.run(rounds=3, cohort=2, normalisation="federated", **apart)
+    notes: list[str] = []
+    with serve(run) as served:
+        devices = [start(f"edge-{number}") for number in range(4)]
+        wait_for(lambda: all_awake(served, 4))
+        records = federate(project, served, run, notes)
+        for device in devices:
+            device.stop()
+            assert device.errors == []
+    assert [(one.cohort, one.updates, one.failed) for one in records] == [(2, 2, 0)] * 3
+    assert [one.sources["accuracy"].clients for one in records] == [2, 2, 2]
+    assert [one.sources["accuracy"].asked for one in records] == [2, 2, 2]
+    assert not [note for note in notes if "normalisation" in note or "could not" in note]
+
+
+def test_a_device_that_a_server_takes_for_another_refuses_to_train(
+    project: Any, serve: Any, start: Any
+) -> None:
+    """The settings that it got say that it judges, whatever the server asks afterwards."""
+    apart = {"holdout": 0.5, "holdout_by": "clients", "evaluate_cohort": 2}
+    told, asks = project.run(rounds=1, **apart), project.run(rounds=1, quorum=1.0)
+    with serve(told) as served:
+        device = start("edge-0")
+        wait_for(lambda: all_awake(served, 1))
+        with pytest.raises(FedcoreError, match=r"'edge-0' holds back all of its data"):
+            federate(project, served, asks)
+        device.stop()
+
+
 def test_weights_of_many_pieces_arrive_as_they_were_sent(
     project: Any, serve: Any, start: Any
 ) -> None:

@@ -13,7 +13,7 @@ from fedcore.task.templates import KINDS, new_task
 from server.api.checking import check as check_call
 from server.checking.data_steps import look_at_client_data, make_model, name_clients
 from server.checking.findings import CheckFinding, TaskCheck
-from server.checking.rehearsal import compute_loss, train_clients
+from server.checking.rehearsal import compute_loss, train_clients, try_strategy
 from server.checking.state import CheckState
 from server.commands import check as command
 
@@ -209,6 +209,26 @@ def test_clients_take_an_epoch_with_the_first_rounds_settings(tmp_path: Path) ->
             step(state)
         found = " ".join(fault.found.text for fault in train_clients(state).faults)
         assert said in found if said else not found
+
+
+def test_clients_that_judge_are_told_and_not_rehearsed_in_training(tmp_path: Path) -> None:
+    """Of client-0 to client-7, by their names, 3, 6 and 7 judge."""
+    names = "values['clients'] = lambda folder: [f'client-{n}' for n in range(8)]"
+    federation = {"holdout": 0.45, "holdout_by": "clients", "evaluate_cohort": 8}
+    values = {"name": "x", "task": "task.py", "federation": federation}
+    task, run = load_task(write(tmp_path, names)), RunConfig.model_validate(values)
+    state = CheckState(run, task, "simulation", "all", None, print)
+    assert name_clients(state).text == "8 clients, of whom 3 judge and never train"
+    make_model(state)
+    look_at_client_data(state)
+    assert set(state.trained_on) == {f"client-{n}" for n in (0, 1, 2, 4, 5)}
+    for step in (compute_loss, train_clients, try_strategy):
+        assert not step(state).faults
+    device = CheckState(run, task, "device", ["client-3"], None, print)
+    assert "'client-3', which evaluates models and never trains" in name_clients(device).text
+    few = RunConfig.model_validate(values | {"federation": federation | {"holdout": 0.1}})
+    with pytest.raises(ConfigError, match="1 of 8 clients hold back all of their data"):
+        name_clients(CheckState(few, task, "simulation", None, None, print))
 
 
 def test_batch_norm_is_a_note_without_privacy_and_a_failure_with_it(tmp_path: Path) -> None:

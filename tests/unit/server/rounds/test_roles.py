@@ -116,7 +116,9 @@ def test_too_few_who_train_are_refused() -> None:
     checked(clients, holdout=0.616, cohort=3)
     with pytest.raises(ConfigError, match=r"the 3 others are fewer than federation\.cohort = 4\."):
         checked(clients, holdout=0.616, cohort=4)
-    with pytest.raises(ConfigError, match="6 of 6 clients hold back .* names decide, and none is left to train"):
+    with pytest.raises(
+        ConfigError, match=r"6 of 6 clients hold back .* names decide, and none is left to train"
+    ):
         checked(clients, holdout=0.99)
 
 

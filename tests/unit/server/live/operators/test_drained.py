@@ -8,11 +8,18 @@ from typing import Any
 
 import pytest
 
+from fedcore.config.run import RunConfig
 from fedcore.crypto.issue import make_request
 from fedcore.crypto.keys import new_key
 from fedcore.crypto.roster import load_server_identity
-from fedcore.errors import DataError
-from server.live.operators.drained import read_drained, unknown, warn_of_unknown, write_drained
+from fedcore.errors import ConfigError, DataError
+from server.live.operators.drained import (
+    check_drain,
+    read_drained,
+    unknown,
+    warn_of_unknown,
+    write_drained,
+)
 from server.provision.issue import Act, initialise, provision_member, provision_server, revoke
 
 
@@ -63,3 +70,19 @@ def test_a_name_that_no_device_has_is_told(
         assert caplog.records == []
         warn_of_unknown({"edge-1", "edge-2", "edge-9"}, roster)
     assert "edge-2, edge-9: drained, but no device in force has this name" in caplog.text
+
+
+def test_a_device_is_drained_only_while_others_do_what_it_does() -> None:
+    """Of edge-0 to edge-3, by their names, the first two judge and the others train."""
+    names = [f"edge-{number}" for number in range(4)]
+    federation = {"holdout": 0.5, "holdout_by": "clients", "evaluate_cohort": 2}
+    run = RunConfig.model_validate({"name": "r", "task": "t.py", "federation": federation})
+    check_drain(run, "edge-2", names, set(), cohort=1)
+    with pytest.raises(ConfigError, match="1 device would be left, and each round of 'r' needs 2"):
+        check_drain(run, "edge-2", names, set(), cohort=2)
+    with pytest.raises(ConfigError, match="1 device would be left, and each round of 'r' needs 2"):
+        check_drain(run, "edge-0", names, set(), cohort=1)
+    with pytest.raises(ConfigError, match="0 devices would be left, and each round of 'r' needs 1"):
+        check_drain(run, "edge-0", ["edge-0", "edge-2", "edge-3"], set(), cohort=1)
+    plain = RunConfig.model_validate({"name": "r", "task": "t.py"})
+    check_drain(plain, "edge-0", names, {"edge-1"}, cohort=2)

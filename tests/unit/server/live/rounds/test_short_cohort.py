@@ -170,3 +170,25 @@ def test_only_devices_that_messages_of_the_kind_are_for_are_missing(journal: Jou
     keeper = keeper_of(journal, grace_s=3600.0, missing=missing)
     assert keeper.cohort("train", gone).nodes == [4, 6]
     assert set(asked) == {"train"}
+
+
+def test_a_judge_that_stays_away_is_waited_for_once(
+    journal: Journal, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(journal_keeper, "GRACE_S", 0.05)
+    here, draws = [4], list[int]()
+
+    def draw(*, short: bool = False) -> Cohort:
+        draws.append(len(here))
+        return Cohort(list(here))
+
+    keeper = keeper_of(journal, evaluated=5, judges=lambda: 2)
+    assert keeper.cohort("evaluate", draw).nodes == [4]
+    journal.drop_cohorts()
+    monkeypatch.setattr(journal_keeper, "GRACE_S", 3600.0)
+    draws.clear()
+    assert keeper.cohort("evaluate", draw).nodes == [4]
+    assert draws == [1]
+    journal.drop_cohorts()
+    here.append(6)  # it is back
+    assert keeper.cohort("evaluate", draw).nodes == [4, 6]
