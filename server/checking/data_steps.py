@@ -47,8 +47,10 @@ def name_clients(state: CheckState) -> StepOutcome:
         )
     state.names = clients_of(state.task, state.run, state.folder)
     state.chosen = chosen_places(state.names, state.asked, seed=state.run.seed)
-    judges = sum(is_judge(state.run.federation, name) for name in state.names)
-    judging = f", of whom {judges:,} judge and never train" if judges else ""
+    judging, federation = "", state.run.federation
+    if federation.has_judges:  # a task may have millions
+        judges = sum(is_judge(federation, name) for name in state.names)
+        judging = f", of whom {judges:,} judge and never train"
     return StepOutcome(f"{counted(len(state.names), 'client', ',')}{judging}")
 
 

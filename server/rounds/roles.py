@@ -14,6 +14,8 @@ from fedcore.errors import ConfigError
 from fedcore.observability.words import counted
 from fedcore.training.roles import is_judge, judging_place
 
+Divided = tuple[Sequence[int], Sequence[int]]
+"""The nodes that train, and those that evaluate."""
 MIN_JUDGES = 2
 """Fewest clients that judge: of a single one, no interval follows."""
 
@@ -25,30 +27,30 @@ class Roles:
     federation: FederationConfig
     name_of: Callable[[int], str]
     """Returns the name of a node's client, which decides what it does."""
-    _known: dict[tuple[range, bool], list[int]] = field(
-        default_factory=dict, repr=False, compare=False
-    )
+    _known: dict[range, Divided] = field(default_factory=dict, repr=False, compare=False)
     """The divided nodes of a simulation, which are the same in every round."""
 
     def training(self, nodes: Iterable[int]) -> Sequence[int]:
         """Returns the nodes that train, in the same order."""
-        return self._of(nodes, judging=False)
+        return self._divided(nodes)[0]
 
     def evaluating(self, nodes: Iterable[int]) -> Sequence[int]:
         """Returns the nodes that evaluate, in the same order."""
-        return self._of(nodes, judging=True)
+        return self._divided(nodes)[1]
 
-    def _of(self, nodes: Iterable[int], *, judging: bool) -> Sequence[int]:
+    def _divided(self, nodes: Iterable[int]) -> Divided:
         if not self.federation.has_judges:
-            return nodes if isinstance(nodes, Sequence) else list(nodes)
-        if not isinstance(nodes, range):
-            return self._divided(nodes, judging=judging)
-        if (nodes, judging) not in self._known:
-            self._known[nodes, judging] = self._divided(nodes, judging=judging)
-        return self._known[nodes, judging]
-
-    def _divided(self, nodes: Iterable[int], *, judging: bool) -> list[int]:
-        return [node for node in nodes if is_judge(self.federation, self.name_of(node)) is judging]
+            same = nodes if isinstance(nodes, Sequence) else list(nodes)
+            return same, same
+        if isinstance(nodes, range) and nodes in self._known:
+            return self._known[nodes]
+        training, judging = list[int](), list[int]()
+        for node in nodes:
+            alike = judging if is_judge(self.federation, self.name_of(node)) else training
+            alike.append(node)
+        if isinstance(nodes, range):
+            self._known[nodes] = training, judging
+        return training, judging
 
 
 def roles_of(federation: FederationConfig, name_of: Callable[[int], str] | None) -> Roles:

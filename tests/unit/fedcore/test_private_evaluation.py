@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -249,16 +250,12 @@ def test_a_judges_charges_are_for_all_examples_and_leave_room_for_no_training_el
     assert reply.content.metric_records[METRICS][NUM_EXAMPLES] == COUNT
     (held,) = read_ledger(node).charges
     assert held.evaluates
-    assert StoredCharge(
-        **{name: getattr(held, name) for name in ("noise_multiplier", "sample_rate", "steps")},
-        round=held.round,
-        part=held.part,
-        target_delta=1e-3,
-        data="all",
-    ).charge == held  # fmt: skip
+    kept = dataclasses.asdict(held) | {"target_delta": 1e-3, "data": "all"}
+    assert StoredCharge(**kept).charge == held  # a device can keep it
     assert "never trains" not in refused(device_app(task, run)(instruct(task, run), node))
     assert read_ledger(node).charges == (held,)
-    for other in (HELD_BACK, JUDGES | {"holdout": 0.1}, {"rounds": 3}):
+    rows = HELD_BACK | {"holdout": 0.5}  # the same share, whose rows held back are half of hers
+    for other in (rows, HELD_BACK, JUDGES | {"holdout": 0.1}, {"rounds": 3}):
         there, fresh = make_run(privacy=PRIVATE | noise, federation=other), context("anna")
         assert not device_app(task, there)(instruct(task, there), fresh).has_error()
         (trained,) = read_ledger(fresh).charges
