@@ -10,7 +10,8 @@ from fedcore.privacy.unsound import unsound
 
 if TYPE_CHECKING:
     from fedcore.config.finetune import Finetune
-    from fedcore.config.run import ClientConfig, DeviceClass, ReleaseConfig, RunConfig
+    from fedcore.config.run import ClientConfig, ReleaseConfig, RunConfig
+    from fedcore.config.simulated import DeviceClass
 
 
 def contradictions(run: RunConfig) -> list[str]:

@@ -13,7 +13,7 @@ import pytest
 
 import fedcore
 from fedcore import Algorithm, ClientSettings, ClientUpdate, Round
-from fedcore.config.run import DeviceClass
+from fedcore.config.simulated import DeviceClass
 from fedcore.updates.pack import Vector
 from server.rounds.strategies.checked import CheckedAlgorithm
 from tests.contract.own_strategies import (

@@ -9,7 +9,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fedcore.config.run import DeviceClass
+from fedcore.config.simulated import DeviceClass
 from fedcore.errors import DataError
 from server.simulation.virtual.devices import (
     SILENCE_S,

@@ -16,7 +16,8 @@ from dataclasses import dataclass
 from statistics import NormalDist
 from typing import Literal
 
-from fedcore.config.run import DeviceClass, RunConfig
+from fedcore.config.run import RunConfig
+from fedcore.config.simulated import DeviceClass
 from fedcore.errors import DataError
 from fedcore.observability.words import counted
 from fedcore.seeds import derive

@@ -13,7 +13,7 @@ from pathlib import Path
 import numpy as np
 from numpy.typing import NDArray
 
-from fedcore.config.run import RATE_MAX, RATE_MIN
+from fedcore.config.simulated import RATE_MAX, RATE_MIN
 from fedcore.errors import DataError
 from fedcore.files import read_bytes
 from fedcore.observability.words import counted

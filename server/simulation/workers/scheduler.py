@@ -8,7 +8,7 @@ from dataclasses import replace
 
 from flwr.app import MessageType
 
-from fedcore.config.run import Simulation
+from fedcore.config.simulated import Simulation
 from fedcore.errors import ConfigError
 from server.process.cores import usable_cores
 from server.simulation.virtual.state import Choice, SimulationState

@@ -10,8 +10,9 @@ import pytest
 from flwr.common.constant import HEARTBEAT_DEFAULT_INTERVAL, HEARTBEAT_PATIENCE
 from pydantic import ValidationError
 
-from fedcore.config.run import DeviceClass, FederationConfig, RunConfig, Simulation
+from fedcore.config.run import FederationConfig, RunConfig
 from fedcore.config.settings import load_run
+from fedcore.config.simulated import DeviceClass, Simulation
 from fedcore.errors import ConfigError, DataError
 from server.simulation.virtual.devices import (
     SILENCE_S,

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from flwr.app import RecordDict
 
-from fedcore.config.run import Simulation
+from fedcore.config.simulated import Simulation
 from server.simulation.virtual.state import Choice, SimulationState
 from server.simulation.workers import scheduler as scheduling
 from server.simulation.workers.messages import ClientOutcome, ClientRef, RoundTask
