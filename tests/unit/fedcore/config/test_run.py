@@ -12,12 +12,12 @@ from fedcore.config.run import (
     CandidateName,
     ClientConfig,
     ClientPrivacy,
-    DeviceClass,
     Privacy,
     ReleaseConfig,
     RunConfig,
     Section,
 )
+from fedcore.config.simulated import DeviceClass
 
 SECTIONS: list[type[Section]] = [
     field.annotation
