@@ -116,12 +116,8 @@ def server_app(
             from fedcore.privacy.layers import check_layers
 
             check_layers(model.model)  # once, before every client fails on it
-        cohort = run.federation.cohort or (start.cohort if start is not None else None)
         waiting = Waiting(grid, roles, run.federation.deadline_s, listener)
-        if cohort is None:
-            cohort = waiting.for_all(awaited)
-        elif start is None:
-            waiting.for_cohort(cohort)
+        cohort = _cohort(run, waiting, start, awaited)
         chosen = choose_strategy(
             run,
             strategy,
@@ -167,6 +163,18 @@ def server_app(
         listener.on_end(Outcome(model.eval(), federated))
 
     return app
+
+
+def _cohort(
+    run: RunConfig, waiting: Waiting, start: Start | None, awaited: Callable[[], int]
+) -> int:
+    """Returns how many clients a round trains, once enough are connected to begin."""
+    cohort = run.federation.cohort or (start.cohort if start is not None else None)
+    if cohort is None:
+        return waiting.for_all(awaited)
+    if start is None:
+        waiting.for_cohort(cohort)
+    return cohort
 
 
 def _built(task: Task, run: RunConfig, *, live: bool) -> FullModel:

@@ -240,11 +240,6 @@ def test_private_fine_tuning_refuses_what_it_does_not_cover(
             "federation.holdout_by = 'clients' contradicts client.local",
         ),
         (
-            "[federation]\nholdout_by = 'clients'\nholdout = 0.2\nevaluate_cohort = 9\n"
-            "[privacy]\nunit = 'client'",
-            "federation.evaluate_cohort = 9 contradicts privacy.unit = 'client'",
-        ),
-        (
             "[federation]\nover_selection = 1.3",
             "federation.over_selection = 1.3 needs federation.cohort",
         ),
