@@ -182,6 +182,7 @@ def draft_again(
         lineage=old.lineage.model_copy(update={"rollback_of": version}),
         privacy=old.privacy,
         parity=old.parity,
+        test=old.test,
         onnx=registry.read_target(repository, state, old.onnx.path),
         golden=registry.read_target(repository, state, old.golden.path),
     )

@@ -1,8 +1,9 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import fields, replace
 from datetime import UTC, datetime, timedelta, timezone
 from pathlib import Path
 from typing import Any
@@ -10,10 +11,11 @@ from typing import Any
 import pytest
 
 from fedcore.artifacts.golden import MAX_GOLDEN_BYTES
-from fedcore.artifacts.manifest import parse_manifest
+from fedcore.artifacts.manifest import NamedOutput, NamedTensor, TestStatement, parse_manifest
 from fedcore.errors import DiskFull, FedcoreError, ReleaseError
 from fedcore.files import sha256_hex
 from server.release import publish as release
+from server.release.draft import Draft
 from server.release.publish import history, initialise, publish, rollback
 from server.release.registry import repository as registry
 from server.release.registry.keys import read_trusted_root
@@ -259,3 +261,34 @@ def test_a_folder_that_cannot_be_written_is_an_error_of_ours(tmp_path: Path, now
     with pytest.raises(FedcoreError, match="cannot write this file"):
         initialise(tmp_path / "file" / "r", tmp_path / "k", now=now)
     assert not (tmp_path / "k").exists()
+
+
+def test_a_rollback_keeps_all_that_the_manifest_says(
+    publisher: Any, draft: Callable[..., Draft], now: datetime
+) -> None:
+    """A field that the copy forgets would be the default one: no test, no named inputs."""
+    numbers = {"dtype": "float32", "shape": (2,)}
+    output = {"name": "y", "shape": (2,), "presentation": "values", "tolerance": 1e-3}
+    first = replace(
+        draft(),
+        kind="own",
+        presentation="label",
+        missing="all",
+        inputs=(NamedTensor.model_validate({"name": "x", **numbers}),),
+        outputs=(NamedOutput.model_validate(output),),
+        test=TestStatement(
+            metric="accuracy", examples=9, federated=0.9, released=0.8, drop=0.1, clients=3
+        ),
+    )
+    unset = {each.name for each in fields(Draft) if getattr(first, each.name) is None}
+    assert unset == {"canary"}
+    place = {"repository": publisher.repository, "keys": publisher.keys}
+    old = publish(first, created=now, **place)
+    publisher.publish(b"worse")
+    new = rollback("digits", 1, created=now, **place)
+    both = [
+        each.model_dump(exclude={"version", "onnx", "golden", "lineage"}) for each in (old, new)
+    ]
+    assert both[0] == both[1]
+    assert new.lineage.model_copy(update={"rollback_of": None}) == old.lineage
+    assert new.onnx.sha256 == old.onnx.sha256
