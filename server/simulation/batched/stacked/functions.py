@@ -176,6 +176,8 @@ def _embedding(
     count = weight.shape[0]
     if x.numel() and not 0 <= int(x.min()) <= int(x.max()) < count:
         raise IndexError(f"an embedding of {count} rows has no row {int(x.max())}")
+    if not run.holds_batch(x) and not come_of_examples([x]):
+        return NotImplemented  # the same rows for all examples, such as those of positions
     ids = run.apart(x)
     starts = torch.arange(run.clients, device=x.device) * count
     places = (ids + starts.view(-1, *[1] * (ids.dim() - 1))).flatten(0, 1)

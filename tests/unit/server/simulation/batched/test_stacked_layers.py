@@ -116,6 +116,22 @@ class Tokens(nn.Module):
         return functional.linear(x[:, 0].tanh(), weight, self.head.bias)
 
 
+class Places(nn.Module):
+    """Looks positions up, which are no examples, once for all of them and once for each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.places = nn.Embedding(11, D), nn.Embedding(T, D)
+        self.last = nn.Embedding(T, D, padding_idx=T - 1)
+        self.head = nn.Linear(D, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        places = torch.arange(x.shape[1])
+        x = self.embed(x) + self.places(places) * self.last(places)
+        x = x + self.places(places.expand(len(x), -1))
+        return self.head(x.tanh().mean(1))  # type: ignore[no-any-return]
+
+
 def encoder(**options: object) -> nn.Module:
     return nn.TransformerEncoderLayer(D, 2, 16, batch_first=True, **options)  # type: ignore[arg-type]
 
@@ -175,6 +191,7 @@ CASES: dict[str, tuple[nn.Module, Make]] = {
         images,
     ),
     "tokens": (Tokens(), tokens),
+    "places": (Places(), tokens),
     "group norm": (
         nn.Sequential(
             *(nn.Conv2d(2, 4, 3), nn.GroupNorm(2, 4), nn.ReLU(), nn.Dropout2d(0.3)),
@@ -254,6 +271,17 @@ class OwnGradient(nn.Module):
         return self.linear(OwnFunction.apply(x, self.weight))  # type: ignore[no-any-return]
 
 
+class Turned(nn.Module):
+    """Looks up tokens whose batch is not their first dimension."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed, self.head = nn.Embedding(2, 6), nn.Linear(6, CLASSES)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.embed((x > 0).long().t()).mean(0))  # type: ignore[no-any-return]
+
+
 class Overwriting(nn.Module):
     """Changes its weight in its forward pass."""
 
@@ -267,7 +295,7 @@ class Overwriting(nn.Module):
         return self.linear(x)  # type: ignore[no-any-return]
 
 
-@pytest.mark.parametrize("model", [Reading, OwnGradient, Overwriting])
+@pytest.mark.parametrize("model", [Reading, OwnGradient, Overwriting, Turned])
 def test_what_cannot_run_together_is_refused(model: Callable[[], nn.Module]) -> None:
     inputs = torch.randn(8, 6, generator=torch_rng(0))
     examples = TensorDataset(inputs, inputs.argmax(1) % CLASSES)
