@@ -145,7 +145,7 @@ def test_a_body_is_what_was_sent_and_a_call_may_follow_at_once(
     assert both == [[SIZE, 5], [SIZE, 5]]
     assert sorted(app.bodies) == sorted([BODY, other, b"small", b"small"])
     assert not app.errors
-    assert max(app.pieces) <= 2**18 + 2**14
+    assert max(app.pieces) <= 2**20 + 2**14
 
 
 def test_what_is_left_of_a_body_that_was_refused_is_passed_over(
