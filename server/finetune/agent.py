@@ -29,6 +29,7 @@ import fedcore.errors as errors
 from fedcore.config.finetune import Finetune
 from fedcore.errors import ConfigError, FedcoreError, TrainingError
 from server.finetune.job import Job
+from server.finetune.meeting import apart, wait_for_host
 from server.finetune.worker import work
 from server.process.spawn import main_script_hidden
 
@@ -69,6 +70,8 @@ def launch(job: Job) -> None:
     forwarded = _HANDLED[1:] if gentle else _HANDLED
     endpoint = settings.rendezvous if settings.nodes > 1 else None
     host = (endpoint or "localhost").rpartition(":")[0] or "localhost"
+    if endpoint:
+        wait_for_host(settings, hosts=not job.joins)
     config = LaunchConfig(
         min_nodes=settings.nodes,
         max_nodes=settings.nodes,
@@ -94,8 +97,8 @@ def launch(job: Job) -> None:
         raise _reason(job, failure) from failure
     except SignalException as stopped:
         raise KeyboardInterrupt from stopped
-    except RendezvousError as apart:
-        raise _apart(settings) from apart
+    except RendezvousError as missed:
+        raise apart(settings) from missed
     if error := _reported(job, range(settings.processes)):
         raise error
     if job.stop_file.exists():
@@ -127,16 +130,6 @@ def _check_gpus(processes: int) -> None:
             f"{there}. Nothing was trained; set at most {there}, or hide the GPUs "
             "(CUDA_VISIBLE_DEVICES='')."
         )
-
-
-def _apart(settings: Finetune) -> TrainingError:
-    return TrainingError(
-        f"fine-tuning: {settings.nodes} nodes did not meet at {settings.rendezvous} within "
-        f"finetune.rendezvous_s = {settings.rendezvous_s:g}, or one left and did not come back. "
-        "Nothing more was trained; start the command on every node, one of them the host of that "
-        "address, and see what the others report. With finetune.checkpoints training continues "
-        "where it was."
-    )
 
 
 @contextmanager

@@ -71,16 +71,22 @@ def test_weights_and_the_name_of_checkpoints_come_from_the_node_with_the_model(
     assert np.isfinite(len(one))
 
 
-@pytest.mark.parametrize("hosts", [True, False], ids=["the host waits", "nobody is there"])
-def test_a_rendezvous_that_never_fills_ends_with_the_remedy(tmp_path: Path, hosts: bool) -> None:
+@pytest.mark.parametrize(
+    ("host", "hosts"),
+    [("localhost", True), ("127.0.0.2", False), ("nowhere.invalid", True)],
+    ids=["the host waits", "nobody is there", "a name that nobody knows"],
+)
+def test_a_rendezvous_that_never_fills_ends_with_the_remedy(
+    tmp_path: Path, capfd: pytest.CaptureFixture[str], host: str, hosts: bool
+) -> None:
     port = free_port()
-    host = "localhost" if hosts else "127.0.0.2"
     run = make_run(nodes=2, rendezvous=f"{host}:{port}", rendezvous_s=2.0)
     job = Job(run.model_dump_json(), str(tmp_path), (), str(tmp_path), (), (), joins=not hosts)
     started_s = time.monotonic()
     with pytest.raises(TrainingError, match=rf"2 nodes did not meet at {host}:{port} within"):
         launch(job)
     assert time.monotonic() - started_s < 60
+    assert "frame #" not in capfd.readouterr().err  # nor a stack of torch's store
     with socket.socket() as again:  # the port is free again
         again.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         again.bind(("127.0.0.1", port))
