@@ -26,6 +26,7 @@ from server.compression.quantise import (
     int8_static,
 )
 from server.compression.rounding import train_for_rounding
+from server.compression.train_close import CloudTraining
 from server.compression.weights_only import int4_weights, int8_weights
 
 
@@ -58,6 +59,13 @@ class Material:
         return self.examples
 
     @property
+    def training(self) -> CloudTraining:
+        """What candidates that are trained train with."""
+        return CloudTraining(
+            self.train, self.task.loss_of, self.task.problem, self.run.finetune, self.run.seed
+        )
+
+    @property
     def retrains(self) -> bool:
         """Whether pruned models are trained on the cloud's data."""
         return self.run.compression.prune_epochs > 0
@@ -79,13 +87,9 @@ class Material:
         return prune_and_recover(
             self.module,
             self.example_batch,
-            self.train,
-            self.task.loss_of,
-            self.task.problem,
-            self.run.finetune,
+            self.training,
             fraction=compression.prune_fraction,
             epochs=compression.prune_epochs,
-            seed=self.run.seed,
         )
 
     @cached_property
@@ -96,13 +100,9 @@ class Material:
         return train_for_rounding(
             self.module,
             self.example_batch,
-            self.train,
-            self.task.loss_of,
-            self.task.problem,
-            self.run.finetune,
+            self.training,
             epochs=self.run.compression.rounding_epochs,
             reduce_range=self.reduce_range,
-            seed=self.run.seed,
         )
 
     @cached_property
@@ -116,12 +116,8 @@ class Material:
             self.module,
             self.task.student,
             self.example_batch,
-            self.train,
-            self.task.loss_of,
-            self.task.problem,
-            self.run.finetune,
+            self.training,
             epochs=self.run.compression.distil_epochs,
-            seed=self.run.seed,
         )
 
     @cached_property
@@ -234,12 +230,25 @@ def _fp32(material: Material) -> Built:
 
 
 def _int8_static(material: Material) -> Built:
+    return _static(material, material.calibrated, material.module)
+
+
+def _static(
+    material: Material,
+    calibrated: Calibrated,
+    reference: nn.Module,
+    *,
+    learnt: str = "",
+    retrained: bool = False,
+) -> Built:
+    """Builds the statically quantised file of a model; ``learnt``: from which data, if any."""
     return Built(
-        onnx=int8_static(material.calibrated, reduce_range=material.reduce_range),
-        reference=material.module,
+        onnx=int8_static(calibrated, reduce_range=material.reduce_range),
+        reference=reference,
         exact=False,
         in_8_bits=True,
-        calibration=material.saw_some,
+        calibration=f"{learnt}; {material.saw_some}" if learnt else material.saw_some,
+        retrained=retrained,
     )
 
 
@@ -299,23 +308,21 @@ def _pruned(material: Material) -> Built:
 
 
 def _pruned_int8(material: Material) -> Built:
-    return Built(
-        onnx=int8_static(material.pruned_calibrated, reduce_range=material.reduce_range),
-        reference=material.pruned,
-        exact=False,
-        in_8_bits=True,
-        calibration=f"{material.saw_all('after pruning')}; {material.saw_some}",
+    return _static(
+        material,
+        material.pruned_calibrated,
+        material.pruned,
+        learnt=material.saw_all("after pruning"),
         retrained=material.retrains,
     )
 
 
 def _int8_trained(material: Material) -> Built:
-    return Built(
-        onnx=int8_static(material.rounding_calibrated, reduce_range=material.reduce_range),
-        reference=material.trained_for_rounding,
-        exact=False,
-        in_8_bits=True,
-        calibration=f"{material.saw_all('with rounding')}; {material.saw_some}",
+    return _static(
+        material,
+        material.rounding_calibrated,
+        material.trained_for_rounding,
+        learnt=material.saw_all("with rounding"),
         retrained=True,
     )
 
@@ -331,12 +338,11 @@ def _distilled(material: Material) -> Built:
 
 
 def _distilled_int8(material: Material) -> Built:
-    return Built(
-        onnx=int8_static(material.distilled_calibrated, reduce_range=material.reduce_range),
-        reference=material.distilled,
-        exact=False,
-        in_8_bits=True,
-        calibration=f"{material.saw_all('for a student')}; {material.saw_some}",
+    return _static(
+        material,
+        material.distilled_calibrated,
+        material.distilled,
+        learnt=material.saw_all("for a student"),
         retrained=True,
     )
 

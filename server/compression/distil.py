@@ -4,20 +4,19 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 from torch import Tensor, nn
 from torch.utils.data import ConcatDataset, TensorDataset
 
-from fedcore.config.finetune import Finetune
 from fedcore.errors import CompressionError
 from fedcore.seeds import global_streams, numpy_rng
 from fedcore.task.answers import tensor_model
-from fedcore.task.definition import Examples, Loss, size_of
-from fedcore.task.kinds.protocol import Kind
+from fedcore.task.definition import Examples, size_of
 from fedcore.task.model import FullModel
 from server.compression.confidence import mixed_examples
-from server.compression.train_close import Teacher, short, train_close
+from server.compression.train_close import CloudTraining, Teacher, short, train_close
 
 FEW = 2048
 """Of fewer examples, a student sees mixtures of two, too, until there are so many."""
@@ -30,26 +29,18 @@ def distil(
     module: nn.Module,
     build: Callable[[], nn.Module],
     example_batch: Tensor,
-    examples: Examples,
-    loss: Loss,
-    kind: Kind,
-    settings: Finetune,
+    training: CloudTraining,
     *,
     epochs: int,
-    seed: int,
 ) -> FullModel:
     """Returns a trained student behind the preprocessing of the model that teaches it.
 
     Args:
         module: The trained model, a `fedcore.task.model.FullModel` on the CPU. Not changed.
-        build: The task's ``student``; the seed determines its initial weights.
+        build: The task's ``student``; the training's seed determines its initial weights.
         example_batch: Inputs ``(2, ...)``.
-        examples: The cloud's training data.
-        loss: Mean loss over a batch.
-        kind: The task's kind, which decides the distance between answers.
-        settings: Optimiser settings and batch size.
-        epochs: Passes over ``examples``.
-        seed: The run's seed.
+        training: Data, loss and settings.
+        epochs: Passes over the data.
 
     Raises:
         CompressionError: the student can't be built, fails on an input, answers in another form
@@ -60,7 +51,7 @@ def distil(
     """
     assert isinstance(module, FullModel)
     try:
-        with global_streams(seed, "student"):
+        with global_streams(training.seed, "student"):
             student = FullModel(copy.deepcopy(module.preprocess), tensor_model(build))
         with torch.no_grad():
             own, told = student.eval()(example_batch), module.eval()(example_batch)
@@ -74,17 +65,9 @@ def distil(
         raise CompressionError(
             f"the task's student gives outputs of shape {got}, and the model {wanted}"
         )
-    train_close(
-        student,
-        Teacher(module, TEACHER_SHARE),
-        widened(examples, seed=seed),
-        loss,
-        kind,
-        settings,
-        epochs=epochs,
-        seed=seed,
-        purpose="student",
-    )
+    training = replace(training, examples=widened(training.examples, seed=training.seed))
+    teacher = Teacher(module, TEACHER_SHARE)
+    train_close(student, teacher, training, epochs=epochs, purpose="student")
     return student.eval()
 
 

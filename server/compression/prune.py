@@ -9,13 +9,11 @@ import torch
 import torch_pruning
 from torch import Tensor, nn
 
-from fedcore.config.finetune import Finetune
 from fedcore.errors import CompressionError
-from fedcore.task.definition import Examples, Loss
-from fedcore.task.kinds.protocol import Kind
 from server.compression.export import quiet
 from server.compression.train_close import (
     LAYERS,
+    CloudTraining,
     Teacher,
     layers_of,
     short,
@@ -89,45 +87,28 @@ def prune_channels(module: Model, example_batch: Tensor, *, fraction: float) -> 
 def prune_and_recover(
     module: Model,
     example_batch: Tensor,
-    examples: Examples,
-    loss: Loss,
-    kind: Kind,
-    settings: Finetune,
+    training: CloudTraining,
     *,
     fraction: float,
     epochs: int,
-    seed: int,
 ) -> Model:
     """Prunes a model and retrains the rest on the cloud's data.
 
-    By ``settings.remember`` the rest is held to the answers of the model before pruning.
+    By ``training.settings.remember`` the rest is held to the answers of the model before pruning.
 
     Args:
         module: The full model, on the CPU. Not changed.
         example_batch: Inputs ``(2, ...)``.
-        examples: The cloud's training data.
-        loss: Mean loss over a batch.
-        kind: The task's kind.
-        settings: Optimiser settings, batch size, and ``remember``.
+        training: Data, loss and settings.
         fraction: Share of each hidden layer's channels to remove.
-        epochs: Passes over ``examples``; 0 for no retraining.
-        seed: The run's seed; determines the order of examples and dropout.
+        epochs: Passes over the data; 0 for no retraining.
 
     Raises:
         CompressionError: the model can't be pruned, or retraining fails.
     """
     pruned = prune_channels(module, example_batch, fraction=fraction)
-    train_close(
-        pruned,
-        Teacher(module, settings.remember),
-        examples,
-        loss,
-        kind,
-        settings,
-        epochs=epochs,
-        seed=seed,
-        purpose="prune",
-    )
+    teacher = Teacher(module, training.settings.remember)
+    train_close(pruned, teacher, training, epochs=epochs, purpose="prune")
     return pruned.eval()
 
 

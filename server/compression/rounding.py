@@ -13,11 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fedcore.config.finetune import Finetune
 from fedcore.errors import CompressionError
-from fedcore.task.definition import Examples, Loss
-from fedcore.task.kinds.protocol import Kind
-from server.compression.train_close import Teacher, layers_of, train_close
+from server.compression.train_close import CloudTraining, Teacher, layers_of, train_close
 
 Model = TypeVar("Model", bound=nn.Module)
 _LEAST = 1e-12  # a layer of zeros has a scale, too
@@ -27,32 +24,24 @@ _MOMENTUM = 0.1  # of ranges of activations, over batches
 def train_for_rounding(
     module: Model,
     example_batch: Tensor,
-    examples: Examples,
-    loss: Loss,
-    kind: Kind,
-    settings: Finetune,
+    training: CloudTraining,
     *,
     epochs: int,
     reduce_range: bool,
-    seed: int,
 ) -> Model:
     """Trains a copy of a model whose layers compute as `int8_static` will have them compute.
 
     Weights are rounded with one scale per output channel and inputs of layers with one scale for
     all, in the forward pass; gradients pass through the rounding (straight-through estimator). The
-    last layers stay in float32, as they do in the file. By ``settings.remember`` the copy is held
-    to the answers of the model.
+    last layers stay in float32, as they do in the file. By ``training.settings.remember`` the copy
+    is held to the answers of the model.
 
     Args:
         module: The full model, on the CPU. Not changed.
         example_batch: Inputs ``(2, ...)``.
-        examples: The cloud's training data.
-        loss: Mean loss over a batch.
-        kind: The task's kind.
-        settings: Optimiser settings, batch size, and ``remember``.
-        epochs: Passes over ``examples``.
+        training: Data, loss and settings.
+        epochs: Passes over the data.
         reduce_range: Whether weights will have 7 bits.
-        seed: The run's seed; determines the order of examples and dropout.
 
     Raises:
         CompressionError: only the last layer has weights, or training fails.
@@ -71,17 +60,8 @@ def train_for_rounding(
     hooks = [each.register_forward_pre_hook(_RoundedInputs()) for each in layers]
     for each in layers:
         parametrize.register_parametrization(each, "weight", _RoundedWeights(most))
-    train_close(
-        trained,
-        Teacher(module, settings.remember),
-        examples,
-        loss,
-        kind,
-        settings,
-        epochs=epochs,
-        seed=seed,
-        purpose="rounding",
-    )
+    teacher = Teacher(module, training.settings.remember)
+    train_close(trained, teacher, training, epochs=epochs, purpose="rounding")
     for hook in hooks:
         hook.remove()
     for each in layers:

@@ -34,47 +34,52 @@ class Teacher:
     """Share of the distance to its answers in the loss, from 0 to below 1."""
 
 
+@dataclass(frozen=True)
+class CloudTraining:
+    """What every candidate that is trained trains with."""
+
+    examples: Examples
+    """The cloud's training data."""
+    loss: Loss
+    """Mean loss over a batch."""
+    kind: Kind
+    """The task's kind, which decides the distance between answers."""
+    settings: Finetune
+    """Optimiser settings, batch size, and ``remember``."""
+    seed: int
+    """The run's seed; determines the order of examples and dropout."""
+
+
 def train_close(
-    student: nn.Module,
-    teacher: Teacher,
-    examples: Examples,
-    loss: Loss,
-    kind: Kind,
-    settings: Finetune,
-    *,
-    epochs: int,
-    seed: int,
-    purpose: str,
+    student: nn.Module, teacher: Teacher, training: CloudTraining, *, epochs: int, purpose: str
 ) -> None:
     """Trains a student in place on the cloud's data, close to its teacher's answers.
 
     Args:
         student: The model to train, on the CPU.
         teacher: The model before compression. Not changed.
-        examples: The cloud's training data.
-        loss: Mean loss over a batch.
-        kind: The task's kind.
-        settings: Optimiser settings and batch size.
-        epochs: Passes over ``examples``; 0 for no training.
-        seed: The run's seed; with ``purpose`` it determines the order of examples and dropout.
+        training: Data, loss and settings.
+        epochs: Passes over the data; 0 for no training.
         purpose: What the training is for, a name of its random streams.
 
     Raises:
         CompressionError: training fails, or its loss is not finite.
     """
-    trained, loss_of = student, cast(Callable[[Any, Tensor], Tensor], loss)
+    trained, loss_of = student, cast(Callable[[Any, Tensor], Tensor], training.loss)
     if teacher.weight:
-        trained, loss_of = beside_teacher(student, teacher.model, loss, kind, weight=teacher.weight)
+        trained, loss_of = beside_teacher(
+            student, teacher.model, training.loss, training.kind, weight=teacher.weight
+        )
     try:
-        with global_streams(seed, purpose):
+        with global_streams(training.seed, purpose):
             train(
                 trained,
-                examples,
+                training.examples,
                 loss_of,
-                settings,
+                training.settings,
                 epochs=epochs,
-                batch_size=settings.batch_size,
-                rng=torch_rng(seed, purpose, "order"),
+                batch_size=training.settings.batch_size,
+                rng=torch_rng(training.seed, purpose, "order"),
             )
     except (TrainingDiverged, RuntimeError, ValueError) as error:
         raise CompressionError(f"training it on the cloud's data failed: {short(error)}") from error

@@ -19,6 +19,7 @@ from server.cloud import CloudData
 from server.compression.compress import compress
 from server.compression.compressed import Compressed
 from server.compression.distil import FEW, distil, widened
+from server.compression.train_close import CloudTraining
 
 QuickRun = Callable[..., RunConfig]
 
@@ -35,12 +36,8 @@ def taught(
         model,
         student,
         torch.stack([task.example_input] * 2),
-        cloud.train,
-        task.loss_of,
-        task.problem,
-        Finetune(),
+        CloudTraining(cloud.train, task.loss_of, task.problem, Finetune(), seed),
         epochs=epochs,
-        seed=seed,
     )
 
 

@@ -17,6 +17,7 @@ from fedcore.training.batches import gather_all
 from fedcore.training.evaluate import evaluate
 from server.cloud import CloudData
 from server.compression.prune import prune_and_recover, prune_channels
+from server.compression.train_close import CloudTraining
 
 
 def widths(module: nn.Module) -> list[tuple[int, ...]]:
@@ -158,13 +159,9 @@ def test_training_recovers_what_pruning_lost(
         return prune_and_recover(
             digits_model,
             torch.zeros(2, 64),
-            digits_cloud.train,
-            digits.loss_of,
-            digits.problem,
-            Finetune(),
+            CloudTraining(digits_cloud.train, digits.loss_of, digits.problem, Finetune(), seed),
             fraction=0.9,
             epochs=epochs,
-            seed=seed,
         )
 
     def accuracy(module: nn.Module) -> float:
@@ -188,13 +185,9 @@ def test_a_pruned_model_remembers_what_the_cloud_does_not_show(
         pruned = prune_and_recover(
             digits_model,
             torch.zeros(2, 64),
-            few,
-            digits.loss_of,
-            digits.problem,
-            Finetune(remember=remember),
+            CloudTraining(few, digits.loss_of, digits.problem, Finetune(remember=remember), 0),
             fraction=0.5,
             epochs=10,
-            seed=0,
         )
         return evaluate(pruned, digits_cloud.heldout, [ACCURACY])["accuracy"]
 
@@ -209,13 +202,9 @@ def test_dropout_draws_from_the_seed_and_leaves_the_global_stream_alone() -> Non
         found = prune_and_recover(
             module,
             torch.zeros(2, 4),
-            examples,
-            nn.functional.cross_entropy,
-            Classification(),
-            Finetune(),
+            CloudTraining(examples, nn.functional.cross_entropy, Classification(), Finetune(), 5),
             fraction=0.5,
             epochs=2,
-            seed=5,
         )
         return found[0].weight  # type: ignore[return-value]
 
@@ -233,11 +222,9 @@ def test_training_that_diverges_is_a_reason_not_a_crash(
         prune_and_recover(
             digits_model,
             torch.zeros(2, 64),
-            digits_cloud.train,
-            digits.loss_of,
-            digits.problem,
-            Finetune(learning_rate=1e6),
+            CloudTraining(
+                digits_cloud.train, digits.loss_of, digits.problem, Finetune(learning_rate=1e6), 0
+            ),
             fraction=0.5,
             epochs=5,
-            seed=0,
         )

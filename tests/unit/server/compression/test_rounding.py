@@ -20,6 +20,7 @@ from server.compression.export import export_with_scopes
 from server.compression.quantise import calibrate, int8_static
 from server.compression.rounding import train_for_rounding
 from server.compression.runtime import answer, open_session
+from server.compression.train_close import CloudTraining
 
 
 class Uneven(nn.Module):
@@ -56,13 +57,15 @@ def test_weights_that_learn_with_rounding_lose_less_in_8_bits() -> None:
     trained = train_for_rounding(
         module,
         inputs[:2],
-        TensorDataset(inputs, told),
-        nn.functional.mse_loss,
-        Regression(),
-        Finetune(learning_rate=0.002, optimizer="adam"),
+        CloudTraining(
+            TensorDataset(inputs, told),
+            nn.functional.mse_loss,
+            Regression(),
+            Finetune(learning_rate=0.002, optimizer="adam"),
+            seed=0,
+        ),
         epochs=25,
         reduce_range=False,
-        seed=0,
     )
     assert error_in_8_bits(trained, told, inputs) < 0.7 * error_in_8_bits(module, told, inputs)
     assert all(torch.equal(each, module.state_dict()[name]) for name, each in before.items())
@@ -76,13 +79,9 @@ def test_a_model_of_one_layer_is_not_trained_for_nothing() -> None:
         train_for_rounding(
             nn.Linear(3, 1),
             torch.zeros(2, 3),
-            data,
-            nn.functional.mse_loss,
-            Regression(),
-            Finetune(),
+            CloudTraining(data, nn.functional.mse_loss, Regression(), Finetune(), seed=0),
             epochs=1,
             reduce_range=False,
-            seed=0,
         )
 
 
