@@ -15,7 +15,7 @@ from typing import Any
 
 import tomli_w
 
-from benchmarks.deployment_project import ONE_THREAD, Memory, Program, running
+from benchmarks.deployment_project import ONE_THREAD, SAMPLE_S, Memory, Program, running
 from benchmarks.measure import ProgramFailed
 
 APP = Path(__file__).parent / "peers" / "deployment_app"
@@ -176,7 +176,7 @@ def ingest(root: Path, *, cohort: int, parameters: int, server: int, senders: in
             peak_bytes = max(peak_bytes, stock.program.pss_bytes())
             if run.process.poll() is not None or nodes.process.poll() is not None:
                 raise ProgramFailed(f"Flower: the round did not end: {_last_error(run)}")
-            time.sleep(0.1)
+            time.sleep(SAMPLE_S)
         over = stock.noted("over")[-1]
         if over["updates"] != cohort:
             raise ProgramFailed(f"Flower: {over['updates']} of {cohort} updates were taken")

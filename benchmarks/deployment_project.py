@@ -316,3 +316,5 @@ def load(
 
 
 ONE_THREAD = {"OMP_NUM_THREADS": "1"}
+SAMPLE_S = 0.1
+"""Time between two looks at a server's memory, the same for each system."""

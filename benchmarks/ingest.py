@@ -29,7 +29,7 @@ import numpy as np
 from benchmarks import deployment_flower as flower
 from benchmarks.deployment import Found, machine, table
 from benchmarks.deployment_flower import Taken
-from benchmarks.deployment_project import ROOT, Program, load, make_project, server
+from benchmarks.deployment_project import ROOT, SAMPLE_S, Program, load, make_project, server
 from benchmarks.figures import at_least, at_most, row
 from benchmarks.measure import ProgramFailed
 from fedcore.crypto.kit import client_context, load_kit
@@ -43,8 +43,6 @@ SERVER, SENDERS = 0, 1
 """Cores."""
 OURS, STOCK, EARLIER, LIMIT = "fedcore", "flower", "earlier", "limit"
 _LIMIT_S = 900.0
-_SAMPLE_S = 0.1
-"""Time between two looks at a server's memory, here and in `benchmarks.deployment_flower`."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +87,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     for repeat in range(sizes.repeats):
         found = Found()
         try:
-            with _beside_senders():
+            with _held_to(SENDERS):
                 measure(scratch / str(repeat), sizes, runs)
         except ProgramFailed as error:
             found.failures.append(str(error))
@@ -219,7 +217,7 @@ def ours(root: Path, cohort: int, source: Path) -> Taken:
                 begun_cpu_s = program.family_cpu_s()
             if not ended_s and program.events("round_finished"):
                 ended_s, cpu_s = time.monotonic(), program.family_cpu_s() - begun_cpu_s
-            if time.monotonic() - sampled_s >= _SAMPLE_S:
+            if time.monotonic() - sampled_s >= SAMPLE_S:
                 peak_bytes, sampled_s = max(peak_bytes, program.pss_bytes()), time.monotonic()
             _still_running(program, senders)
             time.sleep(0.005)
@@ -231,10 +229,10 @@ def ours(root: Path, cohort: int, source: Path) -> Taken:
 
 
 @contextmanager
-def _beside_senders() -> Iterator[None]:
-    """Holds this process to the senders' core."""
+def _held_to(core: int) -> Iterator[None]:
+    """Holds this process to a core."""
     allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {SENDERS})
+    os.sched_setaffinity(0, {core})
     try:
         yield
     finally:
@@ -306,9 +304,7 @@ def passes(root: Path) -> dict[str, float]:
             np.rint(scaled, out=scaled)
             sums[part] += scaled.astype(np.int64)
 
-    allowed = os.sched_getaffinity(0)
-    os.sched_setaffinity(0, {SERVER})
-    try:
+    with _held_to(SERVER):
         return {
             "tls_ms": _tls_ms(root / "tls", raw),
             "sha256_ms": _ms(lambda: hashlib.sha256(raw)),
@@ -316,8 +312,6 @@ def passes(root: Path) -> dict[str, float]:
             "check_and_norm_ms": _ms(check),
             "exact_sum_ms": _ms(add),
         }
-    finally:
-        os.sched_setaffinity(0, allowed)
 
 
 def _ms(work: Callable[[], object]) -> float:
