@@ -116,11 +116,21 @@ def test_nan_that_the_task_fills_is_data() -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.bool, torch.int64, torch.float16])
 def test_inputs_that_training_converts_are_data(dtype: torch.dtype) -> None:
     inputs, targets = good()
-    look(task_of({"b": TensorDataset((inputs > 0).to(dtype), targets)}))
+    data = TensorDataset(inputs.to(dtype), targets)
+    look(task_of({"site-4": data}))
+    targets[7] = 9
+    with pytest.raises(DataError) as refused:
+        look(task_of({"site-4": data}))
+    assert "client 'site-4', row 7: the target is 9" in str(refused.value)  # these rows were read
+    assert "input" not in str(refused.value)
 
 
 def test_a_client_that_is_out_of_reach_is_left_to_the_rounds() -> None:
-    look(task_of({"site-4": TensorDataset(torch.zeros(0, 4), torch.zeros(0).long())}))
+    away = {"site-4": TensorDataset(torch.zeros(0, 4), torch.zeros(0).long())}
+    look(task_of(away))
+    with pytest.raises(DataError, match="client 'site-5', row 7: the target is 9") as refused:
+        look(task_of(away | {"site-5": with_row(7, target=9)}))
+    assert "site-4" not in str(refused.value)
 
 
 @pytest.mark.parametrize(
